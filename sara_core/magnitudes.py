@@ -1,0 +1,110 @@
+"""Look at the magnitudes of weights a chunk at a time: histogram, exact quantile, threshold mask.
+
+SaRA's mask is `M = 1[|w| < threshold]`, one absolute threshold for the whole model, the sign kept
+(Hu et al. 2024, arXiv:2409.06633, eq. 2). Magnitudes are compared in float32, whose bit patterns
+sort like the numbers.
+"""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+CHUNK = 1 << 22  # weights looked at in one go; bounds the extra memory to a few dozen MB
+INT32_LIMIT = 1 << 31
+NUM_BINS = 1 << 15  # upper 16 bits of a non-negative float32
+NON_FINITE_BIN = 0x7F80  # bins from here on hold infinity and NaN
+
+
+def magnitudes(weight: Tensor) -> Iterator[Tensor]:
+    """Yield `|weight|` as flat float32 chunks in row-major order, each of at most CHUNK weights."""
+    for chunk in weight.detach().reshape(-1).split(CHUNK):
+        yield chunk.float().abs()
+
+
+def magnitude_histogram(weight: Tensor) -> tuple[Tensor, int]:
+    """Count weights by the upper 16 bits of `|w|` as float32, which sort like the magnitudes.
+
+    Args:
+        weight: Any shape, floating point. Not modified.
+
+    Returns:
+        Counts, shape `(NUM_BINS,)` int64 on the CPU, and the number of exact zeros.
+    """
+    counts = torch.zeros(NUM_BINS, dtype=torch.int64)
+    num_zeros = 0
+    for chunk in magnitudes(weight):
+        counts += torch.bincount(chunk.view(torch.int32) >> 16, minlength=NUM_BINS).cpu()
+        num_zeros += chunk.numel() - int(torch.count_nonzero(chunk))
+    return counts, num_zeros
+
+
+def bin_of(magnitude: float) -> int:
+    """Return the histogram bin that a non-negative magnitude falls into."""
+    return int(torch.tensor(magnitude, dtype=torch.float32).view(torch.int32)) >> 16
+
+
+def bin_edges() -> Tensor:
+    """Return the smallest magnitude of each finite bin and the end of the last, float32."""
+    bits = torch.arange(NON_FINITE_BIN + 1, dtype=torch.int32) << 16
+    return bits.view(torch.float32)
+
+
+def count_small(weight: Tensor, threshold: float) -> int:
+    """Count the weights with `|w| < threshold`, exact zeros included."""
+    return sum(int((chunk < threshold).sum()) for chunk in magnitudes(weight))
+
+
+def kth_magnitude(parameters: Mapping[str, Tensor], histogram: Tensor, k: int) -> float:
+    """Find the k-th smallest |w| (k counts from 0) exactly, one chunk in memory at a time.
+
+    Args:
+        parameters: All weights, by name.
+        histogram: Sum of their `magnitude_histogram` counts.
+        k: In `[0, number of weights)`.
+    """
+    cumulative = histogram.cumsum(0)
+    high = int(torch.searchsorted(cumulative, k, right=True))
+    rank = k - (int(cumulative[high - 1]) if high else 0)
+    low_counts = torch.zeros(1 << 16, dtype=torch.int64)
+    for weight in parameters.values():
+        for chunk in magnitudes(weight):
+            bits = chunk.view(torch.int32)
+            low = bits[(bits >> 16) == high] & 0xFFFF
+            low_counts += torch.bincount(low, minlength=1 << 16).cpu()
+    low = int(torch.searchsorted(low_counts.cumsum(0), rank, right=True))
+    return torch.tensor((high << 16) | low, dtype=torch.int32).view(torch.float32).item()
+
+
+def mark_small_weights(weight: Tensor, threshold: float, skip_zeros: bool = False) -> Tensor:
+    """Mark the weights that lie closer to zero than `threshold`.
+
+    Args:
+        weight: Shape `(*s)`, floating point, any device. Not modified.
+        threshold: Absolute value, compared in float32; a weight exactly at it is not marked.
+        skip_zeros: Do not mark exact zeros.
+
+    Returns:
+        Bool mask, shape `(*s)`, on the device of `weight`. NaN is never marked.
+
+    Source: Hu et al. 2024, arXiv:2409.06633, eq. 2.
+    """
+    size = weight.detach().float().abs()
+    mask = size < threshold
+    return mask & (size > 0) if skip_zeros else mask
+
+
+def small_weight_index(weight: Tensor, threshold: float, skip_zeros: bool = False) -> Tensor:
+    """Return the sorted flat positions of the weights that `mark_small_weights` marks.
+
+    Returns:
+        Shape `(k,)`, int32 (int64 for 2**31 weights or more), on the device of `weight`.
+    """
+    dtype = torch.int32 if weight.numel() < INT32_LIMIT else torch.int64
+    parts = [
+        (torch.nonzero(mark_small_weights(chunk, threshold, skip_zeros))[:, 0] + n * CHUNK).to(
+            dtype
+        )
+        for n, chunk in enumerate(weight.detach().reshape(-1).split(CHUNK))
+    ]
+    return torch.cat(parts)

@@ -1,0 +1,82 @@
+"""Choose the parameters of a module that may train, by name and shape."""
+
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+
+from torch import Tensor, nn
+
+
+def choose_parameters(
+    module: nn.Module,
+    include: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] | None = None,
+    biases_and_norms: bool = False,
+) -> dict[str, nn.Parameter]:
+    """List the parameters SaRA may train, by name, each shared (tied) parameter once.
+
+    By default every floating-point parameter of two or more dimensions that requires a gradient:
+    Linear, convolution and embedding weights.
+
+    Args:
+        module: The model. Not modified.
+        include: Wildcard patterns (`*`, `?`, `[...]`); only names in which one of them occurs are
+            kept. A single string may hold several, separated by commas or line breaks.
+        exclude: Likewise; names in which one of them occurs are left out.
+        biases_and_norms: Also take parameters of fewer than two dimensions.
+
+    Raises:
+        ValueError: A pattern occurs in no name, no parameter is left, or two different parameters
+            share memory.
+    """
+    named = {n: p for n, p in module.named_parameters() if p.is_floating_point() and p.numel()}
+    kept = _occurring(named, include, "include") if _split(include) else set(named)
+    kept -= _occurring(named, exclude, "exclude")
+    min_dims = 0 if biases_and_norms else 2
+    chosen = {
+        n: p for n, p in named.items() if n in kept and p.requires_grad and p.dim() >= min_dims
+    }
+    if not chosen:
+        frozen = sum(not p.requires_grad for p in named.values())
+        raise ValueError(
+            f"no parameter to train: of {len(named)} floating-point parameters {frozen} have "
+            f"requires_grad=False and {len(kept)} pass the include/exclude patterns; SaRA trains "
+            "those of two or more dimensions unless biases_and_norms is on. Call "
+            "model.requires_grad_(True) or widen the patterns"
+        )
+    _refuse_overlapping(chosen)
+    return chosen
+
+
+def _split(patterns: str | Iterable[str] | None) -> list[str]:
+    if isinstance(patterns, str):
+        patterns = patterns.replace("\n", ",").split(",")
+    return [p.strip() for p in patterns or () if p.strip()]
+
+
+def _occurring(names: Iterable[str], patterns: str | Iterable[str] | None, what: str) -> set[str]:
+    found = set()
+    for pattern in _split(patterns):
+        matches = {name for name in names if fnmatchcase(name, f"*{pattern}*")}
+        if not matches:
+            examples = ", ".join(list(names)[:3])
+            raise ValueError(
+                f"{what} pattern {pattern!r} occurs in no parameter name; names look like {examples}"
+            )
+        found |= matches
+    return found
+
+
+def _refuse_overlapping(parameters: Mapping[str, Tensor]) -> None:
+    spans = []
+    for name, p in parameters.items():
+        if p.device.type != "meta":
+            extent = sum((n - 1) * s for n, s in zip(p.shape, p.stride(), strict=True)) + 1
+            begin = p.data_ptr()
+            spans.append((str(p.device), begin, begin + extent * p.element_size(), name))
+    spans.sort()
+    for (device, _, end, name), (device2, begin, _, other) in zip(spans, spans[1:], strict=False):
+        if device == device2 and begin < end:
+            raise ValueError(
+                f"parameters {name!r} and {other!r} are different objects that share memory, so "
+                "training one would change the other; tie them as one nn.Parameter or exclude one"
+            )

@@ -1,0 +1,228 @@
+"""Choose the weights that train: the smallest by magnitude over the whole model."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .magnitudes import (
+    NON_FINITE_BIN,
+    NUM_BINS,
+    bin_of,
+    count_small,
+    kth_magnitude,
+    magnitude_histogram,
+    small_weight_index,
+)
+
+logger = logging.getLogger("comfyui-sara")
+
+COUNT_UNITS = {"K": 10**3, "M": 10**6, "B": 10**9}
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which weights of a model train.
+
+    Args:
+        threshold: Absolute weight value; weights strictly closer to zero are selected.
+        index: Parameter name to sorted flat positions, each shape `(k,)` with `k > 0`, int32 (int64
+            for parameters of 2**31 weights or more), on the parameter's device. Positions count
+            in row-major order of the parameter's shape, whatever its memory layout.
+        num_considered: Weights in all the parameters looked at.
+        num_zeros: Exact zeros among them.
+        zeros_skipped: Whether exact zeros were passed by.
+    """
+
+    threshold: float
+    index: dict[str, Tensor]
+    num_considered: int
+    num_zeros: int
+    zeros_skipped: bool
+
+    @property
+    def num_selected(self) -> int:
+        """Number of weights that train."""
+        return sum(len(index) for index in self.index.values())
+
+
+def parse_count(count: int | str) -> int:
+    """Read a number of weights such as 5000000, "5M", "0.5B" or "200k".
+
+    Raises:
+        ValueError: Not a positive whole number of weights.
+    """
+    text = str(count).strip().upper().replace("_", "")
+    unit = COUNT_UNITS.get(text[-1:], 1)
+    try:
+        value = float(text[:-1] if unit > 1 else text) * unit
+    except ValueError:
+        value = 0.0
+    if not (0 < value < 1e15 and value == int(value)):
+        raise ValueError(
+            f"number of trainable weights is {count!r}; expected a positive whole number, "
+            'as in 5000000, "5M", "200k" or "0.5B"'
+        )
+    return int(value)
+
+
+@dataclass(frozen=True)
+class Cutoff:
+    """A threshold with what was seen on the way to it.
+
+    Args:
+        threshold: Absolute weight value; weights strictly closer to zero are selected.
+        skip_zeros: Whether exact zeros are passed by.
+        num_considered: Weights in all the parameters looked at.
+        num_zeros: Exact zeros among them.
+        histogram: Sum of the parameters' `magnitude_histogram` counts.
+    """
+
+    threshold: float
+    skip_zeros: bool
+    num_considered: int
+    num_zeros: int
+    histogram: Tensor
+
+
+def solve_cutoff(
+    parameters: Mapping[str, Tensor],
+    *,
+    threshold: float | None = None,
+    fraction: float | None = None,
+    num_trainable: int | str | None = None,
+    zeros: str = "auto",
+) -> Cutoff:
+    """Find the threshold that selects as asked; arguments and errors are those of `select`.
+
+    No more than a chunk of the weights is copied at a time.
+    """
+    _refuse_rules(threshold, fraction, num_trainable, zeros)
+    histogram, num_zeros = _histogram_of_finite(parameters)
+    total = int(histogram.sum())
+    skip = zeros == "skip"
+    if threshold is not None:
+        skip = skip or (
+            zeros == "auto" and _mostly_zeros(parameters, histogram, num_zeros, threshold)
+        )
+        return Cutoff(threshold, skip, total, num_zeros, histogram)
+    budget = parse_count(num_trainable) if fraction is None else max(1, round(fraction * total))
+    skip = skip or (zeros == "auto" and num_zeros > budget / 2)
+    live = total - num_zeros if skip else total
+    if fraction is not None:
+        budget = min(live, max(1, round(fraction * live)))
+    if not 0 < budget <= live:
+        raise ValueError(
+            f"{budget} weights are to train but the chosen parameters hold only {live}"
+            f"{' that are not exactly zero' if skip else ''}; ask for fewer"
+        )
+    k = total - live + budget
+    if k < total:
+        threshold = kth_magnitude(parameters, histogram, k)
+    else:
+        largest = torch.tensor(kth_magnitude(parameters, histogram, total - 1))
+        threshold = torch.nextafter(largest, torch.tensor(float("inf"))).item()
+    return Cutoff(threshold, skip, total, num_zeros, histogram)
+
+
+def select(
+    parameters: Mapping[str, Tensor],
+    *,
+    threshold: float | None = None,
+    fraction: float | None = None,
+    num_trainable: int | str | None = None,
+    zeros: str = "auto",
+) -> Selection:
+    """Select the weights that train, over all `parameters` together.
+
+    Exactly one of `threshold`, `fraction` and `num_trainable` is given. For a budget the threshold
+    is the smallest magnitude left out, so the count is met exactly; only equal magnitudes at that
+    border (common in bfloat16) can make the selection smaller, never larger.
+
+    Exact zeros are ordinary small weights to the paper, but a padded or pruned base has so many
+    that they would take the whole budget, and zeros behind dead inputs never get a gradient.
+
+    Args:
+        parameters: Weights by name, floating point. Not modified.
+        threshold: Absolute weight value, finite and > 0.
+        fraction: Share of the weights, in `(0, 1]`; of the non-zero ones where zeros are skipped.
+        num_trainable: Number of weights, as `parse_count` reads it.
+        zeros: "train" selects exact zeros like any small weight, "skip" never does, "auto" trains
+            them unless they would be more than half of the selection.
+
+    Raises:
+        ValueError: Not exactly one rule, a value out of range, NaN or infinity in a weight, or
+            nothing selected.
+    """
+    cutoff = solve_cutoff(
+        parameters,
+        threshold=threshold,
+        fraction=fraction,
+        num_trainable=num_trainable,
+        zeros=zeros,
+    )
+    index = {
+        name: small_weight_index(weight, cutoff.threshold, cutoff.skip_zeros)
+        for name, weight in parameters.items()
+    }
+    index = {name: positions for name, positions in index.items() if len(positions)}
+    if not index:
+        skipped = f" ({cutoff.num_zeros} exact zeros were passed by)" if cutoff.skip_zeros else ""
+        raise ValueError(
+            f"no weight is selected: none of {cutoff.num_considered} has a magnitude below "
+            f"{cutoff.threshold:g}{skipped}, so there would be nothing to train. Raise the "
+            "threshold or the fraction"
+        )
+    if cutoff.skip_zeros and zeros == "auto":
+        logger.warning(
+            "%d of %d weights are exactly zero (padded or pruned); they are not trained, as they "
+            "would take most of the selection. Set zeros to 'train' to train them",
+            cutoff.num_zeros,
+            cutoff.num_considered,
+        )
+    return Selection(
+        cutoff.threshold, index, cutoff.num_considered, cutoff.num_zeros, cutoff.skip_zeros
+    )
+
+
+def _refuse_rules(threshold, fraction, num_trainable, zeros) -> None:
+    given = {"threshold": threshold, "fraction": fraction, "num_trainable": num_trainable}
+    given = [name for name, value in given.items() if value is not None]
+    if len(given) != 1:
+        raise ValueError(f"give exactly one of threshold, fraction and num_trainable; got {given}")
+    if zeros not in ("auto", "train", "skip"):
+        raise ValueError(f"zeros={zeros!r}; expected 'auto', 'train' or 'skip'")
+    if threshold is not None and not 0 < threshold < float("inf"):
+        raise ValueError(f"threshold is {threshold!r}; expected a finite number above 0")
+    if fraction is not None and not 0 < fraction <= 1:
+        raise ValueError(f"fraction is {fraction!r}; expected a number above 0 and at most 1")
+
+
+def _mostly_zeros(
+    parameters: Mapping[str, Tensor], histogram: Tensor, num_zeros: int, threshold: float
+) -> bool:
+    surely_below = int(histogram[: bin_of(threshold)].sum())
+    if num_zeros <= surely_below / 2:
+        return False
+    return num_zeros > sum(count_small(weight, threshold) for weight in parameters.values()) / 2
+
+
+def _histogram_of_finite(parameters: Mapping[str, Tensor]) -> tuple[Tensor, int]:
+    total = torch.zeros(NUM_BINS, dtype=torch.int64)
+    num_zeros = 0
+    broken = []
+    for name, weight in parameters.items():
+        counts, zeros = magnitude_histogram(weight)
+        if int(counts[NON_FINITE_BIN:].sum()):
+            broken.append(f"{name} ({int(counts[NON_FINITE_BIN:].sum())})")
+        total += counts
+        num_zeros += zeros
+    if broken:
+        more = f" and {len(broken) - 10} more" if len(broken) > 10 else ""
+        raise ValueError(
+            f"the base holds NaN or infinite weights in {', '.join(broken[:10])}{more}; every "
+            "loss would be NaN. Load an intact checkpoint"
+        )
+    return total, num_zeros

@@ -1,0 +1,56 @@
+"""sara_core must run where ComfyUI is not installed."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+CORE = ROOT / "sara_core"
+ALLOWED = {"torch", "safetensors", "numpy"} | set(sys.stdlib_module_names)
+LAYERS = [
+    {"magnitudes", "positions", "learning_rate", "objective", "batches", "low_rank", "parameters"},
+    {"selection", "config", "delta_file", "fingerprint"},
+    {"analysis", "delta", "sparse_weight"},
+    {"sparse_model"},
+    {"optimizer"},
+    {"trainer"},
+    {"__init__"},
+]
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((0, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module] if node.module else [alias.name for alias in node.names]
+            yield from ((node.level, name) for name in names)
+
+
+@pytest.mark.parametrize("path", sorted(CORE.rglob("*.py")), ids=lambda p: p.name)
+def test_core_imports_only_its_packages_and_lower_layers(path):
+    rank = {name: i for i, layer in enumerate(LAYERS) for name in layer}
+    own = rank[path.stem]
+    for level, name in imported(path):
+        if level == 0:
+            assert name.split(".")[0] in ALLOWED, f"{path.name} imports {name}"
+        else:
+            assert level == 1, f"{path.name} imports from outside the core"
+            assert rank[name] < own, f"{path.name} imports {name}, which is not below it"
+
+
+def test_only_host_touches_comfyui():
+    internals = {
+        "comfy",
+        "comfy_extras",
+        "comfy_execution",
+        "folder_paths",
+        "server",
+        "node_helpers",
+    }
+    for path in sorted((ROOT / "nodes").glob("*.py")):
+        roots = {name.split(".")[0] for level, name in imported(path) if level == 0}
+        if path.name != "host.py":
+            assert not roots & internals, f"{path.name} imports {roots & internals}"
