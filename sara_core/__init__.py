@@ -1,5 +1,7 @@
 """SaRA: fine-tune a model by training only its smallest weights (arXiv:2409.06633)."""
 
+from .delta import SparseDelta
+from .delta_file import DeltaEntry
 from .selection import Selection, select
 
-__all__ = ["Selection", "select"]
+__all__ = ["DeltaEntry", "Selection", "SparseDelta", "select"]

@@ -1,0 +1,79 @@
+"""Recognise the base a delta was made on, from a few of its weights."""
+
+import base64
+import binascii
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+NUM_SAMPLES = 32
+SPREAD = 2654435761  # Knuth's multiplicative hash; scatters the samples over a parameter
+
+
+def sample_positions(shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[str, int]]:
+    """Say which weights are sampled: 32 (name, flat position) pairs spread over the parameters.
+
+    They depend on the names and shapes alone, so that any reader finds the same ones.
+    """
+    names = sorted(shapes)
+    positions = []
+    for sample in range(NUM_SAMPLES):
+        name = names[sample * len(names) // NUM_SAMPLES]
+        numel = int(np.prod(shapes[name], dtype=np.int64))
+        positions.append((name, (sample + 1) * SPREAD % numel))
+    return positions
+
+
+def take_fingerprint(weights: Mapping[str, Tensor], index: Mapping[str, Tensor]) -> str:
+    """Sample the base weights of the parameters that `index` names.
+
+    Args:
+        weights: Base weights by name; may hold further ones.
+        index: Selected positions by name; only the names count.
+
+    Returns:
+        The weights' dtype, a colon and 32 little-endian float32 values in base64.
+    """
+    samples = sample_positions({name: tuple(weights[name].shape) for name in index})
+    values = torch.stack([_at(weights[name], position) for name, position in samples])
+    dtype = str(weights[samples[0][0]].dtype).removeprefix("torch.")
+    return f"{dtype}:{base64.b64encode(values.numpy().astype('<f4').tobytes()).decode()}"
+
+
+def is_same_base(
+    fingerprint: str, weights: Mapping[str, Tensor], index: Mapping[str, Tensor]
+) -> bool:
+    """Tell whether `weights` are those the fingerprint was taken of, up to a change of dtype.
+
+    Selected positions are passed over, so weights that a delta on the same base has changed do not
+    count as different. Without any other sample the answer is yes.
+
+    Args:
+        fingerprint: From `take_fingerprint`; an unreadable one never matches.
+        weights: Weights by name, with the names and shapes of `index`' parameters.
+        index: Selected positions by name, as the delta holds them.
+    """
+    dtype_name, _, encoded = fingerprint.partition(":")
+    dtype = getattr(torch, dtype_name, None)
+    try:
+        values = np.frombuffer(base64.b64decode(encoded, validate=True), "<f4")
+    except (ValueError, binascii.Error):
+        return False
+    if not isinstance(dtype, torch.dtype) or len(values) != NUM_SAMPLES:
+        return False
+    samples = sample_positions({name: tuple(weights[name].shape) for name in index})
+    for (name, position), expected in zip(samples, values.tolist(), strict=True):
+        if not bool((index[name] == position).any()):
+            coarser = max((dtype, weights[name].dtype), key=lambda d: torch.finfo(d).eps)
+            info = torch.finfo(coarser)
+            tolerance = info.eps * abs(expected) + info.eps * info.smallest_normal
+            if not abs(_at(weights[name], position).item() - expected) <= tolerance:
+                return False
+    return True
+
+
+def _at(weight: Tensor, position: int) -> Tensor:
+    where = np.unravel_index(position, tuple(weight.shape))
+    return weight.detach()[tuple(int(i) for i in where)].float().cpu()
