@@ -2,6 +2,7 @@
 
 from .delta import SparseDelta
 from .delta_file import DeltaEntry
+from .optimizer import SaraAdamW
 from .selection import Selection, select
 
-__all__ = ["DeltaEntry", "Selection", "SparseDelta", "select"]
+__all__ = ["DeltaEntry", "SaraAdamW", "Selection", "SparseDelta", "select"]

@@ -1,0 +1,327 @@
+"""AdamW over the smallest weights of a model: SaRA in one line of an ordinary training script."""
+
+import logging
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+
+from . import learning_rate
+from .delta import SparseDelta
+from .fingerprint import take_fingerprint
+from .low_rank import as_matrix_shape, nuclear_norm_gradient
+from .parameters import choose_parameters
+from .selection import select
+from .sparse_model import SparseModel
+
+logger = logging.getLogger("comfyui-sara")
+
+TRAINABLE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+STATE_FORMAT = 1
+PLAIN_STATE = (
+    "threshold",
+    "zeros_skipped",
+    "num_considered",
+    "low_rank_weight",
+    "low_rank_matrices",
+    "progressive_step",
+    "num_steps",
+    "stage",
+    "fingerprint",
+)
+
+
+class SaraAdamW(torch.optim.Optimizer):
+    """Train only the weights of `model` that lie closer to zero than a threshold, with AdamW.
+
+    Replaces `torch.optim.AdamW(model.parameters())`. Exactly one of `threshold`, `fraction` and
+    `num_trainable` says which weights train; all others stay bit-identical. The model keeps its
+    parameters: each selected one sheds its dense gradient as soon as backward has made it
+    (unstructural backpropagation, eq. 6-7 of the paper), and only the selected entries go on to a
+    flat float32 gradient. `param_groups` and `parameters()` hold the flat float32 trained values;
+    clip those, not the model's parameters.
+
+    Weight decay pulls the learned change towards zero, not the weight: decaying a weight that is
+    small already works against its becoming useful, and for a fine-tuned model "no effect" means
+    the base value, so decaying to the base is what regularises.
+
+    Making the optimizer sets `requires_grad=False` on parameters it does not train and drops
+    gradients the model already holds; `restore` and `detach` give `requires_grad` back.
+
+    Args:
+        model: Any module, on the device and in the dtype it will train in. Parameters with
+            requires_grad=False are never trained.
+        threshold: Absolute weight value; weights with `|w| < threshold` train.
+        fraction: Share of the chosen parameters' weights that trains, in `(0, 1]`.
+        num_trainable: Number of weights that train, such as 5000000 or "5M".
+        lr: Learning rate; by default `learning_rate.rule(threshold)`.
+        betas: Decay rates of the two moments.
+        eps: Added to the root of the second moment.
+        weight_decay: Share of the learned change taken back per step and unit of lr.
+        low_rank_weight: Weight of the nuclear norm of the trained values on their mask; 0 is off.
+        low_rank_matrices: Matrices drawn per step for it, without replacement.
+        progressive_step: Number of steps after which only the trained weights still under the
+            threshold go on (half of the run in the paper); 0 is off.
+        include: Only parameters in whose name one of these patterns occurs.
+        exclude: No parameters in whose name one of these patterns occurs.
+        biases_and_norms: Also select among parameters of fewer than two dimensions.
+        zeros: How exact zeros are treated, see `selection.select`.
+        seed: Seed of the draws for the low-rank term.
+
+    Raises:
+        ValueError: Arguments out of range, nothing to train, or a base with NaN.
+        TypeError: A chosen parameter has a dtype that cannot be trained in place (float8).
+
+    Source: Hu et al. 2024, arXiv:2409.06633, sections 4.1-4.4.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        threshold: float | None = None,
+        *,
+        fraction: float | None = None,
+        num_trainable: int | str | None = None,
+        lr: float | None = None,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        low_rank_weight: float = 5e-4,
+        low_rank_matrices: int = 1,
+        progressive_step: int = 0,
+        include: str | Iterable[str] | None = None,
+        exclude: str | Iterable[str] | None = None,
+        biases_and_norms: bool = False,
+        zeros: str = "auto",
+        seed: int = 0,
+    ):
+        for name, value in (("lr", lr or 0), ("eps", eps), ("weight_decay", weight_decay),
+                            ("low_rank_weight", low_rank_weight),
+                            ("low_rank_matrices", low_rank_matrices),
+                            ("progressive_step", progressive_step)):  # fmt: skip
+            if not 0 <= value < float("inf"):
+                raise ValueError(f"{name} is {value!r}; expected a finite number of at least 0")
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas are {betas!r}; expected two numbers in [0, 1)")
+        parameters = choose_parameters(model, include, exclude, biases_and_norms)
+        _refuse_dtypes(parameters)
+        selection = select(
+            parameters,
+            threshold=threshold,
+            fraction=fraction,
+            num_trainable=num_trainable,
+            zeros=zeros,
+        )
+        lr = learning_rate.rule(selection.threshold) if lr is None else lr
+
+        self.threshold = selection.threshold
+        self.zeros_skipped = selection.zeros_skipped
+        self.num_considered = selection.num_considered
+        self.low_rank_weight = low_rank_weight
+        self.low_rank_matrices = low_rank_matrices
+        self.progressive_step = progressive_step
+        self.num_steps = 0
+        self.stage = 1
+        self.low_rank_loss: Tensor | None = None
+        self._low_rank_added = False
+        self._generator = torch.Generator().manual_seed(seed)
+        self.fingerprint = take_fingerprint(parameters, selection.index)
+        self._weights = SparseModel(model, selection.index)
+        super().__init__(
+            self.parameters(), {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        )
+
+    @property
+    def num_trainable(self) -> int:
+        """Number of weights that train now."""
+        return sum(len(weight.index) for weight in self._weights.active)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return the flat float32 trained values that carry the gradients; clip these."""
+        return [weight.values for weight in self._weights.active]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients of the trained values."""
+        self._low_rank_added = False
+        super().zero_grad(set_to_none)
+
+    @torch.no_grad()
+    def add_low_rank_gradient_(self) -> None:
+        """Add the low-rank term's gradient to that of one drawn matrix (or as many as set).
+
+        `step` does this by itself; call it earlier, after unscaling, to have it clipped too.
+        Matrices that got no gradient in this step are not drawn. The value of the term, summed over
+        the drawn matrices, is left in `low_rank_loss`.
+        """
+        if self._low_rank_added or not self.low_rank_weight:
+            return
+        self._low_rank_added = True
+        eligible = [
+            weight
+            for weight in self._weights.active
+            if min(as_matrix_shape(weight.parameter.shape)) > 1 and weight.values.grad is not None
+        ]
+        order = torch.randperm(len(eligible), generator=self._generator).tolist()
+        norms = []
+        for i in order[: self.low_rank_matrices]:
+            weight = eligible[i]
+            norm, gradient = nuclear_norm_gradient(
+                weight.values.detach(), weight.index, weight.parameter.shape
+            )
+            weight.values.grad.add_(gradient, alpha=self.low_rank_weight)
+            norms.append(norm * self.low_rank_weight)
+        self.low_rank_loss = sum(norms) if norms else None
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """Update the trained values, write them into the model and re-select when it is time.
+
+        Args:
+            closure: As in torch: reevaluates the model and returns the loss.
+        """
+        if not self._weights.attached:
+            raise RuntimeError("this optimizer was detached from its model; make a new SaraAdamW")
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.add_low_rank_gradient_()
+        self._update()
+        self._low_rank_added = False
+        self.num_steps += 1
+        if self.num_steps == self.progressive_step:
+            self.reselect()
+        return loss
+
+    def _update(self) -> None:
+        group = self.param_groups[0]
+        updated = [weight for weight in self._weights.active if weight.values.grad is not None]
+        for weight in updated:
+            state = self.state[weight.values]
+            if not state:
+                state["step"] = torch.zeros((), dtype=torch.float32)
+                state["exp_avg"] = torch.zeros_like(weight.values)
+                state["exp_avg_sq"] = torch.zeros_like(weight.values)
+            if group["weight_decay"]:
+                base = weight.base.to(weight.dtype)
+                weight.values.lerp_(base, group["lr"] * group["weight_decay"])
+        if updated:
+            states = [self.state[weight.values] for weight in updated]
+            adamw(
+                [weight.values for weight in updated],
+                [weight.values.grad for weight in updated],
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
+                [],
+                [state["step"] for state in states],
+                amsgrad=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=group["lr"],
+                weight_decay=0.0,
+                eps=group["eps"],
+                maximize=False,
+            )
+        for weight in updated:
+            weight.write_()
+
+    @torch.no_grad()
+    def reselect(self) -> None:
+        """Go on with the trained weights still under the threshold; freeze the others as learned.
+
+        Moments and pending gradients of those that go on are kept (progressive parameter
+        adjustment, section 4.3 of the paper). If none is left under the threshold, all go on and a
+        warning says so. `step` calls this by itself at `progressive_step`.
+        """
+        marks = [weight.values.detach().abs() < self.threshold for weight in self._weights.active]
+        num_left, num_before = int(sum(mark.sum() for mark in marks)), self.num_trainable
+        if not num_left:
+            logger.warning(
+                "progressive adjustment skipped: all %d trained weights have left the threshold "
+                "%g, so none would go on. A lower learning rate or progressive_step=0 avoids this",
+                num_before,
+                self.threshold,
+            )
+            return
+        for mark, (weight, kept) in zip(marks, self._weights.freeze(marks), strict=True):
+            state = self.state.pop(weight.values, None)
+            if kept is not None and state:
+                is_moment = {key: value.shape == mark.shape for key, value in state.items()}
+                self.state[kept.values] = {
+                    key: value[mark] if is_moment[key] else value for key, value in state.items()
+                }
+        self.param_groups[0]["params"] = self.parameters()
+        self.stage = 2
+        logger.info("progressive adjustment: %d of %d trained weights go on", num_left, num_before)
+
+    def delta(self, metadata: dict[str, str] | None = None) -> SparseDelta:
+        """Return what was learned so far: trained minus base values, float32, by parameter name.
+
+        Args:
+            metadata: Further text to keep in the delta's file.
+        """
+        own = {
+            "sara.threshold": repr(self.threshold),
+            "sara.steps": str(self.num_steps),
+            "sara.fingerprint": self.fingerprint,
+        }
+        return SparseDelta(self._weights.entries(), own | (metadata or {}))
+
+    def restore(self) -> None:
+        """Put the base weights back, bit for bit, and let go of the model."""
+        self._weights.restore_()
+        self._weights.detach()
+
+    def detach(self) -> None:
+        """Let go of the model with what it has learned: remove hooks, give `requires_grad` back."""
+        self._weights.detach()
+
+    def state_dict(self) -> dict:
+        """Return everything a reloaded run needs to continue exactly; tensors and plain values."""
+        own = {
+            "format": STATE_FORMAT,
+            **{name: getattr(self, name) for name in PLAIN_STATE},
+            "generator": self._generator.get_state(),
+            "weights": self._weights.state(),
+        }
+        return {**super().state_dict(), "sara": own}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Continue a saved run: its selection, trained values, moments, stage and random state.
+
+        The model may hold the base weights or the trained ones; its unselected weights must be
+        those of the saved run. Weights this optimizer itself has changed are put back first.
+
+        Args:
+            state_dict: What `state_dict` returned. Not modified.
+
+        Raises:
+            ValueError: Not a state of this optimizer, or it does not fit the model; nothing has
+                been changed then.
+        """
+        saved = state_dict.get("sara") if isinstance(state_dict, dict) else None
+        if not isinstance(saved, dict) or saved.get("format") != STATE_FORMAT:
+            raise ValueError(
+                "not a SaraAdamW state: the key 'sara' of format "
+                f"{STATE_FORMAT} is missing; found keys {sorted(map(str, state_dict or ()))[:5]}"
+            )
+        self._weights.load_state(saved["weights"])
+        self.state.clear()
+        self.param_groups[0]["params"] = self.parameters()
+        super().load_state_dict({k: v for k, v in state_dict.items() if k != "sara"})
+        for name in PLAIN_STATE:
+            setattr(self, name, saved[name])
+        self._generator.set_state(saved["generator"].cpu())
+        self._low_rank_added = False
+
+
+def _refuse_dtypes(parameters: dict[str, nn.Parameter]) -> None:
+    wrong = {n: p.dtype for n, p in parameters.items() if p.dtype not in TRAINABLE_DTYPES}
+    if wrong:
+        name, dtype = next(iter(wrong.items()))
+        raise TypeError(
+            f"{len(wrong)} parameters are of a dtype that cannot be trained in place, such as "
+            f"{name!r} ({dtype}); load the model in float32, float16 or bfloat16"
+        )

@@ -1,0 +1,151 @@
+"""The selected weights of a whole model, and the model's way there and back."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .delta_file import DeltaEntry
+from .sparse_weight import SparseWeight
+
+
+class SparseModel:
+    """Selected weights of a module, hooked up so that their gradients stay sparse.
+
+    Making it sets `requires_grad=False` on all parameters without a selected weight and drops
+    gradients the module holds; `detach` gives `requires_grad` back.
+
+    Args:
+        module: The model; its selected weights change only through `write_` and `restore_`.
+        index: Sorted flat positions by parameter name, none of them empty.
+    """
+
+    def __init__(self, module: nn.Module, index: Mapping[str, Tensor]):
+        self.parameters = dict(module.named_parameters())
+        self.active = [SparseWeight(name, self.parameters[name], i) for name, i in index.items()]
+        self.frozen: list[SparseWeight] = []
+        self._requires_grad = {name: p.requires_grad for name, p in self.parameters.items()}
+        self._hooks: list = []
+        self.attach()
+
+    @property
+    def attached(self) -> bool:
+        """Whether gradients are being captured."""
+        return bool(self._hooks)
+
+    def attach(self) -> None:
+        """Capture the gradients of the active weights; freeze every other parameter."""
+        self._unhook()
+        active = {weight.name for weight in self.active}
+        for name, parameter in self.parameters.items():
+            parameter.requires_grad_(name in active)
+            parameter.grad = None
+        self._hooks = [
+            weight.parameter.register_post_accumulate_grad_hook(weight.capture_gradient)
+            for weight in self.active
+        ]
+
+    def detach(self) -> None:
+        """Let go of the module as it is: remove the hooks, give `requires_grad` back."""
+        self._unhook()
+        for name, parameter in self.parameters.items():
+            parameter.requires_grad_(self._requires_grad[name])
+
+    def _unhook(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def restore_(self) -> None:
+        """Put all base values back into the module, bit for bit."""
+        for weight in (*self.active, *self.frozen):
+            weight.restore_()
+
+    def freeze(self, marks: Sequence[Tensor]) -> list[tuple[SparseWeight, SparseWeight | None]]:
+        """Go on with the marked active weights only; the others keep their learned value.
+
+        Args:
+            marks: One bool mask `(k,)` per active weight: those that go on.
+
+        Returns:
+            Each former active weight with what remains of it, None for nothing.
+        """
+        changes = []
+        for weight, mark in zip(self.active, marks, strict=True):
+            if bool(mark.all()):
+                changes.append((weight, weight))
+                continue
+            stopped = weight.part(~mark)
+            stopped.values.grad = None
+            self.frozen.append(stopped)
+            changes.append((weight, weight.part(mark) if bool(mark.any()) else None))
+        self.active = [kept for _, kept in changes if kept is not None]
+        self.attach()
+        return changes
+
+    def entries(self) -> dict[str, DeltaEntry]:
+        """Return learned minus base of active and frozen weights, in the module's order."""
+        parts: dict[str, list[SparseWeight]] = {}
+        for weight in (*self.active, *self.frozen):
+            parts.setdefault(weight.name, []).append(weight)
+        entries = {}
+        for name in self.parameters:
+            if name in parts:
+                index = torch.cat([weight.index for weight in parts[name]])
+                values = torch.cat([weight.delta() for weight in parts[name]])
+                order = torch.argsort(index)
+                shape = tuple(self.parameters[name].shape)
+                entries[name] = DeltaEntry(index[order], values[order], shape)
+        return entries
+
+    def state(self) -> list[dict]:
+        """Return the selection, base and trained values as tensors and plain values."""
+        return [
+            {
+                "name": weight.name,
+                "shape": tuple(weight.parameter.shape),
+                "index": weight.index,
+                "base": weight.base,
+                "values": weight.values.detach(),
+                "frozen": frozen,
+            }
+            for frozen, group in ((False, self.active), (True, self.frozen))
+            for weight in group
+        ]
+
+    def load_state(self, records: Sequence[Mapping]) -> None:
+        """Take over a saved selection with its values; base values are put back first.
+
+        Raises:
+            ValueError: It does not fit the module; nothing has been changed then.
+        """
+        self._refuse_unfitting(records)
+        self.restore_()
+        self.active, self.frozen = [], []
+        for record in records:
+            parameter = self.parameters[record["name"]]
+            index, base, values = (
+                record[key].to(parameter.device, copy=True) for key in ("index", "base", "values")
+            )
+            weight = SparseWeight(record["name"], parameter, index, base, values)
+            weight.write_()
+            (self.frozen if record["frozen"] else self.active).append(weight)
+        self.attach()
+
+    def _refuse_unfitting(self, records: Sequence[Mapping]) -> None:
+        faults = []
+        for record in records:
+            name, shape = record["name"], tuple(record["shape"])
+            parameter = self.parameters.get(name)
+            if parameter is None:
+                faults.append(f"{name} is missing")
+            elif tuple(parameter.shape) != shape:
+                faults.append(f"{name} is {tuple(parameter.shape)}, saved {shape}")
+            elif parameter.dtype != record["base"].dtype:
+                faults.append(f"{name} is {parameter.dtype}, saved {record['base'].dtype}")
+        if faults:
+            more = f"; and {len(faults) - 10} more" if len(faults) > 10 else ""
+            raise ValueError(
+                f"the saved state belongs to another model: {'; '.join(faults[:10])}{more}. Load "
+                "the model it was trained on, in the same dtype"
+            )

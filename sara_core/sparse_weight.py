@@ -1,0 +1,95 @@
+"""The selected weights of one parameter, their base values and their float32 trained values."""
+
+import torch
+from torch import Tensor, nn
+
+
+class SparseWeight:
+    """Weights of one parameter that train, or that trained and are now frozen.
+
+    The parameter itself goes on holding all its weights; nothing dense is kept here. Per selected
+    weight: position (4 bytes), base value (the parameter's dtype), trained value (float32).
+
+    Args:
+        name: Parameter name.
+        parameter: Shape `(*s)`, float32, float16, bfloat16 or float64. Changed only by `write_` and
+            `restore_`.
+        index: Shape `(k,)`, sorted flat row-major positions.
+        base: Shape `(k,)`, base values in the parameter's dtype; read from it if left out.
+        values: Shape `(k,)`, trained values, float32 (float64 for a float64 parameter); the base's
+            if left out.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        parameter: nn.Parameter,
+        index: Tensor,
+        base: Tensor | None = None,
+        values: Tensor | None = None,
+    ):
+        self.name = name
+        self.parameter = parameter
+        self.index = index
+        self.base = self.gather(parameter.detach()) if base is None else base
+        self.dtype = torch.promote_types(torch.float32, parameter.dtype)
+        self.values = nn.Parameter(
+            self.base.to(self.dtype, copy=True) if values is None else values
+        )
+
+    def gather(self, dense: Tensor) -> Tensor:
+        """Read the selected positions of a tensor of the parameter's shape. Returns `(k,)`."""
+        return torch.take(dense, self.index.long())
+
+    def capture_gradient(self, parameter: Tensor) -> None:
+        """Move the parameter's dense gradient, at the selected positions, to `values.grad`.
+
+        The hook for `register_post_accumulate_grad_hook`: it runs once per backward pass as soon as
+        this parameter's gradient is complete, so no two dense gradients need exist at a time.
+        """
+        gradient = parameter.grad
+        parameter.grad = None
+        if gradient.is_sparse:
+            gradient = gradient.to_dense()
+        if gradient.device != self.index.device:
+            raise RuntimeError(
+                f"parameter {self.name!r} is on {gradient.device} but its selection on "
+                f"{self.index.device}: the model was moved after SaraAdamW was made. Move the "
+                "model first, then make the optimizer"
+            )
+        gathered = self.gather(gradient).to(self.dtype)
+        if self.values.grad is None:
+            self.values.grad = gathered
+        else:
+            self.values.grad.add_(gathered)
+
+    @torch.no_grad()
+    def write_(self) -> None:
+        """Put the trained values into the parameter, rounded to its dtype."""
+        self._put(self.values)
+
+    @torch.no_grad()
+    def restore_(self) -> None:
+        """Put the base values back into the parameter, bit for bit."""
+        self._put(self.base)
+
+    def _put(self, values: Tensor) -> None:
+        if self.parameter.dtype != self.base.dtype or self.parameter.device != self.base.device:
+            raise RuntimeError(
+                f"parameter {self.name!r} is now {self.parameter.dtype} on "
+                f"{self.parameter.device}, but was {self.base.dtype} on {self.base.device} when "
+                "SaraAdamW was made. Convert or move the model first, then make the optimizer"
+            )
+        self.parameter.data.put_(self.index.long(), values.detach().to(self.base.dtype))
+
+    def delta(self) -> Tensor:
+        """Learned minus base, shape `(k,)`, in the dtype of the trained values."""
+        return self.values.detach() - self.base.to(self.dtype)
+
+    def part(self, keep: Tensor) -> "SparseWeight":
+        """Copy the entries marked in `keep`, bool `(k,)`, with their gradient."""
+        values = self.values.detach()[keep]
+        kept = SparseWeight(self.name, self.parameter, self.index[keep], self.base[keep], values)
+        if self.values.grad is not None:
+            kept.values.grad = self.values.grad[keep]
+        return kept

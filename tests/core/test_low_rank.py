@@ -1,0 +1,49 @@
+import pytest
+import torch
+
+from sara_core.low_rank import nuclear_norm_gradient, polar_factor
+
+
+def masked_gaussian(rows, columns, density, seed):
+    generator = torch.Generator().manual_seed(seed)
+    matrix = torch.randn(rows, columns, generator=generator)
+    return 1e-3 * matrix * (torch.rand(rows, columns, generator=generator) < density)
+
+
+def exact_factor(matrix):
+    u, s, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
+    kept = s > s[0] * 1e-7
+    return u[:, kept] @ vh[kept], s.sum()
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "density", "bound"),
+    [(80, 80, 0.1, 0.05), (320, 320, 0.1, 0.05), (64, 300, 0.05, 1e-4), (300, 64, 0.05, 1e-4),
+     (320, 36, 0.1, 1e-4), (1, 50, 0.5, 1e-4)],
+)  # fmt: skip
+def test_polar_factor_is_near_the_svd(rows, columns, density, bound):
+    for seed in range(3):
+        matrix = masked_gaussian(rows, columns, density, seed)
+        expected, _ = exact_factor(matrix)
+        error = (polar_factor(matrix).double() - expected).norm() / expected.norm()
+        assert error < bound
+
+
+def test_rank_deficient_and_zero_matrices_stay_finite():
+    vector = torch.arange(1.0, 41.0)
+    matrix = torch.outer(vector, vector)
+    expected = matrix / matrix.norm()
+    assert torch.allclose(polar_factor(matrix), expected, atol=1e-3)
+    assert torch.equal(polar_factor(torch.zeros(5, 7)), torch.zeros(5, 7))
+
+
+def test_gradient_and_norm_agree_with_torchs_nuclear_norm():
+    matrix = masked_gaussian(48, 96, 0.2, 0).view(48, 24, 2, 2)  # a conv kernel
+    index = torch.nonzero(matrix.flatten())[:, 0]
+    values = matrix.flatten()[index].double().requires_grad_()
+    dense = torch.zeros(48 * 96, dtype=torch.float64).index_copy(0, index, values).view(48, 96)
+    norm = torch.linalg.matrix_norm(dense, ord="nuc")
+    norm.backward()
+    found, gradient = nuclear_norm_gradient(values.detach().float(), index.int(), matrix.shape)
+    assert found.item() == pytest.approx(norm.item(), rel=1e-4)
+    assert torch.allclose(gradient.double(), values.grad, atol=1e-3)
