@@ -1,0 +1,119 @@
+"""Look at a model's weights before training: what a threshold would select, and where."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .magnitudes import NON_FINITE_BIN, bin_edges, magnitudes
+from .selection import Cutoff, parse_count, solve_cutoff
+
+SUGGESTED_COUNTS = ("5M", "20M", "50M")
+SUGGESTED_FRACTIONS = (0.01, 0.05, 0.10, 0.20)
+
+
+@dataclass
+class Tally:
+    """Counts over a group of parameters: all weights, selected ones, exact zeros."""
+
+    num_weights: int = 0
+    num_selected: int = 0
+    num_zeros: int = 0
+
+    def add(self, other: "Tally") -> None:
+        """Add the counts of another group."""
+        self.num_weights += other.num_weights
+        self.num_selected += other.num_selected
+        self.num_zeros += other.num_zeros
+
+
+@dataclass
+class Analysis:
+    """What a threshold selects in a model.
+
+    Args:
+        cutoff: The threshold, whether zeros are skipped, and the histogram of magnitudes.
+        total: Counts over all parameters.
+        blocks: Counts by block of the model, such as "input_blocks.4", in the model's order.
+        kinds: Counts by number of dimensions: "matrix", "conv2d", ...
+        suggestions: Threshold for each suggested count or share, to about 1 %; those the model is
+            too small for are left out.
+    """
+
+    cutoff: Cutoff
+    total: Tally = field(default_factory=Tally)
+    blocks: dict[str, Tally] = field(default_factory=dict)
+    kinds: dict[str, Tally] = field(default_factory=dict)
+    suggestions: dict[str, float] = field(default_factory=dict)
+
+
+KIND_BY_DIMS = {0: "scalar", 1: "vector", 2: "matrix", 3: "conv1d", 4: "conv2d", 5: "conv3d"}
+
+
+def analyze(
+    parameters: Mapping[str, Tensor],
+    *,
+    threshold: float | None = None,
+    fraction: float | None = None,
+    num_trainable: int | str | None = None,
+    zeros: str = "auto",
+) -> Analysis:
+    """Count what a threshold, or the threshold for a budget, selects; a chunk of weights at a time.
+
+    Args and errors are those of `selection.select`; selecting nothing is no error here.
+    """
+    cutoff = solve_cutoff(
+        parameters,
+        threshold=threshold,
+        fraction=fraction,
+        num_trainable=num_trainable,
+        zeros=zeros,
+    )
+    result = Analysis(cutoff, suggestions=_suggestions(cutoff))
+    for name, weight in parameters.items():
+        tally = _tally(weight, cutoff)
+        kind = KIND_BY_DIMS.get(weight.dim(), f"{weight.dim()}-dimensional")
+        for group in (
+            result.total,
+            result.blocks.setdefault(block_of(name), Tally()),
+            result.kinds.setdefault(kind, Tally()),
+        ):
+            group.add(tally)
+    return result
+
+
+def block_of(name: str) -> str:
+    """Return the part of a parameter name up to its first number: "joint_blocks.3"."""
+    found = re.match(r"(.*?\.\d+)(?:\.|$)", name)
+    return found.group(1) if found else name.split(".")[0]
+
+
+def _tally(weight: Tensor, cutoff: Cutoff) -> Tally:
+    tally = Tally(num_weights=weight.numel())
+    for chunk in magnitudes(weight):
+        tally.num_zeros += chunk.numel() - int(torch.count_nonzero(chunk))
+        tally.num_selected += int((chunk < cutoff.threshold).sum())
+    if cutoff.skip_zeros:
+        tally.num_selected -= tally.num_zeros
+    return tally
+
+
+def _suggestions(cutoff: Cutoff) -> dict[str, float]:
+    live = cutoff.num_considered - cutoff.num_zeros
+    wanted = {count: parse_count(count) for count in SUGGESTED_COUNTS}
+    wanted |= {f"{share:.0%}": round(share * live) for share in SUGGESTED_FRACTIONS}
+    return {
+        label: _interpolate(cutoff, count) for label, count in wanted.items() if 0 < count < live
+    }
+
+
+def _interpolate(cutoff: Cutoff, count: int) -> float:
+    counts = cutoff.histogram[:NON_FINITE_BIN].double().clone()
+    counts[0] -= cutoff.num_zeros
+    cumulative = counts.cumsum(0)
+    bin_ = int(torch.searchsorted(cumulative, count))
+    low, high = bin_edges()[bin_ : bin_ + 2].tolist()
+    before = float(cumulative[bin_] - counts[bin_])
+    return low + (high - low) * (count - before) / max(1.0, float(counts[bin_]))

@@ -1,0 +1,176 @@
+"""Learning rate, order of pictures, settings and the loop around them."""
+
+import math
+from collections import Counter
+from itertools import islice
+
+import pytest
+import torch
+from torch import nn
+
+from sara_core import SaraAdamW
+from sara_core.batches import batches
+from sara_core.config import TrainConfig
+from sara_core.learning_rate import factor, rule
+from sara_core.objective import NoiseSchedule
+from sara_core.trainer import train
+
+
+def test_rule_gives_the_papers_rates():
+    for threshold, rate in ((2e-4, 9.32e-4), (2e-3, 4.97e-4), (5e-3, 1.74e-4), (1e-2, 3.02e-5)):
+        assert rule(threshold) == pytest.approx(rate, rel=5e-3)
+    with pytest.raises(
+        ValueError, match=r"gives 2\.5e-11 for threshold 0\.05.*Give a learning rate"
+    ):
+        rule(5e-2)
+
+
+def test_schedules_by_hand():
+    assert [factor(s, 10, "constant", 4) for s in (0, 1, 3, 4, 9)] == [0.25, 0.5, 1.0, 1.0, 1.0]
+    assert [factor(s, 6, "linear", 2) for s in range(6)] == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
+    assert factor(5, 10, "cosine") == pytest.approx(0.5)
+    assert factor(9, 10, "cosine") == pytest.approx(0.5 * (1 + math.cos(0.9 * math.pi)))
+    with pytest.raises(ValueError, match="'poly'; expected one of constant, linear, cosine"):
+        factor(0, 10, "poly")
+
+
+def test_every_epoch_shows_each_picture_once_in_batches_of_one_size():
+    keys = ["wide"] * 7 + ["tall"] * 4 + ["square"]
+    generator = torch.Generator().manual_seed(0)
+    per_epoch = 3 + 2 + 1
+    stream = batches(keys, 3, generator)
+    epochs = [list(islice(stream, per_epoch)) for _ in range(3)]
+    for epoch in epochs:
+        assert Counter(i for batch in epoch for i in batch) == Counter(range(12))
+        assert all(len({keys[i] for i in batch}) == 1 for batch in epoch)
+        assert max(map(len, epoch)) == 3
+    assert epochs[0] != epochs[1]
+    again = batches(keys, 3, torch.Generator().manual_seed(0))
+    assert list(islice(again, per_epoch)) == epochs[0]
+    with pytest.raises(ValueError, match="0 pictures"):
+        next(batches([], 1, generator))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"steps": 0}, "steps is 0"),
+        ({"steps": 1, "batch_size": 0}, "batch_size is 0"),
+        ({"steps": 1, "caption_dropout": 1.5}, "caption_dropout is 1.5"),
+        ({"steps": 1, "loss": "mae"}, "loss is 'mae'; expected one of mse, l1"),
+        ({"steps": 1, "schedule": "exp"}, "schedule is 'exp'"),
+        ({"steps": 1, "max_grad_norm": float("inf")}, "max_grad_norm is inf"),
+    ],
+)
+def test_bad_settings_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**settings)
+
+
+class Task:
+    """Six latents of two sizes; the 'model' maps a latent and its caption number to x0."""
+
+    def __init__(self, net):
+        self.net = net
+        self.schedule = NoiseSchedule("flow", "uniform", lambda t: 0.1 + 0.8 * t)
+        generator = torch.Generator().manual_seed(5)
+        self.pictures = [torch.randn(1, 6 if i < 4 else 3, generator=generator) for i in range(6)]
+        self.keys = [p.shape for p in self.pictures]
+        self.calls = []
+
+    def latents(self, pictures):
+        return torch.cat([self.pictures[i] for i in pictures])
+
+    def predict(self, noisy, sigma, pictures, dropped):
+        self.calls.append((noisy.detach(), sigma, pictures, dropped))
+        padded = nn.functional.pad(noisy, (0, 6 - noisy.shape[1]))
+        return self.net(padded)[:, : noisy.shape[1]]
+
+
+def run(**settings):
+    torch.manual_seed(0)
+    net = nn.Linear(6, 6)
+    task = Task(net)
+    optimizer = SaraAdamW(net, fraction=0.5, lr=1e-2, low_rank_weight=0)
+    config = TrainConfig(**{"steps": 6, "batch_size": 2, **settings})
+    return net, task, list(train(optimizer, task, config))
+
+
+def test_reports_follow_the_schedule_and_loss_is_the_objectives():
+    net, task, reports = run(steps=4, schedule="linear", max_grad_norm=0)
+    assert [r.step for r in reports] == [1, 2, 3, 4]
+    assert [r.learning_rate for r in reports] == pytest.approx([1e-2, 7.5e-3, 5e-3, 2.5e-3])
+    torch.manual_seed(0)
+    fresh = nn.Linear(6, 6)
+    noisy, sigma, pictures, _ = task.calls[0]
+    width = noisy.shape[1]
+    x0 = fresh(nn.functional.pad(noisy, (0, 6 - width)))[:, :width]
+    error = (x0 - task.latents(pictures)) / sigma[:, None]
+    assert reports[0].loss.item() == pytest.approx(error.square().mean().item(), rel=1e-5)
+
+
+def test_pictures_keep_their_own_noise_level_and_caption():
+    _, task, _ = run(steps=30, caption_dropout=0.5)
+    flags = []
+    for noisy, sigma, pictures, dropped in task.calls:
+        assert len(pictures) == len(sigma) == len(dropped) == len(noisy)
+        assert len(sigma.unique()) == len(sigma)
+        flags += dropped
+    assert 0.25 < sum(flags) / len(flags) < 0.75
+    assert not any(d for call in run(steps=5)[1].calls for d in call[3])
+
+
+def test_accumulation_averages_over_its_passes():
+    net, task, reports = run(steps=2, accumulation=3, batch_size=1, max_grad_norm=0)
+    assert len(task.calls) == 6
+    torch.manual_seed(0)
+    fresh = nn.Linear(6, 6)
+    losses = []
+    for noisy, sigma, pictures, _ in task.calls[:3]:
+        width = noisy.shape[1]
+        x0 = fresh(nn.functional.pad(noisy, (0, 6 - width)))[:, :width]
+        losses.append(((x0 - task.latents(pictures)) / sigma[:, None]).square().mean().item())
+    assert reports[0].loss.item() == pytest.approx(sum(losses) / 3, rel=1e-5)
+
+
+def test_same_seed_same_weights_and_global_generator_untouched():
+    state = torch.get_rng_state()
+    nets = [run(seed=seed)[0].weight for seed in (3, 3, 4)]
+    torch.set_rng_state(state)
+    assert torch.equal(nets[0], nets[1])
+    assert not torch.equal(nets[0], nets[2])
+
+
+def test_loop_does_not_touch_the_global_generator():
+    torch.manual_seed(0)
+    net = nn.Linear(6, 6)
+    optimizer = SaraAdamW(net, fraction=0.5, lr=1e-2)
+    state = torch.get_rng_state()
+    list(train(optimizer, Task(net), TrainConfig(steps=3, caption_dropout=0.5)))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_clipping_bounds_the_gradient_of_the_update():
+    torch.manual_seed(0)
+    net = nn.Linear(6, 6)
+    optimizer = SaraAdamW(net, fraction=0.5, lr=1e-2, low_rank_weight=10.0)
+    norms = []
+    step = optimizer.step
+
+    def spy():
+        norms.append(torch.cat([v.grad for v in optimizer.parameters()]).norm().item())
+        step()
+
+    optimizer.step = spy
+    list(train(optimizer, Task(net), TrainConfig(steps=3, max_grad_norm=0.1)))
+    assert norms == pytest.approx([0.1] * 3, rel=1e-3)  # the low-rank gradient included
+
+
+def test_loss_scaling_gives_the_same_result():
+    plain = run(steps=3)[0].weight
+    torch.manual_seed(0)
+    net = nn.Linear(6, 6)
+    optimizer = SaraAdamW(net, fraction=0.5, lr=1e-2, low_rank_weight=0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    list(train(optimizer, Task(net), TrainConfig(steps=3, batch_size=2), scaler))
+    assert torch.equal(net.weight, plain)
