@@ -19,6 +19,7 @@ logger = logging.getLogger("comfyui-sara")
 
 TRAINABLE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 STATE_FORMAT = 1
+LOW_RANK_WEIGHT = 5e-4
 PLAIN_STATE = (
     "threshold",
     "zeros_skipped",
@@ -87,7 +88,7 @@ class SaraAdamW(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
-        low_rank_weight: float = 5e-4,
+        low_rank_weight: float = LOW_RANK_WEIGHT,
         low_rank_matrices: int = 1,
         progressive_step: int = 0,
         include: str | Iterable[str] | None = None,

@@ -29,22 +29,42 @@ def choose_parameters(
             share memory.
     """
     named = {n: p for n, p in module.named_parameters() if p.is_floating_point() and p.numel()}
-    kept = _occurring(named, include, "include") if _split(include) else set(named)
-    kept -= _occurring(named, exclude, "exclude")
-    min_dims = 0 if biases_and_norms else 2
-    chosen = {
-        n: p for n, p in named.items() if n in kept and p.requires_grad and p.dim() >= min_dims
-    }
+    trainable = {n: p for n, p in named.items() if p.requires_grad}
+    chosen = filter_parameters(named, include, exclude, biases_and_norms)
+    chosen = {n: p for n, p in chosen.items() if n in trainable}
     if not chosen:
-        frozen = sum(not p.requires_grad for p in named.values())
         raise ValueError(
-            f"no parameter to train: of {len(named)} floating-point parameters {frozen} have "
-            f"requires_grad=False and {len(kept)} pass the include/exclude patterns; SaRA trains "
-            "those of two or more dimensions unless biases_and_norms is on. Call "
-            "model.requires_grad_(True) or widen the patterns"
+            f"no parameter to train: of {len(named)} floating-point parameters "
+            f"{len(named) - len(trainable)} have requires_grad=False, and the others are biases, "
+            "norms or excluded. Call model.requires_grad_(True), widen the patterns or set "
+            "biases_and_norms"
         )
     _refuse_overlapping(chosen)
     return chosen
+
+
+def filter_parameters(
+    parameters: Mapping[str, Tensor],
+    include: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] | None = None,
+    biases_and_norms: bool = False,
+) -> dict[str, Tensor]:
+    """Narrow weights down by name, type and number of dimensions; see `choose_parameters`.
+
+    Raises:
+        ValueError: A pattern occurs in no name.
+    """
+    kept = _occurring(parameters, include, "include") if _split(include) else set(parameters)
+    kept -= _occurring(parameters, exclude, "exclude")
+    min_dims = 0 if biases_and_norms else 2
+    return {
+        name: weight
+        for name, weight in parameters.items()
+        if name in kept
+        and weight.is_floating_point()
+        and weight.numel()
+        and weight.dim() >= min_dims
+    }
 
 
 def _split(patterns: str | Iterable[str] | None) -> list[str]:

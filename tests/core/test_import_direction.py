@@ -10,7 +10,16 @@ ROOT = Path(__file__).resolve().parents[2]
 CORE = ROOT / "sara_core"
 ALLOWED = {"torch", "safetensors", "numpy"} | set(sys.stdlib_module_names)
 LAYERS = [
-    {"magnitudes", "positions", "learning_rate", "objective", "batches", "low_rank", "parameters"},
+    {
+        "magnitudes",
+        "positions",
+        "learning_rate",
+        "objective",
+        "batches",
+        "low_rank",
+        "parameters",
+        "checkpointing",
+    },
     {"selection", "config", "delta_file", "fingerprint"},
     {"analysis", "delta", "sparse_weight"},
     {"sparse_model"},

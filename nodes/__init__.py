@@ -1,0 +1,18 @@
+"""The pack's nodes."""
+
+from comfy_api.latest import ComfyExtension
+
+from . import host
+from .analyze import SaraAnalyze
+from .delta_nodes import SaraApply, SaraLoadDelta, SaraMergeDeltas, SaraSaveDelta
+from .train import SaraTrain
+
+NODES = [SaraAnalyze, SaraTrain, SaraLoadDelta, SaraSaveDelta, SaraMergeDeltas, SaraApply]
+
+
+class SaraExtension(ComfyExtension):
+    """What ComfyUI loads."""
+
+    async def get_node_list(self):
+        host.register_folders()  # here, as 0.3.75 does not call on_load
+        return NODES

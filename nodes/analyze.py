@@ -1,0 +1,86 @@
+"""See what a threshold would select before training."""
+
+from comfy_api.latest import io, ui
+
+from ..sara_core.analysis import Analysis, Tally, analyze
+from ..sara_core.parameters import filter_parameters
+from . import host, plots
+from .inputs import filter_inputs, selection_inputs, selection_rule
+
+
+def report(analysis: Analysis) -> str:
+    """Tell the analysis as text: totals, suggested thresholds, tables by kind and block."""
+    cutoff, total = analysis.cutoff, analysis.total
+    lines = [
+        f"threshold {cutoff.threshold:.6g} selects {total.num_selected:,} of "
+        f"{total.num_weights:,} weights ({_share(total.num_selected, total.num_weights)})",
+        f"exactly zero: {total.num_zeros:,} ({_share(total.num_zeros, total.num_weights)}), "
+        + ("passed by: padding or dead inputs" if cutoff.skip_zeros else "selected like any other"),
+        "",
+        "suggested thresholds",
+        *(f"  {label:>4}: {value:.3g}" for label, value in analysis.suggestions.items()),
+    ]
+    for title, groups in (("kind", analysis.kinds), ("block", analysis.blocks)):
+        width = max(map(len, groups))
+        lines += ["", f"{title:<{width}}  {'weights':>13}  {'selected':>12}   share    zero"]
+        lines += [_row(name.ljust(width), tally) for name, tally in groups.items()]
+    return "\n".join(lines)
+
+
+def _row(name: str, tally: Tally) -> str:
+    return (
+        f"{name}  {tally.num_weights:>13,}  {tally.num_selected:>12,}  "
+        f"{_share(tally.num_selected, tally.num_weights):>6}  "
+        f"{_share(tally.num_zeros, tally.num_weights):>6}"
+    )
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part / max(1, whole):.1%}"
+
+
+class SaraAnalyze(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="SaraAnalyze",
+            display_name="SaRA Analyze",
+            category="SaRA",
+            description="Shows how large a model's weights are and what a threshold would train. "
+            "The second model has exactly those weights set to zero: sample with it to see how "
+            "little they do.",
+            is_output_node=True,
+            inputs=[
+                io.Model.Input("model", tooltip="Model to look at. It is not changed."),
+                *selection_inputs(),
+                io.String.Input(
+                    "count",
+                    default="",
+                    tooltip="Number of weights to select, such as 5M or 50M. Used instead of the "
+                    "fraction while the threshold is 0.",
+                ),
+                *filter_inputs(),
+            ],
+            outputs=[
+                io.Model.Output(display_name="model", tooltip="The model, unchanged."),
+                io.Float.Output(display_name="threshold", tooltip="Connect to SaRA Train."),
+                io.String.Output(
+                    display_name="report", tooltip="Counts by block and kind of layer."
+                ),
+                io.Image.Output(
+                    display_name="histogram", tooltip="log10 of the weights' magnitude."
+                ),
+                io.Model.Output(
+                    display_name="zeroed", tooltip="The model with the selected weights at zero."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model, threshold, fraction, count, include, exclude, zeros) -> io.NodeOutput:
+        weights = filter_parameters(host.base_weights(model), include, exclude)
+        analysis = analyze(weights, **selection_rule(threshold, fraction, count), zeros=zeros)
+        value = analysis.cutoff.threshold
+        zeroed = host.zero_small_weights(model, list(weights), value)
+        text, picture = report(analysis), plots.histogram(analysis)
+        return io.NodeOutput(model, value, text, picture, zeroed, ui=ui.PreviewText(text))

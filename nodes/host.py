@@ -1,0 +1,374 @@
+"""ComfyUI as the pack sees it: models, weights, patches, folders, progress.
+
+The only file that touches ComfyUI's internals. Written against 0.3.75.
+"""
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+
+import comfy.conds
+import comfy.model_management
+import comfy.model_sampling as sampling
+import comfy.sampler_helpers
+import comfy.samplers
+import comfy.utils
+import folder_paths
+import torch
+from comfy.weight_adapter import WeightAdapterBase
+from server import PromptServer
+from torch import Tensor, nn
+
+from ..sara_core import DeltaEntry, SparseDelta
+from ..sara_core.objective import NoiseSchedule
+
+logger = logging.getLogger("comfyui-sara")
+
+FOLDER = "sara"
+PREFIX = "diffusion_model."
+
+
+def register_folders() -> None:
+    """Make models/sara and output/sara known, beside paths of extra_model_paths.yaml."""
+    for root in (folder_paths.models_dir, folder_paths.get_output_directory()):
+        folder_paths.add_model_folder_path(FOLDER, os.path.join(root, FOLDER))
+    paths, extensions = folder_paths.folder_names_and_paths[FOLDER]
+    # A folder type without extensions lists every file.
+    folder_paths.folder_names_and_paths[FOLDER] = (paths, set(extensions) | {".safetensors"})
+
+
+def delta_names() -> list[str]:
+    """List the delta files in the registered folders."""
+    return folder_paths.get_filename_list(FOLDER)
+
+
+def delta_path(name: str) -> str:
+    """Return the full path of a listed delta file.
+
+    Raises:
+        ValueError: No such file in the registered folders.
+    """
+    if name not in folder_paths.get_filename_list(FOLDER):
+        raise ValueError(
+            f"there is no delta {name!r} in {', '.join(folder_paths.get_folder_paths(FOLDER))}; "
+            "press R to refresh the list"
+        )
+    return folder_paths.get_full_path_or_raise(FOLDER, name)
+
+
+def new_output_path(prefix: str) -> str:
+    """Return a path that does not exist yet, below the output folder, with a counter in its name."""
+    folder, name, counter, _, _ = folder_paths.get_save_image_path(
+        prefix, folder_paths.get_output_directory()
+    )
+    return os.path.join(folder, f"{name}_{counter:05}_.safetensors")
+
+
+def output_relative(path: str) -> str:
+    """Return a path relative to the output folder's sara folder, as SaRA Load lists it."""
+    return os.path.relpath(path, os.path.join(folder_paths.get_output_directory(), FOLDER))
+
+
+def base_weights(patcher) -> dict[str, Tensor]:
+    """Return the unpatched weights of a MODEL's diffusion model by parameter name."""
+    names = {PREFIX + name for name, _ in patcher.model.diffusion_model.named_parameters()}
+    patches = patcher.get_key_patches(PREFIX)
+    return {key.removeprefix(PREFIX): patches[key][0][0] for key in patches if key in names}
+
+
+def architecture(patcher) -> str:
+    """Name the model family, as ComfyUI detected it."""
+    return type(patcher.model.model_config).__name__
+
+
+class SparseAdapter(WeightAdapterBase):
+    """Adds a delta's entry to the weight it is called with; nothing dense is built."""
+
+    name = "sara"
+
+    def __init__(self, entry: DeltaEntry):
+        self.entry = entry
+        self.loaded_keys: set[str] = set()
+        self.weights = [entry.index, entry.values]
+
+    def calculate_weight(
+        self, weight, key, strength, strength_model, offset, function,
+        intermediate_dtype=torch.float32, original_weight=None,
+    ):  # fmt: skip
+        """Add `strength * values` in place; ComfyUI passes a copy of the weight."""
+        index = self.entry.index.to(weight.device).long()
+        change = self.entry.values.to(weight.device, torch.float32) * strength
+        old = torch.take(weight, index)
+        return weight.put_(index, (old.float() + change).to(weight.dtype))
+
+
+class ZeroSmallWeights(WeightAdapterBase):
+    """Zeroes the weights below a threshold, to show that they hardly matter."""
+
+    name = "sara_zero"
+
+    def __init__(self, threshold: float):
+        self.threshold = threshold
+        self.loaded_keys: set[str] = set()
+        self.weights = []
+
+    def calculate_weight(
+        self, weight, key, strength, strength_model, offset, function,
+        intermediate_dtype=torch.float32, original_weight=None,
+    ):  # fmt: skip
+        """Zero the small weights in place."""
+        return weight.masked_fill_(weight.float().abs() < self.threshold, 0)
+
+
+def apply_delta(patcher, delta: SparseDelta, strength: float):
+    """Return a MODEL with the delta patched in; strength 0 adds no patch.
+
+    Raises:
+        ValueError: The delta changes parameters the model lacks or has in other shapes.
+    """
+    patched = patcher.clone()
+    weights = base_weights(patcher)
+    wrong = delta.mismatches({name: tuple(w.shape) for name, w in weights.items()})
+    if wrong:
+        more = f"; and {len(wrong) - 10} more" if len(wrong) > 10 else ""
+        raise ValueError(
+            f"this delta does not fit the {architecture(patcher)} model it is applied to: "
+            f"{'; '.join(wrong[:10])}{more}. Load the checkpoint it was trained on"
+        )
+    if not delta.fits_base(weights):
+        logger.warning(
+            "Apply SaRA: this delta was trained on another base than the loaded checkpoint. Shapes "
+            "fit, so it is applied, but the result may differ from what was trained"
+        )
+    if strength:
+        adapters = {PREFIX + name: SparseAdapter(entry) for name, entry in delta.entries.items()}
+        patched.add_patches(adapters, strength)
+    return patched
+
+
+def zero_small_weights(patcher, names: list[str], threshold: float):
+    """Return a MODEL whose weights below the threshold are zero in the named parameters."""
+    patched = patcher.clone()
+    patched.add_patches({PREFIX + name: ZeroSmallWeights(threshold) for name in names})
+    return patched
+
+
+def noise_schedule(patcher) -> NoiseSchedule:
+    """Describe how a MODEL is noised, with the sampling patches it carries (shift, v-prediction).
+
+    Raises:
+        ValueError: A kind of prediction that cannot be trained.
+    """
+    model_sampling = patcher.get_model_object("model_sampling")
+    kinds = (  # subclasses before their bases
+        (sampling.IMG_TO_IMG, None),
+        (sampling.X0, "x0"),
+        (sampling.EDM, "edm"),
+        (sampling.V_PREDICTION, "v"),
+        (sampling.COSMOS_RFLOW, "cosmos_flow"),
+        (sampling.CONST, "flow"),
+        (sampling.EPS, "epsilon"),
+    )
+    prediction = next((kind for cls, kind in kinds if isinstance(model_sampling, cls)), None)
+    if prediction is None:
+        names = [cls.__name__ for cls in type(model_sampling).__mro__[1:4]]
+        raise ValueError(f"a model with the sampling {'/'.join(names)} cannot be trained with SaRA")
+    if prediction == "cosmos_flow":
+        sigma_max = float(model_sampling.sigma_max)
+        return NoiseSchedule(
+            prediction, "logit_normal", lambda t: (t / (1 - t)).clamp(max=sigma_max)
+        )
+    if prediction == "flow":
+        scale = getattr(model_sampling, "multiplier", 1.0)
+        smallest = float(model_sampling.sigma_min)
+        return NoiseSchedule(
+            prediction,
+            "logit_normal",
+            lambda t: model_sampling.sigma(t.clamp(min=1e-6) * scale).clamp(min=smallest),
+        )
+    continuous = isinstance(model_sampling, sampling.ModelSamplingContinuousEDM)
+    table = model_sampling.sigmas.float().cpu().clone()
+    return NoiseSchedule(
+        prediction,
+        "log_normal" if continuous and prediction == "edm" else "uniform",
+        lambda t: table[(t * len(table)).long().clamp(max=len(table) - 1)],
+        float(getattr(model_sampling, "sigma_data", 1.0)),
+    )
+
+
+@contextlib.contextmanager
+def trainable(patcher, dtype: torch.dtype | None) -> Iterator["ModelCalls"]:
+    """Load a MODEL so that gradients can be taken through it, and yield the way to call it.
+
+    ComfyUI loads weights in inference mode, where autograd cannot save them; each is replaced by
+    an equal ordinary tensor, one at a time. Afterwards requires_grad and the train mode are as
+    before; putting weights back is the trainer's part.
+
+    Args:
+        patcher: The MODEL, with the patches it is to be trained with.
+        dtype: To compute in; None leaves the model's own.
+    """
+    patcher = patcher.clone()
+    if dtype is not None:
+        patcher.set_model_compute_dtype(dtype)
+    with torch.inference_mode(False), torch.enable_grad():
+        comfy.model_management.load_models_gpu(
+            [patcher], memory_required=1e20, force_full_load=True
+        )
+        model = patcher.model.diffusion_model
+        _replace_inference_tensors(model)
+        flags = {name: p.requires_grad for name, p in model.named_parameters()}
+        had_flag = getattr(comfy.model_management, "in_training", None)
+        model.requires_grad_(True)
+        patcher.pre_run()
+        try:
+            if had_flag is not None:  # ComfyUI 0.33: some models branch on it
+                comfy.model_management.in_training = True
+            yield ModelCalls(patcher)
+        finally:
+            if had_flag is not None:
+                comfy.model_management.in_training = had_flag
+            patcher.cleanup()
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(flags[name])
+                parameter.grad = None
+
+
+def _replace_inference_tensors(model: nn.Module) -> None:
+    done: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, old in module._parameters.items():
+            if old is not None and old.is_inference():
+                if id(old) not in done:
+                    done[id(old)] = nn.Parameter(old.detach().clone(), requires_grad=False)
+                module._parameters[name] = done[id(old)]
+        for name, old in module._buffers.items():
+            if old is not None and old.is_inference():
+                module._buffers[name] = old.clone()
+
+
+def needs_loss_scaling(patcher, dtype: torch.dtype | None) -> bool:
+    """Tell whether gradients will be float16, which loses small ones without loss scaling."""
+    return torch.float16 in (dtype, patcher.model.get_dtype())
+
+
+class Progress:
+    """The node's progress bar and the text below it. Cancel surfaces as an exception here."""
+
+    def __init__(self, total: int, node_id: str | None):
+        self.bar = comfy.utils.ProgressBar(total, node_id=node_id)
+        self.node_id = node_id
+
+    def update(self, done: int) -> None:
+        """Show how far it is.
+
+        Raises:
+            comfy.model_management.InterruptProcessingException: The user pressed Cancel.
+        """
+        self.bar.update_absolute(done)
+        comfy.model_management.throw_exception_if_processing_interrupted()
+
+    def text(self, text: str) -> None:
+        """Show a line of text on the node."""
+        if self.node_id is not None:
+            PromptServer.instance.send_progress_text(text, self.node_id)
+
+
+class ModelCalls:
+    """Calls a MODEL with one caption per sample, in the model's own conditioning format.
+
+    ComfyUI's guiders apply every caption to the whole batch; training needs picture, caption and
+    noise level to stay together.
+    """
+
+    def __init__(self, patcher):
+        self.patcher = patcher
+        self.model = patcher.model
+        self.device = patcher.load_device
+        self.schedule = noise_schedule(patcher)
+
+    def prepare_latent(self, latent: Tensor) -> Tensor:
+        """Scale a latent `(1, C, ...)` as the model expects it, float32, on the CPU.
+
+        Raises:
+            ValueError: Other channels than the model's.
+        """
+        channels = self.model.latent_format.latent_channels
+        if latent.shape[1] != channels:
+            raise ValueError(
+                f"a latent has {latent.shape[1]} channels but this {architecture(self.patcher)} "
+                f"model takes {channels}; encode the pictures with the VAE of the same checkpoint"
+            )
+        return self.model.process_latent_in(latent.clone().float().cpu())
+
+    def encode_captions(self, captions: list[list], latents: list[Tensor]) -> list[dict]:
+        """Turn conditioning pairs into the model's keyword arguments, for one sample each.
+
+        Raises:
+            ValueError: A conditioning that carries a ControlNet or a mask.
+        """
+        encoded = []
+        for (cross_attention, options), latent in zip(captions, latents, strict=True):
+            unusable = {"control", "mask", "area", "hooks", "gligen"} & options.keys()
+            if unusable:
+                raise ValueError(
+                    f"a caption's conditioning carries {', '.join(sorted(unusable))}, which SaRA "
+                    "Train cannot use; connect it straight from CLIP Text Encode"
+                )
+            pair = [_ordinary(cross_attention), _ordinary(options)]
+            conds = comfy.sampler_helpers.convert_cond([pair])
+            conds = comfy.samplers.encode_model_conds(
+                self.model.extra_conds, conds, latent, torch.device("cpu"), "positive",
+                latent_image=latent, denoise_mask=None, seed=None,
+            )  # fmt: skip
+            encoded.append(
+                {
+                    name: cond.process_cond(batch_size=1, area=None)
+                    for name, cond in conds[0]["model_conds"].items()
+                }
+            )
+        return encoded
+
+    def denoise(self, noisy: Tensor, sigma: Tensor, captions: list[dict]) -> Tensor:
+        """Estimate the clean latents of a batch, shape of `noisy`, in one pass per caption shape.
+
+        Captions of unequal length would have to be padded to share a pass, which changes what the
+        model sees; they are passed in groups instead.
+        """
+        groups: dict[str, list[int]] = {}
+        for i, caption in enumerate(captions):
+            groups.setdefault(_signature(caption), []).append(i)
+        order, outputs = [], []
+        for members in groups.values():
+            conds = comfy.samplers.cond_cat([captions[i] for i in members])
+            options = dict(self.patcher.model_options["transformer_options"])
+            options.update(cond_or_uncond=[0], sigmas=sigma[members])
+            outputs.append(
+                self.model.apply_model(
+                    noisy[members], sigma[members], **conds, transformer_options=options
+                )
+            )
+            order += members
+        back = torch.argsort(torch.tensor(order)).to(noisy.device)
+        return torch.cat(outputs)[back]
+
+
+def _ordinary(value):
+    """Copy tensors made in inference mode into ordinary ones, through lists and dicts."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return {key: _ordinary(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_ordinary(item) for item in value)
+    return value
+
+
+def _signature(caption: dict) -> str:
+    """Describe the shapes of a caption's conditioning; equal ones can share a pass."""
+    parts = []
+    for name, cond in sorted(caption.items()):
+        is_constant = isinstance(cond, comfy.conds.CONDConstant)
+        parts.append(f"{name}:{cond.cond if is_constant else cond.size()}")
+    return "|".join(parts)

@@ -1,0 +1,6 @@
+"""Socket types of the pack."""
+
+from comfy_api.latest import io
+
+SaraDelta = io.Custom("SARA_DELTA")  # carries a sara_core.SparseDelta
+LossMap = io.Custom("LOSS_MAP")  # core's: {"loss": [float, ...]}

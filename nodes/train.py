@@ -1,0 +1,73 @@
+"""Train a model with SaRA."""
+
+import logging
+
+from comfy_api.latest import io, ui
+
+from ..sara_core import SparseDelta
+from . import host
+from .inputs import SAVE_DTYPES
+from .sockets import LossMap, SaraDelta
+from .training_inputs import training_inputs
+from .training_run import run
+from .training_set import flatten_conditioning, flatten_latents
+
+logger = logging.getLogger("comfyui-sara")
+
+
+class SaraTrain(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="SaraTrain",
+            display_name="SaRA Train",
+            category="SaRA",
+            description="Fine-tunes a model by training only its smallest weights, and saves what "
+            "was learned as a small file. The loaded model itself stays as it is.",
+            is_input_list=True,
+            is_output_node=True,
+            hidden=[io.Hidden.unique_id],
+            inputs=[
+                io.Model.Input("model", tooltip="Model to train."),
+                io.Latent.Input(
+                    "latents", tooltip="The pictures, encoded by the VAE: a batch, or a list."
+                ),
+                io.Conditioning.Input(
+                    "positive", tooltip="The captions: one per picture, or one for all."
+                ),
+                io.Conditioning.Input(
+                    "empty",
+                    optional=True,
+                    tooltip="The encoded empty caption (CLIP Text Encode without text), for caption "
+                    "dropout.",
+                ),
+                *training_inputs(),
+            ],
+            outputs=[
+                io.Model.Output(display_name="model", tooltip="The model with the delta applied."),
+                SaraDelta.Output(display_name="delta", tooltip="What was learned."),
+                LossMap.Output(display_name="loss_map", tooltip="Connect to Plot Loss Graph."),
+                io.String.Output(display_name="file", tooltip="File it was saved to."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model, latents, positive, empty=None, **widgets) -> io.NodeOutput:
+        settings = {name: values[0] for name, values in widgets.items()}
+        pictures = flatten_latents(latents)
+        captions = flatten_conditioning(positive, len(pictures))
+        examples = (pictures, captions, empty[0][0] if empty else None)
+        path = host.new_output_path(f"sara/{settings['output_name']}_{settings['steps']}_steps")
+        delta, losses = run(model[0], examples, settings, cls.hidden.unique_id)
+        dtype = SAVE_DTYPES[settings["save_dtype"]]
+        delta.save(path, dtype)
+        delta = SparseDelta.load(path)  # the file is the truth: what is sampled is what is loaded
+        name = host.output_relative(path)
+        logger.info("SaRA Train: saved %s", path)
+        return io.NodeOutput(
+            host.apply_delta(model[0], delta, 1.0),
+            delta,
+            {"loss": losses},
+            name,
+            ui=ui.PreviewText(f"saved {name}, loss {losses[-1]:.4f}"),
+        )
