@@ -16,6 +16,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import struct
@@ -299,3 +300,156 @@ def node_of(prompt, class_type):
     """Id of the only node of a class."""
     (found,) = [key for key, node in prompt.items() if node["class_type"] == class_type]
     return found
+
+
+# --- commands -------------------------------------------------------------------------------------
+
+DEMO_CONCEPTS = (
+    "strawberry", "red apple", "tomato", "grapes", "mushroom", "cupcake", "frog", "octopus",
+)  # fmt: skip
+
+
+def contact_sheet(prompt, model, conditioning_clip, negative, vae, name):
+    """Add nodes that sample every demo concept with `model` and save them as one picture."""
+    last = None
+    for i, concept in enumerate(DEMO_CONCEPTS):
+        text, sample, decode, batch = (f"{name}-{part}-{i}" for part in ("t", "s", "d", "b"))
+        prompt[text] = {
+            "class_type": "CLIPTextEncode",
+            "inputs": {"text": f"3d style, {concept}", "clip": conditioning_clip},
+        }
+        prompt[f"{name}-latent"] = {
+            "class_type": "EmptySD3LatentImage",
+            "inputs": {"width": 64, "height": 64, "batch_size": 1},
+        }
+        prompt[sample] = {
+            "class_type": "KSampler",
+            "inputs": {
+                "model": model, "positive": [text, 0], "negative": negative,
+                "latent_image": [f"{name}-latent", 0], "seed": 7, "steps": 20, "cfg": 3.0,
+                "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0,
+            },
+        }  # fmt: skip
+        prompt[decode] = {"class_type": "VAEDecode", "inputs": {"samples": [sample, 0], "vae": vae}}
+        if last is None:
+            last = [decode, 0]
+        else:
+            prompt[batch] = {
+                "class_type": "ImageBatch", "inputs": {"image1": last, "image2": [decode, 0]}
+            }  # fmt: skip
+            last = [batch, 0]
+    prompt[f"{name}-list"] = {
+        "class_type": "RebatchImages", "inputs": {"images": last, "batch_size": 1}
+    }  # fmt: skip
+    prompt[f"{name}-grid"] = {
+        "class_type": "ImageGrid",
+        "inputs": {
+            "images": [f"{name}-list", 0], "columns": 4, "cell_width": 128, "cell_height": 128,
+            "padding": 4,
+        },
+    }  # fmt: skip
+    prompt[f"{name}-sheet"] = {
+        "class_type": "SaveImage",
+        "inputs": {"images": [f"{name}-grid", 0], "filename_prefix": name},
+    }
+
+
+def watch(server, prompt_id, prompt):
+    """Show how far a workflow is until it ends, and return its outputs."""
+    shown = None
+    for event in server.events():
+        data = event.get("data", {})
+        if data.get("prompt_id") not in (None, prompt_id):
+            continue
+        if event["type"] == "executing" and data.get("node"):
+            print(f"  {prompt[data['node']]['class_type']}", flush=True)
+        elif event["type"] == "progress" and data["max"] >= 50:
+            percent = 10 * (10 * data["value"] // data["max"])
+            if percent != shown:
+                shown = percent
+                print(f"    step {data['value']} of {data['max']}", flush=True)
+        elif event["type"] in ("execution_success", "execution_error", "execution_interrupted"):
+            break
+    return server.wait(prompt_id)
+
+
+def demo():
+    """Train on the shipped pictures, load and apply the result, leave pictures in output/demo/."""
+    set_up()
+    out = ROOT / "output" / "demo"
+    out.mkdir(parents=True, exist_ok=True)
+    started = time.time()
+    with tempfile.TemporaryDirectory() as scratch:
+        base = Path(scratch)
+        make_base(base)
+        say("Starting ComfyUI")
+        with Server(base) as server:
+            prompt = load_workflow(server, "first_training")
+            train = prompt[node_of(prompt, "SaraTrain")]["inputs"]
+            say(f"Analyze and train: {train['steps']} steps on 40 pictures")
+            outputs = watch(server, server.submit(prompt), prompt)
+            name = re.search(r"saved (\S+),", outputs[node_of(prompt, "SaraTrain")]["text"][0])[1]
+            (out / "report.txt").write_text(
+                outputs[node_of(prompt, "SaraAnalyze")]["text"][0], encoding="utf-8"
+            )
+            for class_type, file in (
+                ("LossGraphNode", "loss.png"),
+                ("PreviewImage", "weights.png"),
+            ):
+                image = outputs[node_of(prompt, class_type)]["images"][0]
+                (out / file).write_bytes(server.picture(image))
+            shutil.copy2(base / "output" / "sara" / name, out / "fluent3d.safetensors")
+
+            say("Load, apply and sample concepts that were not among the pictures")
+            prompt = load_workflow(server, "use_delta")
+            prompt[node_of(prompt, "SaraLoadDelta")]["inputs"]["delta_name"] = name
+            sampler = prompt[node_of(prompt, "KSampler")]["inputs"]
+            checkpoint_node = node_of(prompt, "CheckpointLoaderSimple")
+            clip, vae = [checkpoint_node, 1], [checkpoint_node, 2]
+            base_model = prompt[node_of(prompt, "SaraApply")]["inputs"]["model"]
+            for name, model in (("before", base_model), ("after", sampler["model"])):
+                contact_sheet(prompt, model, clip, sampler["negative"], vae, name)
+            outputs = watch(server, server.submit(prompt), prompt)
+            for name in ("before", "after"):
+                image = outputs[f"{name}-sheet"]["images"][0]
+                (out / f"{name}.png").write_bytes(server.picture(image))
+    say(f"Done in {time.time() - started:.0f} seconds; look at {out}:")
+    print("  before.png, after.png   the same prompts and seeds without and with the delta")
+    print("  loss.png, weights.png   loss of the training; magnitudes of the model's weights")
+    print("  fluent3d.safetensors    what was learned")
+    print("  concepts: " + ", ".join(DEMO_CONCEPTS))
+
+
+def serve():
+    """Start ComfyUI with the pack for a person to click through."""
+    set_up()
+    with tempfile.TemporaryDirectory() as scratch:
+        make_base(Path(scratch))
+        with Server(scratch) as server, contextlib.suppress(KeyboardInterrupt):
+            say(
+                f"Open http://127.0.0.1:{server.port} and drop an example workflow in; Ctrl-C ends it"
+            )
+            server.process.wait()
+
+
+def test(arguments):
+    """Run the test suite; returns pytest's exit status."""
+    host = set_up()
+    environment = os.environ | {"COMFYUI_PATH": str(host), "SARA_CACHE": str(CACHE)}
+    command = [python(), "-m", "pytest", "-p", "no:cacheprovider", *arguments]
+    return subprocess.run(list(map(str, command)), cwd=ROOT, env=environment).returncode
+
+
+def main():
+    """Run the command that was asked for."""
+    command, *arguments = sys.argv[1:] or [""]
+    if command == "test":
+        sys.exit(test(arguments))
+    commands = {"demo": demo, "server": serve, "setup": set_up}
+    if command not in commands or arguments:
+        sys.exit(__doc__.strip())
+    commands[command]()
+
+
+if __name__ == "__main__":
+    main()

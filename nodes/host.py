@@ -241,7 +241,7 @@ def _replace_inference_tensors(model: nn.Module) -> None:
         for name, old in module._parameters.items():
             if old is not None and old.is_inference():
                 if id(old) not in done:
-                    done[id(old)] = nn.Parameter(old.detach().clone(), requires_grad=False)
+                    done[id(old)] = nn.Parameter(old.detach().clone(), old.requires_grad)
                 module._parameters[name] = done[id(old)]
         for name, old in module._buffers.items():
             if old is not None and old.is_inference():

@@ -10,6 +10,7 @@ import torch
 from ..sara_core import SaraAdamW, SparseDelta
 from ..sara_core.checkpointing import checkpointed
 from ..sara_core.config import TrainConfig
+from ..sara_core.fingerprint import take_fingerprint
 from ..sara_core.trainer import StepReport, train
 from . import host
 from .inputs import selection_rule
@@ -57,7 +58,9 @@ def run(patcher, examples, settings: dict, node_id: str | None) -> tuple[SparseD
             delta = optimizer.delta(_metadata(patcher, settings, peak_rate, len(examples[0])))
         finally:
             optimizer.restore()
-    return delta, losses
+    # The MODEL may carry LoRAs; the file is for the checkpoint below them.
+    base = take_fingerprint(host.base_weights(patcher), delta.entries)
+    return SparseDelta(delta.entries, {**delta.metadata, "sara.fingerprint": base}), losses
 
 
 def _config(settings: dict, has_empty: bool) -> TrainConfig:

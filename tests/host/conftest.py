@@ -1,0 +1,60 @@
+"""A real ComfyUI, once in this process and once as a server; needs COMFYUI_PATH.
+
+`python dev.py test` sets all of it up.
+"""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+if comfyui := os.environ.get("COMFYUI_PATH"):
+    sys.path.insert(0, comfyui)  # ahead of ours: nodes/ must not hide ComfyUI's nodes.py
+    sys.modules.pop("utils", None)
+    import utils.extra_config  # noqa: F401  (before torch's or a tool's `utils` is found)
+    from comfy.cli_args import args
+
+    args.cpu = True
+    args.use_pytorch_cross_attention = True
+else:
+    collect_ignore_glob = ["test_*.py"]
+
+
+def pytest_collection_modifyitems(config, items):
+    if not comfyui and any("host" in str(item.fspath) for item in items):
+        pytest.skip("set COMFYUI_PATH", allow_module_level=True)
+
+
+def module_from(path):
+    spec = importlib.util.spec_from_file_location(f"sara_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def dev():
+    return module_from(ROOT / "dev.py")
+
+
+@pytest.fixture(scope="session")
+def server(dev, tmp_path_factory):
+    """A running ComfyUI with the pack, emoji64 and a miniature SD1.5."""
+    from safetensors.torch import save_file
+
+    from .models import write_mini_sd15
+
+    base = tmp_path_factory.mktemp("comfyui")
+    dev.make_base(base)
+    (base / "models" / "diffusion_models").mkdir()
+    write_mini_sd15(base / "models" / "diffusion_models" / "mini_sd15.safetensors")
+    write_mini_sd15(base / "models" / "diffusion_models" / "other_sd15.safetensors", seed=1)
+    (base / "models" / "text_encoders").mkdir()
+    assemble = module_from(ROOT / "tests" / "assets" / "emoji64" / "assemble.py")
+    save_file(assemble.clip_l(), base / "models" / "text_encoders" / "clip_l.safetensors")
+    with dev.Server(base) as running:
+        yield running

@@ -1,0 +1,32 @@
+"""Miniature models that ComfyUI's own detection recognises."""
+
+import torch
+from safetensors.torch import save_file
+
+
+def sd15_unet():
+    """ComfyUI's UNet as small as SD1.5's detection allows: 320 channels, one level."""
+    import comfy.ops
+    from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+
+    return UNetModel(
+        image_size=32, in_channels=4, out_channels=4, model_channels=320, channel_mult=(1,),
+        num_res_blocks=[1], transformer_depth=[1], transformer_depth_output=[1, 1],
+        transformer_depth_middle=1, context_dim=768, num_heads=8, num_head_channels=-1,
+        use_spatial_transformer=True, use_linear_in_transformer=False, legacy=False,
+        dtype=torch.float32, device="cpu", operations=comfy.ops.disable_weight_init,
+    )  # fmt: skip
+
+
+def write_mini_sd15(path, seed=0, scale=0.02):
+    """Write a UNet with Gaussian weights as a diffusion model file."""
+    generator = torch.Generator().manual_seed(seed)
+    state = {}
+    for name, tensor in sd15_unet().state_dict().items():
+        if tensor.dim() > 1:
+            state[name] = torch.randn(tensor.shape, generator=generator) * scale
+        else:
+            is_scale = name.endswith("weight")
+            state[name] = torch.ones(tensor.shape) if is_scale else torch.zeros(tensor.shape)
+    save_file(state, path)
+    return state

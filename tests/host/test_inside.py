@@ -1,0 +1,449 @@
+"""The host layer against ComfyUI's own model classes, in this process."""
+
+import copy
+
+import pytest
+import torch
+
+from .models import sd15_unet, write_mini_sd15
+
+comfy = pytest.importorskip("comfy.sd", reason="set COMFYUI_PATH")
+
+
+@pytest.fixture(scope="module")
+def sara():
+    """The pack's modules, imported as ComfyUI does."""
+    import types
+
+    from sara_pack import sara_core
+    from sara_pack.nodes import host, training_inputs, training_run, training_set
+    from sara_pack.sara_core import learning_rate
+
+    return types.SimpleNamespace(
+        host=host, run=training_run, sets=training_set, core=sara_core, rate=learning_rate,
+        inputs=training_inputs,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def sd15(tmp_path):
+    write_mini_sd15(tmp_path / "mini.safetensors")
+    with torch.inference_mode():
+        return comfy.load_diffusion_model(str(tmp_path / "mini.safetensors"))
+
+
+@pytest.fixture
+def emoji64(dev):
+    with torch.inference_mode():
+        return comfy.load_checkpoint_guess_config(str(dev.checkpoint()), output_vae=False)[0]
+
+
+def pairs(count, channels=4, size=8, width=768, pooled=None, length=77, seed=0):
+    """Random latents and captions, made in inference mode as nodes do."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.inference_mode():
+        latents = [torch.randn(1, channels, size, size, generator=generator) for _ in range(count)]
+        options = (
+            {} if pooled is None else {"pooled_output": torch.randn(1, pooled, generator=generator)}
+        )
+        captions = [
+            [torch.randn(1, length, width, generator=generator), dict(options)]
+            for _ in range(count)
+        ]
+    return latents, captions
+
+
+def settings(sara, **changes):
+    defaults = {i.id: i.default for i in sara.inputs.training_inputs()}
+    return {**defaults, "steps": 4, "batch_size": 2, "fraction": 0.05, **changes}
+
+
+def bits(patcher):
+    return {n: t.detach().clone() for n, t in patcher.model.diffusion_model.state_dict().items()}
+
+
+def assert_same_bits(before, patcher):
+    after = patcher.model.diffusion_model.state_dict()
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert torch.equal(tensor, after[name]), name
+
+
+def raw_output(model, call):
+    """Return what the diffusion model itself put out during `call`."""
+    seen = []
+    hook = model.register_forward_hook(lambda m, i, o: seen.append(o.detach().float()))
+    result = call()
+    hook.remove()
+    return result, seen[0]
+
+
+def test_loads_as_the_family_it_stands_for(sd15, emoji64, sara):
+    assert sara.host.architecture(sd15) == "SD15"
+    assert 21e6 < sum(p.numel() for p in sd15.model.diffusion_model.parameters()) < 26e6
+    assert sara.host.architecture(emoji64) == "SD3"
+
+
+def test_epsilon_loss_is_the_error_of_the_predicted_noise(sd15, sara):
+    latents, captions = pairs(3)
+    with sara.host.trainable(sd15, None) as calls, torch.no_grad():
+        data = sara.sets.TrainingSet(calls, latents, captions, None)
+        assert calls.schedule.prediction == "epsilon"
+        clean = data.latents([0, 1, 2])
+        scale = sd15.model.latent_format.scale_factor
+        assert torch.allclose(clean, torch.cat(latents) * scale)
+        sigma = calls.schedule.draw_sigma(3, torch.Generator().manual_seed(0))
+        table = sd15.model.model_sampling.sigmas
+        assert all((table == s).any() for s in sigma)
+        noise = torch.randn(clean.shape)
+        noisy = calls.schedule.add_noise(clean, noise, sigma)
+        x0, out = raw_output(
+            calls.model.diffusion_model, lambda: data.predict(noisy, sigma, [0, 1, 2], [False] * 3)
+        )
+        loss = calls.schedule.loss(x0, clean, sigma)
+    expected = (out - noise).square().flatten(1).mean(1)
+    assert torch.allclose(loss, expected, rtol=1e-3)
+
+
+def test_flow_loss_is_the_error_of_the_velocity_at_the_models_shift(emoji64, sara):
+    latents, captions = pairs(2, 16, 8, 4096, pooled=2048)
+    with sara.host.trainable(emoji64, None) as calls, torch.no_grad():
+        data = sara.sets.TrainingSet(calls, latents, captions, None)
+        assert (calls.schedule.prediction, calls.schedule.distribution) == ("flow", "logit_normal")
+        t = torch.sigmoid(torch.randn(2, generator=torch.Generator().manual_seed(1)))
+        sigma = calls.schedule.draw_sigma(2, torch.Generator().manual_seed(1))
+        assert torch.allclose(sigma, 3 * t / (1 + 2 * t))  # SD3's shift of 3
+        clean = data.latents([0, 1])
+        noise = torch.randn(clean.shape)
+        noisy = calls.schedule.add_noise(clean, noise, sigma)
+        x0, out = raw_output(
+            calls.model.diffusion_model, lambda: data.predict(noisy, sigma, [0, 1], [False] * 2)
+        )
+        loss = calls.schedule.loss(x0, clean, sigma)
+    expected = (out - (noise - clean)).square().flatten(1).mean(1)
+    assert torch.allclose(loss, expected, rtol=1e-3)
+
+
+def test_noise_is_mixed_as_comfyui_does(sd15, emoji64, sara):
+    for patcher, channels in ((sd15, 4), (emoji64, 16)):
+        schedule = sara.host.noise_schedule(patcher)
+        latents, noise = torch.randn(2, 2, channels, 4, 4)
+        sigma = schedule.draw_sigma(2, torch.Generator().manual_seed(0))
+        expected = patcher.model.model_sampling.noise_scaling(sigma, noise.clone(), latents)
+        assert torch.allclose(schedule.add_noise(latents, noise, sigma), expected)
+
+
+@pytest.mark.parametrize(
+    ("base", "table", "prediction", "distribution"),
+    [
+        ("V_PREDICTION", "ModelSamplingDiscrete", "v", "uniform"),
+        ("EDM", "ModelSamplingContinuousEDM", "edm", "log_normal"),
+        ("X0", "ModelSamplingDiscrete", "x0", "uniform"),
+        ("CONST", "ModelSamplingFlux", "flow", "logit_normal"),
+        ("COSMOS_RFLOW", "ModelSamplingCosmosRFlow", "cosmos_flow", "logit_normal"),
+    ],
+)
+def test_every_parametrisation_agrees_with_comfyuis_denoiser(
+    sd15, sara, base, table, prediction, distribution
+):
+    import comfy.model_sampling as sampling
+
+    kind = type("Sampling", (getattr(sampling, table), getattr(sampling, base)), {})
+    patcher = sd15.clone()
+    patcher.add_object_patch("model_sampling", kind())
+    schedule = sara.host.noise_schedule(patcher)
+    assert (schedule.prediction, schedule.distribution) == (prediction, distribution)
+    model_sampling = patcher.get_model_object("model_sampling")
+    sigma = schedule.draw_sigma(6, torch.Generator().manual_seed(0))
+    assert (sigma > 0).all()
+    latents, noise, out, other = torch.randn(4, 6, 4, 3, 3, dtype=torch.float64)
+    noisy = schedule.add_noise(latents, noise, sigma)
+    expected = model_sampling.noise_scaling(sigma, noise.clone(), latents)
+    assert torch.allclose(noisy, expected)
+    # Two outputs that differ by d give losses as if d were the error of the prediction itself.
+    x0 = model_sampling.calculate_denoised(sigma, out, noisy)
+    near = model_sampling.calculate_denoised(sigma, other, noisy)
+    found = schedule.loss(near, x0, sigma)
+    assert torch.allclose(found.double(), (other - out).square().flatten(1).mean(1), rtol=1e-3)
+
+
+def test_a_sampling_that_cannot_be_trained_is_refused(sd15, sara):
+    import comfy.model_sampling as sampling
+
+    kind = type("Sampling", (sampling.ModelSamplingDiscrete, sampling.IMG_TO_IMG), {})
+    patcher = sd15.clone()
+    patcher.add_object_patch("model_sampling", kind())
+    with pytest.raises(ValueError, match="IMG_TO_IMG.* cannot be trained"):
+        sara.host.noise_schedule(patcher)
+
+
+def test_a_batch_is_each_picture_with_its_own_caption_and_noise_level(sd15, sara):
+    latents, captions = pairs(3)
+    captions[1] = pairs(1, length=154, seed=5)[1][0]  # a longer caption in the same batch
+    empty = pairs(1, seed=9)[1][0]
+    with sara.host.trainable(sd15, None) as calls, torch.no_grad():
+        data = sara.sets.TrainingSet(calls, latents, captions, empty)
+        clean, sigma = data.latents([0, 1, 2]), torch.tensor([0.5, 2.0, 8.0])
+        together = data.predict(clean, sigma, [0, 1, 2], [False, False, True])
+        model = calls.model
+        chosen = [captions[0], captions[1], empty]
+        for i, (context, _) in enumerate(chosen):
+            alone = model.apply_model(
+                clean[i : i + 1], sigma[i : i + 1], c_crossattn=context.clone(),
+                transformer_options={},
+            )  # fmt: skip
+            assert torch.allclose(together[i : i + 1], alone, atol=1e-4), i
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_training_returns_the_base_bit_for_bit_and_the_delta_is_what_was_learned(
+    sd15, sara, checkpointing
+):
+    latents, captions = pairs(4)
+    before, flags = bits(sd15), [p.requires_grad for p in sd15.model.parameters()]
+    trained = {}
+    original = sara.core.SaraAdamW.restore
+
+    def keep(optimizer):
+        trained.update(bits(sd15))
+        original(optimizer)
+
+    sara.core.SaraAdamW.restore = keep
+    try:
+        delta, losses = sara.run.run(
+            sd15, (latents, captions, None),
+            settings(sara, learning_rate=1e-3, gradient_checkpointing=checkpointing), None,
+        )  # fmt: skip
+    finally:
+        sara.core.SaraAdamW.restore = original
+    assert len(losses) == 4
+    assert_same_bits(before, sd15)
+    assert [p.requires_grad for p in sd15.model.parameters()] == flags
+    assert not any(m.training for m in sd15.model.diffusion_model.modules())
+    assert not any("forward" in m.__dict__ for m in sd15.model.modules())
+
+    applied = sara.host.apply_delta(sd15, delta, 1.0)
+    import comfy.model_management
+
+    with torch.inference_mode():
+        comfy.model_management.load_models_gpu([applied])
+        changed = 0
+        for name, tensor in applied.model.diffusion_model.state_dict().items():
+            assert torch.allclose(tensor, trained[name], rtol=0, atol=1e-7), name
+            changed += int((tensor != before[name]).sum())
+        assert changed > 0.9 * delta.num_values
+        comfy.model_management.load_models_gpu([sd15])
+    assert_same_bits(before, sd15)
+
+
+def test_checkpointing_does_not_change_the_result(sd15, sara):
+    latents, captions = pairs(4)
+    one, two = (
+        sara.run.run(
+            sd15, (latents, captions, None), settings(sara, gradient_checkpointing=on), None
+        )[0]
+        for on in (False, True)
+    )  # fmt: skip
+    for name, entry in one.entries.items():
+        assert torch.equal(entry.values, two.entries[name].values), name
+
+
+@pytest.mark.parametrize("when", ["forward", "report"])
+def test_an_error_or_cancel_leaves_the_model_as_it_was(sd15, sara, when, monkeypatch):
+    import comfy.model_management as management
+
+    latents, captions = pairs(4)
+    before = bits(sd15)
+    count = [0]
+
+    def fail(*_, **__):
+        count[0] += 1
+        if count[0] == 3:
+            raise management.InterruptProcessingException()
+
+    if when == "forward":
+        hook = sd15.model.diffusion_model.register_forward_hook(fail)
+    else:
+        monkeypatch.setattr(sara.host.Progress, "update", fail)
+    with pytest.raises(management.InterruptProcessingException):
+        sara.run.run(sd15, (latents, captions, None), settings(sara, learning_rate=1e-2), None)
+    if when == "forward":
+        hook.remove()
+    assert_same_bits(before, sd15)
+    assert not any(p._post_accumulate_grad_hooks for p in sd15.model.parameters())
+    delta, _ = sara.run.run(sd15, (latents, captions, None), settings(sara), None)
+    assert delta.num_values > 0
+    assert_same_bits(before, sd15)
+
+
+def test_training_needs_no_second_copy_of_the_weights(sd15, sara):
+    latents, captions = pairs(2)
+    sizes = []
+
+    def look(module, inputs, output):
+        import gc
+
+        gc.collect()
+        seen = {}
+        for item in gc.get_objects():
+            if type(item) in (torch.Tensor, torch.nn.Parameter) and item.numel() >= 1_000_000:
+                seen[item.data_ptr()] = item.numel()
+        sizes.append(sum(seen.values()))
+
+    hook = sd15.model.diffusion_model.out.register_forward_hook(look)
+    sara.run.run(sd15, (latents, captions, None), settings(sara, steps=1), None)
+    hook.remove()
+    large = sum(
+        p.numel() for p in sd15.model.diffusion_model.parameters() if p.numel() >= 1_000_000
+    )
+    assert sizes[0] <= 1.3 * large
+
+
+def test_deltas_and_loras_stack_in_any_order_and_unload_exactly(sd15, sara):
+    import comfy.lora
+    import comfy.model_management as management
+
+    key = "input_blocks.1.1.transformer_blocks.0.ff.net.0.proj.weight"
+    base = bits(sd15)
+    generator = torch.Generator().manual_seed(3)
+    shape = tuple(base[key].shape)
+    deltas = []
+    for _ in range(2):
+        index = torch.randperm(base[key].numel(), generator=generator)[:5000].sort().values.int()
+        values = torch.randn(5000, generator=generator) * 1e-2
+        deltas.append(sara.core.SparseDelta({key: sara.core.DeltaEntry(index, values, shape)}))
+    up, down = (
+        torch.randn(shape[0], 4, generator=generator),
+        torch.randn(4, shape[1], generator=generator),
+    )
+    lora = {"lora_unet_x.lora_up.weight": up, "lora_unet_x.lora_down.weight": down}
+    patches = comfy.lora.load_lora(lora, {"lora_unet_x": "diffusion_model." + key})
+
+    def add_lora(patcher):
+        patched = patcher.clone()
+        assert patched.add_patches(patches, 0.01)
+        return patched
+
+    steps = [
+        lambda p: sara.host.apply_delta(p, deltas[0], 0.7),
+        lambda p: sara.host.apply_delta(p, deltas[1], -1.5),
+        add_lora,
+    ]
+    expected = base[key].clone()
+    for delta, strength in zip(deltas, (0.7, -1.5), strict=True):
+        entry = delta.entries[key]
+        expected.view(-1).index_add_(0, entry.index, strength * entry.values)
+    expected += 0.01 * (up @ down)
+    for order in ((0, 1, 2), (2, 1, 0), (1, 2, 0)):
+        patched = sd15
+        for i in order:
+            patched = steps[i](patched)
+        with torch.inference_mode():
+            management.load_models_gpu([patched])
+            found = patched.model.diffusion_model.state_dict()[key]
+            assert torch.allclose(found, expected, atol=1e-6), order
+            management.load_models_gpu([sd15])
+        assert_same_bits(base, sd15)
+
+
+def test_strength_zero_adds_no_patch(sd15, sara):
+    key = "time_embed.0.weight"
+    entry = sara.core.DeltaEntry(
+        torch.tensor([0, 5], dtype=torch.int32), torch.ones(2), (1280, 320)
+    )
+    patched = sara.host.apply_delta(sd15, sara.core.SparseDelta({key: entry}), 0.0)
+    assert patched.patches == {}
+    assert patched is not sd15
+
+
+def test_half_precision_bases_train_and_apply(tmp_path, sara):
+    import comfy.model_management as management
+
+    state = write_mini_sd15(tmp_path / "mini.safetensors")
+    latents, captions = pairs(2, size=4)
+    for dtype in (torch.float16, torch.bfloat16):
+        with torch.inference_mode():
+            patcher = comfy.load_diffusion_model(
+                str(tmp_path / "mini.safetensors"), model_options={"dtype": dtype}
+            )
+        assert patcher.model.get_dtype() == dtype
+        before = bits(patcher)
+        changes = settings(
+            sara, steps=1, include="time_embed, out.2", learning_rate=1e-3, fraction=0.2
+        )
+        delta, losses = sara.run.run(patcher, (latents, captions, None), changes, None)
+        assert_same_bits(before, patcher)
+        assert all(torch.isfinite(torch.tensor(losses)))
+        assert all(e.values.dtype == torch.float32 for e in delta.entries.values())
+        applied = sara.host.apply_delta(patcher, delta, 1.0)
+        with torch.inference_mode():
+            management.load_models_gpu([applied])
+            found = applied.model.diffusion_model.state_dict()["out.2.weight"]
+        entry = delta.entries["out.2.weight"]
+        expected = state["out.2.weight"].to(dtype).float().view(-1)
+        expected = expected.index_add(0, entry.index, entry.values).to(dtype)
+        assert torch.equal(found.flatten(), expected)
+
+
+def test_wrong_inputs_are_explained(sd15, sara):
+    latents, captions = pairs(2)
+    bad, _ = pairs(2, channels=16)
+    with pytest.raises(ValueError, match=r"16 channels but this SD15\s+model takes 4"):
+        sara.run.run(sd15, (bad, captions, None), settings(sara), None)
+    with pytest.raises(ValueError, match="3 pictures but 2 captions"):
+        sara.sets.flatten_conditioning([captions], 3)
+    masked = [[captions[0][0], {"mask": torch.ones(1, 8, 8)}], captions[1]]
+    with pytest.raises(ValueError, match="carries mask"):
+        sara.run.run(sd15, (latents, masked, None), settings(sara), None)
+    with pytest.raises(ValueError, match="rule .* gives"):
+        sara.run.run(sd15, (latents, captions, None), settings(sara, threshold=0.1), None)
+
+
+def test_lists_batches_and_single_captions_are_flattened(sara):
+    latents = [{"samples": torch.zeros(3, 4, 8, 8)}, {"samples": torch.ones(1, 4, 8, 16)}]
+    flat = sara.sets.flatten_latents(latents)
+    assert [tuple(t.shape) for t in flat] == [(1, 4, 8, 8)] * 3 + [(1, 4, 8, 16)]
+    _, captions = pairs(2)
+    assert sara.sets.flatten_conditioning([[captions[0]], [captions[1]]], 2) == captions
+    assert sara.sets.flatten_conditioning([captions], 2) == captions
+    assert sara.sets.flatten_conditioning([[captions[0]]], 2) == [captions[0]] * 2
+
+
+def test_zeroing_zeroes_exactly_the_selected_weights(sd15, sara):
+    import comfy.model_management as management
+
+    weights = sara.host.base_weights(sd15)
+    names = [name for name, w in weights.items() if w.dim() > 1]
+    before = bits(sd15)
+    zeroed = sara.host.zero_small_weights(sd15, names, 0.005)
+    with torch.inference_mode():
+        management.load_models_gpu([zeroed])
+        found = zeroed.model.diffusion_model.state_dict()
+        for name, tensor in before.items():
+            small = (tensor.abs() < 0.005) if name in names else torch.zeros_like(tensor).bool()
+            assert torch.equal(found[name], torch.where(small, 0, tensor)), name
+        management.load_models_gpu([sd15])
+    assert_same_bits(before, sd15)
+
+
+def test_base_weights_are_seen_through_loaded_patches(sd15, sara):
+    import comfy.model_management as management
+
+    before = bits(sd15)
+    zeroed = sara.host.zero_small_weights(sd15, ["time_embed.0.weight"], 1.0)
+    with torch.inference_mode():
+        management.load_models_gpu([zeroed])
+        assert not zeroed.model.diffusion_model.time_embed[0].weight.any()
+        seen = sara.host.base_weights(zeroed)
+        assert torch.equal(seen["time_embed.0.weight"], before["time_embed.0.weight"])
+        assert len(seen) == len(list(sd15_unet().parameters()))
+        management.load_models_gpu([sd15])
+
+
+def test_training_leaves_the_callers_patcher_alone(sd15, sara):
+    options = copy.deepcopy(sd15.model_options)
+    latents, captions = pairs(2)
+    sara.run.run(sd15, (latents, captions, None), settings(sara, steps=1), None)
+    assert sd15.model_options == options
+    assert sd15.patches == {}
+    assert sd15.object_patches == {}

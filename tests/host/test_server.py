@@ -1,0 +1,412 @@
+"""Every node through the real executor over HTTP, in a server process."""
+
+import copy
+import re
+import threading
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sara_core import SparseDelta
+
+pytest.importorskip("comfy.sd", reason="set COMFYUI_PATH")
+
+INPUTS = {  # public: saved workflows depend on every name
+    "SaraAnalyze": "model threshold fraction count include exclude zeros",
+    "SaraTrain": "model latents positive threshold fraction steps batch_size "
+    "grad_accumulation_steps learning_rate lr_schedule warmup_steps progressive low_rank_weight "
+    "max_grad_norm loss_function caption_dropout weight_decay seed gradient_checkpointing "
+    "training_dtype save_dtype output_name include exclude zeros empty",
+    "SaraLoadDelta": "delta_name",
+    "SaraSaveDelta": "delta filename_prefix dtype",
+    "SaraMergeDeltas": "delta_1 delta_2 strength_1 strength_2",
+    "SaraApply": "model delta strength",
+}
+OUTPUTS = {
+    "SaraAnalyze": ["MODEL", "FLOAT", "STRING", "IMAGE", "MODEL"],
+    "SaraTrain": ["MODEL", "SARA_DELTA", "LOSS_MAP", "STRING"],
+    "SaraLoadDelta": ["SARA_DELTA", "STRING"],
+    "SaraSaveDelta": [],
+    "SaraMergeDeltas": ["SARA_DELTA"],
+    "SaraApply": ["MODEL"],
+}
+
+
+class Graph:
+    """A workflow in API form, written a node at a time; widgets left out take their defaults."""
+
+    def __init__(self, server):
+        self.server, self.info, self.prompt = server, server.get("/object_info"), {}
+
+    def __call__(self, class_type, **inputs):
+        key = str(len(self.prompt) + 1)
+        spec = self.info[class_type]["input"]
+        for group in ("required", "optional"):
+            for name, (kind, *options) in spec.get(group, {}).items():
+                if name not in inputs and options and "default" in options[0]:
+                    inputs[name] = options[0]["default"]
+                if name not in inputs and isinstance(kind, list):
+                    inputs[name] = kind[0]
+        linked = {k: [v, 0] if isinstance(v, Node) else v for k, v in inputs.items()}
+        self.prompt[key] = {"class_type": class_type, "inputs": linked}
+        return Node(key)
+
+    def run(self):
+        return self.server.run(self.prompt)
+
+
+class Node(str):
+    """Id of a node; stands for its first output."""
+
+    def out(self, slot):
+        return [str(self), slot]
+
+
+def emoji64(graph):
+    checkpoint = graph("CheckpointLoaderSimple", ckpt_name="emoji64.safetensors")
+    model = graph("ModelSamplingSD3", model=checkpoint, shift=1.0)
+    empty = graph("CLIPTextEncode", clip=checkpoint.out(1), text="")
+    return checkpoint, model, empty
+
+
+def dataset(graph, checkpoint, folder="fluent3d"):
+    pictures = graph("LoadImageTextDataSetFromFolder", folder=folder)
+    return graph(
+        "MakeTrainingDataset", images=pictures, texts=pictures.out(1),
+        vae=checkpoint.out(2), clip=checkpoint.out(1),
+    )  # fmt: skip
+
+
+def sample(graph, checkpoint, empty, model, name, steps=4):
+    """Sample two latents and save them; `saved_latents` reads them."""
+    text = graph("CLIPTextEncode", clip=checkpoint.out(1), text="3d style, strawberry")
+    latent = graph("EmptySD3LatentImage", width=64, height=64, batch_size=2)
+    found = graph(
+        "KSampler", model=model, positive=text, negative=empty, latent_image=latent, seed=1,
+        steps=steps, cfg=3.0, sampler_name="euler", scheduler="simple", denoise=1.0,
+    )  # fmt: skip
+    graph("SaveLatent", samples=found, filename_prefix=f"latents/{name}")
+    return found
+
+
+def saved_latents(server, name):
+    (path,) = (server.base / "output" / "latents").glob(f"{name}_*.latent")
+    return load_file(path)["latent_tensor"]
+
+
+def saved_weights(server, name):
+    (path,) = (server.base / "output" / "weights").glob(f"{name}_*.safetensors")
+    return load_file(path)
+
+
+def assert_same_weights(one, two):
+    assert one.keys() == two.keys()
+    for key, weight in one.items():
+        assert torch.equal(weight, two[key]), key
+
+
+def test_all_nodes_are_there_with_their_public_names(server):
+    info = server.get("/object_info")
+    ours = {name: node for name, node in info.items() if name.startswith("Sara")}
+    assert ours.keys() == INPUTS.keys()
+    for name, node in ours.items():
+        groups = {k: v for k, v in node["input"].items() if k != "hidden"}
+        found = [key for group in ("required", "optional") for key in groups.get(group, {})]
+        assert found == INPUTS[name].split(), name
+        assert node["output"] == OUTPUTS[name]
+        assert node["display_name"].replace("SaRA", "").strip() != node["display_name"]
+        assert node["description"]
+        for group in groups.values():
+            for key, spec in group.items():
+                assert dict(*spec[1:]).get("tooltip"), f"{name}.{key}"
+        assert all(node["output_tooltips"]), name
+    assert "IMPORT FAILED: ComfyUI-SaRA" not in server.log_text()
+
+
+@pytest.fixture(scope="module")
+def trained(server):
+    """Analyze, train 40 steps, and sample before, after and with the weights zeroed."""
+    graph = Graph(server)
+    checkpoint, model, empty = emoji64(graph)
+    analyze = graph("SaraAnalyze", model=model, fraction=0.1)
+    graph("PreviewImage", images=analyze.out(3))
+    data = dataset(graph, checkpoint)
+    graph("ModelSave", model=checkpoint, filename_prefix="weights/before")
+    train = graph(
+        "SaraTrain", model=analyze, latents=data, positive=data.out(1), empty=empty,
+        threshold=analyze.out(1), steps=40, batch_size=8, learning_rate=4e-4, output_name="shared",
+    )  # fmt: skip
+    graph("LossGraphNode", loss=train.out(2))
+    sample(graph, checkpoint, empty, model, "base")
+    sample(graph, checkpoint, empty, train, "trained")
+    sample(graph, checkpoint, empty, analyze.out(4), "zeroed")
+    outputs = graph.run()
+    return {"outputs": outputs, "train": train, "analyze": analyze, "graph": graph}
+
+
+@pytest.fixture(scope="module")
+def delta_name(trained):
+    text = trained["outputs"][trained["train"]]["text"][0]
+    return re.fullmatch(r"saved (\S+), loss [\d.]+", text)[1]
+
+
+def test_analyze_reports_what_the_core_finds(server, trained, dev):
+    text = trained["outputs"][trained["analyze"]]["text"][0]
+    assert "selects 1,051,4" in text
+    assert "joint_blocks.3" in text
+    weights = load_file(dev.checkpoint())
+    prefix = "model.diffusion_model."
+    flat = torch.cat(
+        [w.float().abs().flatten() for k, w in weights.items()
+         if k.startswith(prefix) and w.dim() > 1 and "pos_embed" not in k]
+    )  # fmt: skip
+    threshold = float(re.match(r"threshold (\S+) selects", text)[1])
+    count = round(0.1 * len(flat))
+    assert threshold == pytest.approx(flat.sort().values[count].item(), rel=1e-5)
+
+
+def test_training_writes_a_file_that_scripts_can_read(server, delta_name, trained):
+    assert delta_name == "shared_40_steps_00001_.safetensors"
+    delta = SparseDelta.load(server.base / "output" / "sara" / delta_name)
+    assert 1_050_000 < delta.num_values < 1_052_000
+    assert '"steps": 40' in delta.metadata["sara.settings"]
+    assert delta.metadata["modelspec.architecture"] == "sd3/sara"
+    assert delta.metadata["modelspec.prediction_type"] == "flow"
+    values = torch.cat([e.values.float() for e in delta.entries.values()])
+    assert (values != 0).float().mean() > 0.9
+    size = (server.base / "output" / "sara" / delta_name).stat().st_size
+    assert size < 3.2 * delta.num_values
+
+
+def test_training_learns_the_pictures(server, delta_name):
+    """The loss on all pictures at fixed noise falls; measured with a one-step run at zero effect."""
+    graph = Graph(server)
+    checkpoint, model, empty = emoji64(graph)
+    data = dataset(graph, checkpoint)
+    delta = graph("SaraLoadDelta", delta_name=delta_name)
+    common = {
+        "latents": data, "positive": data.out(1), "fraction": 0.01, "steps": 1, "batch_size": 40,
+        "grad_accumulation_steps": 4, "learning_rate": 1e-7, "seed": 5,
+    }  # fmt: skip
+    base = graph("SaraTrain", model=model, output_name="probe_base", **common)
+    tuned = graph("SaraApply", model=model, delta=delta)
+    tuned = graph("SaraTrain", model=tuned, output_name="probe_tuned", **common)
+    outputs = graph.run()
+    before, after = (float(outputs[n]["text"][0].split()[-1]) for n in (base, tuned))
+    assert after < 0.85 * before
+
+
+def test_pictures_change_with_the_delta_and_hardly_with_zeroed_weights(server, trained):
+    base, tuned, zeroed = (saved_latents(server, n) for n in ("base", "trained", "zeroed"))
+    change = (tuned - base).norm()
+    assert change > 0.1 * base.norm()
+    assert (zeroed - base).norm() < 0.5 * change
+
+
+def test_loading_and_applying_gives_the_trained_model_and_strength_zero_the_base(
+    server, trained, delta_name
+):
+    graph = Graph(server)
+    checkpoint, model, empty = emoji64(graph)
+    delta = graph("SaraLoadDelta", delta_name=delta_name)
+    applied = graph("SaraApply", model=model, delta=delta, strength=1.0)
+    nothing = graph("SaraApply", model=applied, delta=delta, strength=0.0)
+    off = graph("SaraApply", model=model, delta=delta, strength=0.0)
+    opposite = graph("SaraApply", model=applied, delta=delta, strength=-1.0)
+    for name, m in (("applied", applied), ("nothing", nothing), ("off", off), ("back", opposite)):
+        sample(graph, checkpoint, empty, m, name)
+    graph.run()
+    assert torch.equal(saved_latents(server, "applied"), saved_latents(server, "trained"))
+    assert torch.equal(saved_latents(server, "nothing"), saved_latents(server, "trained"))
+    assert torch.equal(saved_latents(server, "off"), saved_latents(server, "base"))
+    back, base = saved_latents(server, "back"), saved_latents(server, "base")
+    assert torch.allclose(back, base, atol=1e-3)
+
+
+def test_merge_and_save_write_what_the_core_computes(server, delta_name):
+    graph = Graph(server)
+    delta = graph("SaraLoadDelta", delta_name=delta_name)
+    merged = graph("SaraMergeDeltas", delta_1=delta, delta_2=delta, strength_1=0.6, strength_2=-0.1)
+    for dtype in ("fp32", "fp16"):
+        graph("SaraSaveDelta", delta=merged, filename_prefix=f"sara/merged_{dtype}", dtype=dtype)
+    graph.run()
+    graph("SaraSaveDelta", delta=merged, filename_prefix="sara/merged_fp32", dtype="bf16")
+    graph.run()  # a second file of the same name gets the next number
+    folder = server.base / "output" / "sara"
+    one = SparseDelta.load(folder / delta_name)
+    expected = 0.6 * one + -0.1 * one
+    files = {
+        "merged_fp32_00001_": torch.float32,
+        "merged_fp16_00001_": torch.float16,
+        "merged_fp32_00002_": torch.bfloat16,
+    }
+    for file, dtype in files.items():
+        found = SparseDelta.load(folder / f"{file}.safetensors")
+        for name, entry in expected.entries.items():
+            assert torch.equal(found.entries[name].index, entry.index)
+            assert torch.equal(found.entries[name].values, entry.values.to(dtype))
+
+
+def test_same_seed_gives_the_same_delta_and_the_base_is_untouched(server, trained):
+    graph = Graph(server)
+    checkpoint, model, empty = emoji64(graph)
+    data = dataset(graph, checkpoint)
+    for name, seed in (("once", 3), ("twice", 3), ("other", 4)):
+        graph(
+            "SaraTrain", model=model, latents=data, positive=data.out(1), empty=empty, steps=2,
+            batch_size=4, seed=seed, output_name=name, save_dtype="fp32",
+        )  # fmt: skip
+    graph.run()
+    graph = Graph(server)
+    checkpoint, _, _ = emoji64(graph)
+    graph("ModelSave", model=checkpoint, filename_prefix="weights/after_success")
+    graph.run()
+    folder = server.base / "output" / "sara"
+    once, twice, other = (
+        SparseDelta.load(folder / f"{name}_2_steps_00001_.safetensors")
+        for name in ("once", "twice", "other")
+    )
+    for name, entry in once.entries.items():
+        assert torch.equal(entry.values, twice.entries[name].values)
+    assert any(not torch.equal(e.values, other.entries[n].values) for n, e in once.entries.items())
+    assert_same_weights(saved_weights(server, "before"), saved_weights(server, "after_success"))
+
+
+def test_cancel_and_errors_bring_the_base_back_and_the_server_goes_on(server, trained, dev):
+    graph = Graph(server)
+    checkpoint, model, empty = emoji64(graph)
+    data = dataset(graph, checkpoint)
+    graph(
+        "SaraTrain", model=model, latents=data, positive=data.out(1), steps=5000, batch_size=8,
+        learning_rate=1e-2, output_name="cancelled",
+    )  # fmt: skip
+    seen = threading.Event()
+
+    def cancel():
+        for event in server.events():
+            if event["type"] == "progress" and event["data"]["max"] == 5000:
+                if event["data"]["value"] >= 3:
+                    server.post("/interrupt", {})
+                    seen.set()
+                    return
+
+    watcher = threading.Thread(target=cancel, daemon=True)
+    watcher.start()
+    with pytest.raises(dev.PromptError, match="execution_interrupted"):
+        graph.run()
+    assert seen.is_set()
+
+    graph = Graph(server)
+    checkpoint, model, empty = emoji64(graph)
+    data = dataset(graph, checkpoint)
+    graph(
+        "SaraTrain", model=model, latents=data, positive=data.out(1), steps=5, threshold=0.2,
+        output_name="failed",
+    )  # fmt: skip
+    with pytest.raises(dev.PromptError, match="learning-rate rule"):
+        graph.run()
+
+    graph = Graph(server)
+    checkpoint, model, empty = emoji64(graph)
+    graph("ModelSave", model=checkpoint, filename_prefix="weights/after_cancel")
+    sample(graph, checkpoint, empty, model, "after_cancel")
+    graph.run()
+    assert_same_weights(saved_weights(server, "before"), saved_weights(server, "after_cancel"))
+    assert torch.equal(saved_latents(server, "after_cancel"), saved_latents(server, "base"))
+
+
+def test_pictures_of_mixed_sizes_train(server):
+    from PIL import Image
+
+    folder = server.base / "input" / "mixed"
+    folder.mkdir()
+    for i, size in enumerate([(64, 64), (96, 64), (64, 96), (64, 64), (96, 64)]):
+        Image.new("RGB", size, (40 * i, 90, 200)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"colour {i}")
+    graph = Graph(server)
+    checkpoint, model, empty = emoji64(graph)
+    data = dataset(graph, checkpoint, "mixed")
+    train = graph(
+        "SaraTrain", model=model, latents=data, positive=data.out(1), empty=empty, steps=4,
+        batch_size=2, grad_accumulation_steps=2, output_name="mixed", gradient_checkpointing=True,
+    )  # fmt: skip
+    assert "saved mixed_4_steps" in graph.run()[train]["text"][0]
+
+
+def test_a_miniature_sd15_trains_on_a_batched_latent_with_one_caption(server, delta_name, dev):
+    graph = Graph(server)
+    model = graph("UNETLoader", unet_name="mini_sd15.safetensors", weight_dtype="default")
+    clip = graph("CLIPLoader", clip_name="clip_l.safetensors", type="stable_diffusion")
+    text = graph("CLIPTextEncode", clip=clip, text="a picture")
+    latent = graph("EmptyLatentImage", width=64, height=64, batch_size=4)
+    noise = graph(
+        "KSampler", model=model, positive=text, negative=text, latent_image=latent, seed=1, steps=1,
+        cfg=1.0, sampler_name="euler", scheduler="simple", denoise=1.0,
+    )  # fmt: skip
+    common = {"latents": noise, "positive": text, "batch_size": 4, "fraction": 0.2}
+    train = graph(
+        "SaraTrain", model=model, empty=text, steps=30, learning_rate=3e-3, output_name="mini",
+        **common,
+    )  # fmt: skip
+    probe = {"steps": 1, "grad_accumulation_steps": 8, "learning_rate": 1e-7, "seed": 9}
+    base = graph("SaraTrain", model=model, output_name="probe_mini", **common, **probe)
+    tuned = graph("SaraTrain", model=train, output_name="probe_tuned_mini", **common, **probe)
+    outputs = graph.run()
+    before, after = (float(outputs[n]["text"][0].split()[-1]) for n in (base, tuned))
+    assert after < 0.97 * before
+    delta = SparseDelta.load(server.base / "output" / "sara" / "mini_30_steps_00001_.safetensors")
+    assert delta.metadata["modelspec.prediction_type"] == "epsilon"
+
+    wrong = Graph(server)
+    model = wrong("UNETLoader", unet_name="mini_sd15.safetensors", weight_dtype="default")
+    loaded = wrong("SaraLoadDelta", delta_name=delta_name)
+    applied = wrong("SaraApply", model=model, delta=loaded)
+    wrong("ModelSave", model=applied, filename_prefix="weights/never")
+    with pytest.raises(dev.PromptError, match=r"does not fit the SD15 model.*is not in the model"):
+        wrong.run()
+
+    other = Graph(server)
+    model = other("UNETLoader", unet_name="other_sd15.safetensors", weight_dtype="default")
+    loaded = other("SaraLoadDelta", delta_name="mini_30_steps_00001_.safetensors")
+    applied = other("SaraApply", model=model, delta=loaded)
+    other("ModelSave", model=applied, filename_prefix="weights/other_base")
+    assert "trained on another base" not in server.log_text()
+    other.run()
+    assert "trained on another base" in server.log_text()
+    assert saved_weights(server, "other_base")
+
+
+def test_files_outside_the_folders_cannot_be_reached(server, dev):
+    for name in ("../../server.log", "/etc/passwd", "missing.safetensors"):
+        graph = Graph(server)
+        delta = graph("SaraLoadDelta", delta_name=name)
+        graph("SaraSaveDelta", delta=delta)
+        with pytest.raises(dev.PromptError, match="not in list|there is no delta"):
+            graph.run()
+    graph = Graph(server)
+    checkpoint, model, empty = emoji64(graph)
+    data = dataset(graph, checkpoint)
+    train = graph(
+        "SaraTrain", model=model, latents=data, positive=data.out(1), steps=1,
+        output_name="../../escaped",
+    )  # fmt: skip
+    with pytest.raises(dev.PromptError, match="output folder"):
+        graph.run()
+    assert train
+    assert not list(server.base.parent.glob("**/escaped*"))
+
+
+@pytest.mark.parametrize("name", ["first_training", "use_delta"])
+def test_example_workflows_run(server, dev, name, delta_name):
+    prompt = copy.deepcopy(dev.load_workflow(server, name))
+    for node in prompt.values():
+        if node["class_type"] == "SaraTrain":
+            node["inputs"].update(steps=2)
+        if node["class_type"] == "SaraLoadDelta":
+            node["inputs"]["delta_name"] = delta_name
+        if node["class_type"] == "KSampler":
+            node["inputs"]["steps"] = 1
+    outputs = server.run(prompt)
+    shown = [o for o in outputs.values() if o.get("images")]
+    assert len(shown) >= (4 if name == "first_training" else 1)
