@@ -356,13 +356,16 @@ def contact_sheet(prompt, model, conditioning_clip, negative, vae, name):
 
 def watch(server, prompt_id, prompt):
     """Show how far a workflow is until it ends, and return its outputs."""
-    shown = None
+    shown, told = None, set()
     for event in server.events():
         data = event.get("data", {})
         if data.get("prompt_id") not in (None, prompt_id):
             continue
         if event["type"] == "executing" and data.get("node"):
-            print(f"  {prompt[data['node']]['class_type']}", flush=True)
+            kind = prompt[data["node"]]["class_type"]
+            if kind not in told:
+                told.add(kind)
+                print(f"  {kind}", flush=True)
         elif event["type"] == "progress" and data["max"] >= 50:
             percent = 10 * (10 * data["value"] // data["max"])
             if percent != shown:

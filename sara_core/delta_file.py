@@ -5,7 +5,8 @@ import hashlib
 import json
 import math
 import os
-import tempfile
+import stat
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -197,10 +198,12 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _replace_atomically(path: Path, write) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
+        with open(temporary, "wb") as file:
+            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
         write(temporary)
+        os.chmod(temporary, mode)  # safetensors leaves files that only their owner can read
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)

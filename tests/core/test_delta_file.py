@@ -125,6 +125,12 @@ def test_a_failed_save_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["d.safetensors"]
 
 
+def test_the_file_gets_the_usual_permissions(tmp_path):
+    random_delta(500, 0.1).save(tmp_path / "d.safetensors")
+    (tmp_path / "plain").write_text("x")
+    assert (tmp_path / "d.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 def test_values_that_are_not_finite_are_not_saved(tmp_path):
     delta = random_delta(500, 0.1)
     for factor in (float("nan"), 1e9):
