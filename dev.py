@@ -54,6 +54,14 @@ def python():
     return CACHE / "venv" / folder / ("python.exe" if os.name == "nt" else "python")
 
 
+def has_pip():
+    """Whether the virtual environment is whole; an interrupted set-up leaves it without pip."""
+    if not python().is_file():
+        return False
+    command = [str(python()), "-m", "pip", "--version"]
+    return subprocess.run(command, capture_output=True).returncode == 0
+
+
 def pip(*args):
     """Run pip in the virtual environment."""
     command = [python(), "-m", "pip", "--disable-pip-version-check", "-q", *args]
@@ -87,9 +95,9 @@ def comfyui():
 def set_up():
     """Make the virtual environment, ComfyUI and the small model's checkpoint, once."""
     CACHE.mkdir(parents=True, exist_ok=True)
-    if not python().is_file():
+    if not has_pip():
         say(f"Making a virtual environment in {CACHE / 'venv'}")
-        venv.create(CACHE / "venv", with_pip=True)
+        venv.create(CACHE / "venv", with_pip=True, clear=True)
     host = comfyui()
     needed = (host / "requirements.txt").read_text(encoding="utf-8").splitlines()
     needed = [line for line in needed if not line.strip().lower().startswith(("torch", "#"))]
@@ -244,16 +252,21 @@ class Server:
         return self.get("/view?" + urllib.parse.urlencode(image), raw=True)
 
     def events(self, timeout=600):
-        """Yield the server's JSON messages to this client, from its WebSocket."""
+        """Connect a WebSocket, and return an iterator over the server's messages to this client."""
         connection = socket.create_connection(("127.0.0.1", self.port), timeout=timeout)
         connection.sendall(
             f"GET /ws?clientId={self.client_id} HTTP/1.1\r\nHost: 127.0.0.1\r\nUpgrade: websocket\r\n"
             "Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
             "Sec-WebSocket-Key: c2FyYS1kZXYtY2xpZW50IQ==\r\n\r\n".encode()
         )
-        with connection, connection.makefile("rb") as stream:
-            while stream.readline().strip():
-                pass
+        stream = connection.makefile("rb")
+        while stream.readline().strip():
+            pass
+        return self._messages(connection, stream)
+
+    @staticmethod
+    def _messages(connection, stream):
+        with connection, stream:
             while head := stream.read(2):
                 size = head[1] & 127
                 if size > 125:
@@ -354,10 +367,12 @@ def contact_sheet(prompt, model, conditioning_clip, negative, vae, name):
     }
 
 
-def watch(server, prompt_id, prompt):
-    """Show how far a workflow is until it ends, and return its outputs."""
+def watch(server, prompt):
+    """Run a workflow, show how far it is, and return its outputs."""
     shown, told = None, set()
-    for event in server.events():
+    events = server.events()  # before the workflow is queued, so that nothing is missed
+    prompt_id = server.submit(prompt)
+    for event in events:
         data = event.get("data", {})
         if data.get("prompt_id") not in (None, prompt_id):
             continue
@@ -390,7 +405,7 @@ def demo():
             prompt = load_workflow(server, "first_training")
             train = prompt[node_of(prompt, "SaraTrain")]["inputs"]
             say(f"Analyze and train: {train['steps']} steps on 40 pictures")
-            outputs = watch(server, server.submit(prompt), prompt)
+            outputs = watch(server, prompt)
             name = re.search(r"saved (\S+),", outputs[node_of(prompt, "SaraTrain")]["text"][0])[1]
             (out / "report.txt").write_text(
                 outputs[node_of(prompt, "SaraAnalyze")]["text"][0], encoding="utf-8"
@@ -412,7 +427,7 @@ def demo():
             base_model = prompt[node_of(prompt, "SaraApply")]["inputs"]["model"]
             for name, model in (("before", base_model), ("after", sampler["model"])):
                 contact_sheet(prompt, model, clip, sampler["negative"], vae, name)
-            outputs = watch(server, server.submit(prompt), prompt)
+            outputs = watch(server, prompt)
             for name in ("before", "after"):
                 image = outputs[f"{name}-sheet"]["images"][0]
                 (out / f"{name}.png").write_bytes(server.picture(image))

@@ -18,10 +18,11 @@ import folder_paths
 import torch
 from comfy.weight_adapter import WeightAdapterBase
 from server import PromptServer
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..sara_core import DeltaEntry, SparseDelta
+from ..sara_core import SparseDelta
 from ..sara_core.objective import NoiseSchedule
+from ..sara_core.tracking import make_trackable, trackable_copy
 
 logger = logging.getLogger("comfyui-sara")
 
@@ -87,18 +88,18 @@ class SparseAdapter(WeightAdapterBase):
 
     name = "sara"
 
-    def __init__(self, entry: DeltaEntry):
-        self.entry = entry
-        self.loaded_keys: set[str] = set()
-        self.weights = [entry.index, entry.values]
+    def __init__(self, loaded_keys: set[str], weights: list[Tensor]):
+        # 0.33 makes copies of an adapter on the GPU by this signature.
+        self.loaded_keys = loaded_keys
+        self.weights = weights  # positions and values of a DeltaEntry
 
     def calculate_weight(
         self, weight, key, strength, strength_model, offset, function,
         intermediate_dtype=torch.float32, original_weight=None,
     ):  # fmt: skip
         """Add `strength * values` in place; ComfyUI passes a copy of the weight."""
-        index = self.entry.index.to(weight.device).long()
-        change = self.entry.values.to(weight.device, torch.float32) * strength
+        index, values = (tensor.to(weight.device) for tensor in self.weights)
+        index, change = index.long(), values.float() * strength
         old = torch.take(weight, index)
         return weight.put_(index, (old.float() + change).to(weight.dtype))
 
@@ -108,17 +109,16 @@ class ZeroSmallWeights(WeightAdapterBase):
 
     name = "sara_zero"
 
-    def __init__(self, threshold: float):
-        self.threshold = threshold
-        self.loaded_keys: set[str] = set()
-        self.weights = []
+    def __init__(self, loaded_keys: set[str], weights: list[float]):
+        self.loaded_keys = loaded_keys
+        self.weights = weights  # the threshold
 
     def calculate_weight(
         self, weight, key, strength, strength_model, offset, function,
         intermediate_dtype=torch.float32, original_weight=None,
     ):  # fmt: skip
         """Zero the small weights in place."""
-        return weight.masked_fill_(weight.float().abs() < self.threshold, 0)
+        return weight.masked_fill_(weight.float().abs() < self.weights[0], 0)
 
 
 def apply_delta(patcher, delta: SparseDelta, strength: float):
@@ -142,7 +142,10 @@ def apply_delta(patcher, delta: SparseDelta, strength: float):
             "fit, so it is applied, but the result may differ from what was trained"
         )
     if strength:
-        adapters = {PREFIX + name: SparseAdapter(entry) for name, entry in delta.entries.items()}
+        adapters = {
+            PREFIX + name: SparseAdapter(set(), [entry.index, entry.values])
+            for name, entry in delta.entries.items()
+        }
         patched.add_patches(adapters, strength)
     return patched
 
@@ -150,7 +153,7 @@ def apply_delta(patcher, delta: SparseDelta, strength: float):
 def zero_small_weights(patcher, names: list[str], threshold: float):
     """Return a MODEL whose weights below the threshold are zero in the named parameters."""
     patched = patcher.clone()
-    patched.add_patches({PREFIX + name: ZeroSmallWeights(threshold) for name in names})
+    patched.add_patches({PREFIX + name: ZeroSmallWeights(set(), [threshold]) for name in names})
     return patched
 
 
@@ -163,6 +166,7 @@ def noise_schedule(patcher) -> NoiseSchedule:
     model_sampling = patcher.get_model_object("model_sampling")
     kinds = (  # subclasses before their bases
         (sampling.IMG_TO_IMG, None),
+        (getattr(sampling, "IMG_TO_IMG_FLOW", sampling.IMG_TO_IMG), None),  # since 0.33
         (sampling.X0, "x0"),
         (sampling.EDM, "edm"),
         (sampling.V_PREDICTION, "v"),
@@ -209,21 +213,22 @@ def trainable(patcher, dtype: torch.dtype | None) -> Iterator["ModelCalls"]:
         patcher: The MODEL, with the patches it is to be trained with.
         dtype: To compute in; None leaves the model's own.
     """
-    patcher = patcher.clone()
+    patcher = _ordinary_clone(patcher)
     if dtype is not None:
         patcher.set_model_compute_dtype(dtype)
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.inference_mode():  # moved outside it, weights would look ordinary and not be
         comfy.model_management.load_models_gpu(
             [patcher], memory_required=1e20, force_full_load=True
         )
-        model = patcher.model.diffusion_model
-        _replace_inference_tensors(model)
+    model = patcher.model.diffusion_model
+    had_flag = getattr(comfy.model_management, "in_training", None)
+    with torch.inference_mode(False), torch.enable_grad():
+        make_trackable(model)
         flags = {name: p.requires_grad for name, p in model.named_parameters()}
-        had_flag = getattr(comfy.model_management, "in_training", None)
-        model.requires_grad_(True)
-        patcher.pre_run()
         try:
-            if had_flag is not None:  # ComfyUI 0.33: some models branch on it
+            model.requires_grad_(True)
+            patcher.pre_run()
+            if had_flag is not None:  # since 0.33; some models branch on it
                 comfy.model_management.in_training = True
             yield ModelCalls(patcher)
         finally:
@@ -235,22 +240,18 @@ def trainable(patcher, dtype: torch.dtype | None) -> Iterator["ModelCalls"]:
                 parameter.grad = None
 
 
-def _replace_inference_tensors(model: nn.Module) -> None:
-    done: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        for name, old in module._parameters.items():
-            if old is not None and old.is_inference():
-                if id(old) not in done:
-                    done[id(old)] = nn.Parameter(old.detach().clone(), old.requires_grad)
-                module._parameters[name] = done[id(old)]
-        for name, old in module._buffers.items():
-            if old is not None and old.is_inference():
-                module._buffers[name] = old.clone()
+def _ordinary_clone(patcher):
+    """Clone a MODEL; one whose weights 0.33 streams to the GPU piece by piece is loaded whole."""
+    if getattr(patcher, "is_dynamic", bool)():
+        logger.info("SaRA Train: loading the model once more, as dynamic weights cannot be trained")
+        return patcher.clone(disable_dynamic=True)
+    return patcher.clone()
 
 
 def needs_loss_scaling(patcher, dtype: torch.dtype | None) -> bool:
     """Tell whether gradients will be float16, which loses small ones without loss scaling."""
-    return torch.float16 in (dtype, patcher.model.get_dtype())
+    model = patcher.model
+    return torch.float16 in (dtype, model.get_dtype(), model.manual_cast_dtype)
 
 
 class Progress:
@@ -316,7 +317,7 @@ class ModelCalls:
                     f"a caption's conditioning carries {', '.join(sorted(unusable))}, which SaRA "
                     "Train cannot use; connect it straight from CLIP Text Encode"
                 )
-            pair = [_ordinary(cross_attention), _ordinary(options)]
+            pair = [trackable_copy(cross_attention), trackable_copy(options)]
             conds = comfy.sampler_helpers.convert_cond([pair])
             conds = comfy.samplers.encode_model_conds(
                 self.model.extra_conds, conds, latent, torch.device("cpu"), "positive",
@@ -352,17 +353,6 @@ class ModelCalls:
             order += members
         back = torch.argsort(torch.tensor(order)).to(noisy.device)
         return torch.cat(outputs)[back]
-
-
-def _ordinary(value):
-    """Copy tensors made in inference mode into ordinary ones, through lists and dicts."""
-    if isinstance(value, Tensor):
-        return value.clone()
-    if isinstance(value, dict):
-        return {key: _ordinary(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_ordinary(item) for item in value)
-    return value
 
 
 def _signature(caption: dict) -> str:

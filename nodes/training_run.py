@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import time
 from collections.abc import Iterable
 
@@ -39,20 +40,21 @@ def run(patcher, examples, settings: dict, node_id: str | None) -> tuple[SparseD
     with host.trainable(patcher, dtype) as calls:
         training_set = TrainingSet(calls, *examples)
         model = calls.model.diffusion_model
-        optimizer = _optimizer(model, settings)
-        peak_rate = optimizer.param_groups[0]["lr"]
-        logger.info(
-            "SaRA Train: %d of %d weights, those below %.4g, for %d steps at a learning rate of %.3g",
-            optimizer.num_trainable,
-            optimizer.num_considered,
-            optimizer.threshold,
-            config.steps,
-            peak_rate,
-        )
         scaler = None
         if host.needs_loss_scaling(patcher, dtype):
             scaler = torch.amp.GradScaler(calls.device.type)
+        optimizer = _optimizer(model, settings)
         try:
+            peak_rate = optimizer.param_groups[0]["lr"]
+            logger.info(
+                "SaRA Train: %d of %d weights, those below %.4g, for %d steps at a learning rate "
+                "of %.3g",
+                optimizer.num_trainable,
+                optimizer.num_considered,
+                optimizer.threshold,
+                config.steps,
+                peak_rate,
+            )
             with checkpointed(model, settings["gradient_checkpointing"]):
                 losses = _loop(train(optimizer, training_set, config, scaler), config, node_id)
             delta = optimizer.delta(_metadata(patcher, settings, peak_rate, len(examples[0])))
@@ -100,6 +102,12 @@ def _loop(reports: Iterable[StepReport], config: TrainConfig, node_id: str | Non
         losses.append(report.loss)
         if report.step % text_every == 0:
             mean = torch.stack(losses[-text_every:]).mean().item()
+            if not math.isfinite(mean):
+                raise RuntimeError(
+                    f"the loss has become {mean} by step {report.step}: the training has diverged. "
+                    f"Lower the learning rate (it was {report.learning_rate:.2e}), or compute in "
+                    "fp32 or bf16 if training_dtype is fp16"
+                )
             progress.text(
                 f"step {report.step} of {config.steps}, stage {report.stage}, loss {mean:.4f}, "
                 f"learning rate {report.learning_rate:.2e}"

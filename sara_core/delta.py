@@ -158,8 +158,9 @@ class SparseDelta:
 
 
 def _sum(first: DeltaEntry, second: DeltaEntry) -> DeltaEntry:
-    index, inverse = torch.unique(torch.cat([first.index, second.index]), return_inverse=True)
-    terms = torch.cat([first.values.float(), second.values.float()])
+    positions = torch.cat([first.index.cpu(), second.index.cpu()])
+    index, inverse = torch.unique(positions, return_inverse=True)
+    terms = torch.cat([first.values.float().cpu(), second.values.float().cpu()])
     values = torch.zeros(len(index)).index_add_(0, inverse, terms)
     numel = torch.Size(first.shape).numel()
     return DeltaEntry(

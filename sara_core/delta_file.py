@@ -22,6 +22,7 @@ from . import positions
 FORMAT, VERSION = "sara-delta", "1"
 VALUE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 INT32_LIMIT = 1 << 31
+MAX_DIMS = 8
 
 
 @dataclass(frozen=True)
@@ -145,8 +146,10 @@ def _parse_table(metadata: Mapping[str, str]) -> list[tuple[str, tuple[int, ...]
                 f"row {str(row)[:80]} of its table is not [name, shape, k, width, bytes]"
             )
         name, shape, *numbers = row
-        if not isinstance(name, str) or name in names:
-            raise ValueError(f"its table names {str(name)[:80]!r} twice, or not by text")
+        if not isinstance(name, str) or name in names or len(name) > 1000:
+            raise ValueError(f"its table names {str(name)[:80]!r} twice, too long or not by text")
+        if len(shape) > MAX_DIMS:
+            raise ValueError(f"{name!r} has {len(shape)} dimensions in its table")
         if any(type(n) is not int or not 0 <= n < 1 << 60 for n in (*shape, *numbers)):
             raise ValueError(f"numbers of {name!r} in its table are not whole or out of range")
         if not 0 < numbers[0] <= math.prod(shape) < 1 << 60:

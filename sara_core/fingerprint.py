@@ -61,7 +61,8 @@ def is_same_base(
         values = np.frombuffer(base64.b64decode(encoded, validate=True), "<f4")
     except (ValueError, binascii.Error):
         return False
-    if not isinstance(dtype, torch.dtype) or len(values) != NUM_SAMPLES:
+    known = isinstance(dtype, torch.dtype) and dtype.is_floating_point
+    if not known or len(values) != NUM_SAMPLES:
         return False
     samples = sample_positions({name: tuple(weights[name].shape) for name in index})
     for (name, position), expected in zip(samples, values.tolist(), strict=True):

@@ -19,7 +19,7 @@ logger = logging.getLogger("comfyui-sara")
 
 TRAINABLE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 STATE_FORMAT = 1
-LOW_RANK_WEIGHT = 5e-4
+LOW_RANK_WEIGHT = 5e-4  # measured in docs/low-rank.md
 PLAIN_STATE = (
     "threshold",
     "zeros_skipped",
@@ -48,7 +48,8 @@ class SaraAdamW(torch.optim.Optimizer):
     the base value, so decaying to the base is what regularises.
 
     Making the optimizer sets `requires_grad=False` on parameters it does not train and drops
-    gradients the model already holds; `restore` and `detach` give `requires_grad` back.
+    gradients the model already holds; `restore` and `detach` give `requires_grad` back. Gradients
+    are cleared by `optimizer.zero_grad()`; `model.zero_grad()` does not reach them.
 
     Args:
         model: Any module, on the device and in the dtype it will train in. Parameters with
@@ -303,12 +304,14 @@ class SaraAdamW(torch.optim.Optimizer):
                 been changed then.
         """
         saved = state_dict.get("sara") if isinstance(state_dict, dict) else None
-        if not isinstance(saved, dict) or saved.get("format") != STATE_FORMAT:
+        needed = {"format", "generator", "weights", *PLAIN_STATE}
+        if not isinstance(saved, dict) or saved.keys() != needed or saved["format"] != STATE_FORMAT:
             raise ValueError(
                 "not a SaraAdamW state: the key 'sara' of format "
                 f"{STATE_FORMAT} is missing; found keys {sorted(map(str, state_dict or ()))[:5]}"
             )
-        self._weights.load_state(saved["weights"])
+        _refuse_unsound_moments(state_dict)
+        self._weights.load_state(saved["weights"], saved["fingerprint"])
         self.state.clear()
         self.param_groups[0]["params"] = self.parameters()
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "sara"})
@@ -316,6 +319,17 @@ class SaraAdamW(torch.optim.Optimizer):
             setattr(self, name, saved[name])
         self._generator.set_state(saved["generator"].cpu())
         self._low_rank_added = False
+
+
+def _refuse_unsound_moments(state_dict: dict) -> None:
+    lengths = [len(w["values"]) for w in state_dict["sara"]["weights"] if not w["frozen"]]
+    groups = state_dict.get("param_groups", [])
+    sound = len(groups) == 1 and groups[0].get("params") == list(range(len(lengths)))
+    for i, state in state_dict.get("state", {}).items() if sound else ():
+        moments = [state.get("exp_avg"), state.get("exp_avg_sq")]
+        sound = sound and i < len(lengths) and all(m.shape == (lengths[i],) for m in moments)
+    if not sound:
+        raise ValueError("the saved state is damaged: its moments do not fit its trained weights")
 
 
 def _refuse_dtypes(parameters: dict[str, nn.Parameter]) -> None:

@@ -8,6 +8,7 @@ of 20 %, 9.1 at 0.5 %. The layout is specified in docs/delta-format.md.
 import numpy as np
 
 MAX_WIDTH = 40
+ONES_IN_BYTE = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1, np.uint8)
 
 
 def encode(index: np.ndarray) -> tuple[int, np.ndarray]:
@@ -32,8 +33,8 @@ def decode(packed: np.ndarray, width: int, count: int, limit: int) -> np.ndarray
     """Unpack positions.
 
     Args:
-        packed: Bytes from `encode`, uint8. Nothing larger than about eight times its size is
-            allocated before it has been found sound.
+        packed: Bytes from `encode`, uint8. Nothing larger than about ten times its size is
+            allocated.
         width: Number of low bits.
         count: Number of positions, > 0.
         limit: All positions are below it.
@@ -45,11 +46,12 @@ def decode(packed: np.ndarray, width: int, count: int, limit: int) -> np.ndarray
         ValueError: The bytes do not hold exactly `count` positions below `limit`.
     """
     num_low = (count * width + 7) // 8
-    if not 0 <= width <= MAX_WIDTH or num_low >= len(packed):
+    if not 0 <= width <= MAX_WIDTH or num_low >= len(packed) or count << width >= 1 << 62:
         raise ValueError(f"{len(packed)} bytes cannot hold {count} positions of {width} low bits")
+    num_ones = int(ONES_IN_BYTE[packed[num_low:]].sum(dtype=np.int64))
+    if num_ones != count or not packed[-1]:
+        raise ValueError(f"{num_ones} positions are packed where {count} were announced")
     ends = np.flatnonzero(np.unpackbits(packed[num_low:], bitorder="little"))
-    if len(ends) != count or ends[-1] // 8 + 1 != len(packed) - num_low:
-        raise ValueError(f"{len(ends)} positions are packed where {count} were announced")
     high = np.diff(ends, prepend=-1) - 1
     low = _unpack_low_bits(packed[:num_low], width, count)
     last = (int(high.sum()) << width) + int(low.sum()) + count - 1

@@ -1,11 +1,13 @@
 """The selected weights of a whole model, and the model's way there and back."""
 
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from .delta_file import DeltaEntry
+from .fingerprint import is_same_base
 from .sparse_weight import SparseWeight
 
 
@@ -36,20 +38,34 @@ class SparseModel:
     def attach(self) -> None:
         """Capture the gradients of the active weights; freeze every other parameter."""
         self._unhook()
+        self._refuse_foreign_hooks()
         active = {weight.name for weight in self.active}
         for name, parameter in self.parameters.items():
             parameter.requires_grad_(name in active)
             parameter.grad = None
         self._hooks = [
-            weight.parameter.register_post_accumulate_grad_hook(weight.capture_gradient)
+            weight.parameter.register_post_accumulate_grad_hook(_weak_hook(weight))
             for weight in self.active
         ]
+        for parameter in self.parameters.values():
+            parameter.sara_owner = weakref.ref(self)
+
+    def _refuse_foreign_hooks(self) -> None:
+        for name, parameter in self.parameters.items():
+            owner = getattr(parameter, "sara_owner", lambda: None)()
+            if owner is not None and owner is not self:
+                raise RuntimeError(
+                    f"parameter {name!r} is already being trained by another SaraAdamW; call its "
+                    "restore() or detach() first"
+                )
 
     def detach(self) -> None:
         """Let go of the module as it is: remove the hooks, give `requires_grad` back."""
         self._unhook()
         for name, parameter in self.parameters.items():
             parameter.requires_grad_(self._requires_grad[name])
+            if getattr(parameter, "sara_owner", lambda: None)() is self:
+                del parameter.sara_owner
 
     def _unhook(self) -> None:
         for hook in self._hooks:
@@ -84,7 +100,7 @@ class SparseModel:
         return changes
 
     def entries(self) -> dict[str, DeltaEntry]:
-        """Return learned minus base of active and frozen weights, in the module's order."""
+        """Return learned minus base of active and frozen weights, on the CPU, in module order."""
         parts: dict[str, list[SparseWeight]] = {}
         for weight in (*self.active, *self.frozen):
             parts.setdefault(weight.name, []).append(weight)
@@ -95,7 +111,7 @@ class SparseModel:
                 values = torch.cat([weight.delta() for weight in parts[name]])
                 order = torch.argsort(index)
                 shape = tuple(self.parameters[name].shape)
-                entries[name] = DeltaEntry(index[order], values[order], shape)
+                entries[name] = DeltaEntry(index[order].cpu(), values[order].cpu(), shape)
         return entries
 
     def state(self) -> list[dict]:
@@ -113,13 +129,26 @@ class SparseModel:
             for weight in group
         ]
 
-    def load_state(self, records: Sequence[Mapping]) -> None:
+    def load_state(self, records: Sequence[Mapping], fingerprint: str) -> None:
         """Take over a saved selection with its values; base values are put back first.
+
+        Args:
+            records: What `state` returned.
+            fingerprint: Of the base it was saved on.
 
         Raises:
             ValueError: It does not fit the module; nothing has been changed then.
         """
         self._refuse_unfitting(records)
+        index: dict[str, Tensor] = {}
+        for record in records:
+            parts = [index[record["name"]]] if record["name"] in index else []
+            index[record["name"]] = torch.cat([*parts, record["index"].cpu()])
+        if not is_same_base(fingerprint, self.parameters, index):
+            raise ValueError(
+                "the saved state was trained on another base than this model holds; load the "
+                "checkpoint it was started from"
+            )
         self.restore_()
         self.active, self.frozen = [], []
         for record in records:
@@ -143,9 +172,29 @@ class SparseModel:
                 faults.append(f"{name} is {tuple(parameter.shape)}, saved {shape}")
             elif parameter.dtype != record["base"].dtype:
                 faults.append(f"{name} is {parameter.dtype}, saved {record['base'].dtype}")
+            elif not _is_sound(record, parameter.numel()):
+                faults.append(f"{name} has positions or values that do not belong together")
         if faults:
             more = f"; and {len(faults) - 10} more" if len(faults) > 10 else ""
             raise ValueError(
                 f"the saved state belongs to another model: {'; '.join(faults[:10])}{more}. Load "
                 "the model it was trained on, in the same dtype"
             )
+
+
+def _is_sound(record: Mapping, numel: int) -> bool:
+    index = record["index"].long()
+    ascending = bool((index.diff() > 0).all())
+    in_range = len(index) > 0 and int(index[0]) >= 0 and int(index[-1]) < numel
+    return ascending and in_range and len(index) == len(record["base"]) == len(record["values"])
+
+
+def _weak_hook(weight: SparseWeight) -> Callable[[Tensor], None]:
+    """Capture a parameter's gradient for as long as someone trains it."""
+    reference = weakref.ref(weight)
+
+    def hook(parameter: Tensor) -> None:
+        if (alive := reference()) is not None:
+            alive.capture_gradient(parameter)
+
+    return hook

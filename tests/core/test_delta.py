@@ -116,3 +116,10 @@ def test_merge_keeps_what_both_say(trained):
     merged = 0.6 * delta + 0.6 * other
     assert merged.metadata["sara.fingerprint"] == delta.metadata["sara.fingerprint"]
     assert "sara.steps" not in merged.metadata
+
+
+@pytest.mark.parametrize("text", ["", "float32", "int8:AAAA", "nonsense:%%", "float32:AAAA"])
+def test_an_unreadable_fingerprint_counts_as_another_base(trained, text, caplog):
+    base, _, delta = trained
+    SparseDelta(delta.entries, {"sara.fingerprint": text}).apply_to(base)
+    assert "trained on another base" in caplog.text

@@ -19,6 +19,7 @@ LAYERS = [
         "low_rank",
         "parameters",
         "checkpointing",
+        "tracking",
     },
     {"selection", "config", "delta_file", "fingerprint"},
     {"analysis", "delta", "sparse_weight"},

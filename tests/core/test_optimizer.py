@@ -1,4 +1,5 @@
 import copy
+import gc
 
 import pytest
 import torch
@@ -381,6 +382,100 @@ def test_a_state_that_does_not_fit_changes_nothing():
     for a, b in zip(before["sara"]["weights"], after["sara"]["weights"], strict=True):
         assert torch.equal(a["values"], b["values"])
         assert torch.equal(a["index"], b["index"])
+
+
+def break_state(state, how):
+    own = state["sara"]
+    first = own["weights"][0]
+    if how == "no generator":
+        del own["generator"]
+    elif how == "no groups":
+        state["param_groups"] = []
+    elif how == "out of range":
+        first["index"] = first["index"] + 10**6
+    elif how == "unsorted":
+        first["index"] = first["index"].flip(0)
+    elif how == "short":
+        first["values"] = first["values"][:-1]
+    elif how == "moments":
+        state["state"][0]["exp_avg"] = torch.zeros(3)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("no generator", "not a SaraAdamW state"),
+        ("no groups", "moments do not fit"),
+        ("out of range", "do not belong together"),
+        ("unsorted", "do not belong together"),
+        ("short", "moments do not fit"),
+        ("moments", "moments do not fit"),
+    ],
+)
+def test_a_damaged_state_changes_nothing(how, message):
+    net, optimizer, _ = pair()
+    loss_of(net, 0).backward()
+    optimizer.step()
+    state = copy.deepcopy(optimizer.state_dict())
+    before = copy.deepcopy(net.state_dict())
+    break_state(state, how)
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(state)
+    assert all(
+        torch.equal(a, b) for a, b in zip(before.values(), net.state_dict().values(), strict=True)
+    )
+    loss_of(net, 1).backward()
+    optimizer.step()
+
+
+def test_a_state_from_another_base_is_refused():
+    _, optimizer, _ = pair()
+    other = SaraAdamW(Net(seed=1), THRESHOLD, lr=LR)
+    with pytest.raises(ValueError, match="another base"):
+        optimizer.load_state_dict(other.state_dict())
+
+
+def test_two_optimizers_on_one_model_are_refused_until_the_first_lets_go():
+    net, optimizer, _ = pair()
+    with pytest.raises(RuntimeError, match="already being trained .* restore\\(\\) or detach"):
+        SaraAdamW(net, THRESHOLD, lr=LR)
+    loss_of(net, 0).backward()
+    optimizer.step()
+    optimizer.detach()
+    assert SaraAdamW(net, THRESHOLD, lr=LR).num_trainable > 0
+
+
+def test_a_forgotten_optimizer_no_longer_takes_gradients_away():
+    net, optimizer, reference = pair()
+    del optimizer, reference
+    gc.collect()
+    net.requires_grad_(True)
+    loss_of(net, 0).backward()
+    assert net.last.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_cuda_agrees_with_the_dense_reference_there(dtype):
+    net = Net().to("cuda", dtype)
+    reference = DenseReference(copy.deepcopy(net), THRESHOLD, LR)
+    optimizer = SaraAdamW(net, THRESHOLD, lr=LR, low_rank_weight=0, progressive_step=2)
+    for seed in range(4):
+        picture, word = sample(seed, dtype)
+        for model in (net, reference.net):
+            loss = model(picture.cuda(), word.cuda()).float().square().mean()
+            loss.backward() if model is net else reference.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        reference.step()
+        if seed == 1:
+            reference.reselect()
+    for (name, a), b in zip(net.named_parameters(), reference.net.parameters(), strict=True):
+        assert torch.allclose(a.float(), b.float(), rtol=1e-2, atol=1e-4), name
+    delta = 0.5 * optimizer.delta() + 0.5 * optimizer.delta()
+    optimizer.restore()
+    delta.apply_to(net)
 
 
 def test_moving_or_converting_the_model_afterwards_is_said():

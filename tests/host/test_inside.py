@@ -195,6 +195,30 @@ def test_a_batch_is_each_picture_with_its_own_caption_and_noise_level(sd15, sara
             assert torch.allclose(together[i : i + 1], alone, atol=1e-4), i
 
 
+def test_weights_moved_outside_inference_mode_train(sd15, sara):
+    """What Module.to does to a model that goes to the GPU for the first time."""
+    latents, captions = pairs(2)
+    sd15.model._apply(lambda t: t.to(torch.float64).to(torch.float32))
+    weight = sd15.model.diffusion_model.out[2].weight
+    with pytest.raises(RuntimeError, match="version counter"):
+        _ = weight._version
+    assert not weight.is_inference()
+    delta, _ = sara.run.run(sd15, (latents, captions, None), settings(sara, steps=1), None)
+    assert delta.num_values > 0
+
+
+def test_adapters_can_be_copied_as_newer_versions_do(sd15, sara):
+    weight = torch.tensor([[0.1, 2.0], [-0.2, 3.0]])
+    entry = sara.core.DeltaEntry(torch.tensor([1, 2], dtype=torch.int32), torch.ones(2), (2, 2))
+    for adapter, expected in (
+        (sara.host.SparseAdapter(set(), [entry.index, entry.values]), [[0.1, 2.5], [0.3, 3.0]]),
+        (sara.host.ZeroSmallWeights(set(), [0.15]), [[0.0, 2.0], [-0.2, 3.0]]),
+    ):
+        copied = type(adapter)(adapter.loaded_keys, adapter.weights)
+        found = copied.calculate_weight(weight.clone(), "k", 0.5, 1.0, None, lambda a: a)
+        assert torch.allclose(found, torch.tensor(expected))
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_training_returns_the_base_bit_for_bit_and_the_delta_is_what_was_learned(
     sd15, sara, checkpointing
@@ -203,11 +227,19 @@ def test_training_returns_the_base_bit_for_bit_and_the_delta_is_what_was_learned
     before, flags = bits(sd15), [p.requires_grad for p in sd15.model.parameters()]
     trained = {}
     original = sara.core.SaraAdamW.restore
+    noisy, sigma = torch.cat(latents).clone(), torch.tensor([0.5, 1.0, 2.0, 4.0])
+    context = torch.cat([c[0] for c in captions]).clone()
+
+    def output():
+        with torch.no_grad():
+            return sd15.model.apply_model(noisy, sigma, c_crossattn=context, transformer_options={})
 
     def keep(optimizer):
         trained.update(bits(sd15))
+        trained["output"] = output()
         original(optimizer)
 
+    base_output = output()
     sara.core.SaraAdamW.restore = keep
     try:
         delta, losses = sara.run.run(
@@ -232,6 +264,8 @@ def test_training_returns_the_base_bit_for_bit_and_the_delta_is_what_was_learned
             assert torch.allclose(tensor, trained[name], rtol=0, atol=1e-7), name
             changed += int((tensor != before[name]).sum())
         assert changed > 0.9 * delta.num_values
+        change = (trained["output"] - base_output).norm()
+        assert (output() - trained["output"]).norm() < 1e-4 * change
         comfy.model_management.load_models_gpu([sd15])
     assert_same_bits(before, sd15)
 
@@ -375,6 +409,7 @@ def test_half_precision_bases_train_and_apply(tmp_path, sara):
         assert_same_bits(before, patcher)
         assert all(torch.isfinite(torch.tensor(losses)))
         assert all(e.values.dtype == torch.float32 for e in delta.entries.values())
+        assert all((e.values != 0).float().mean() > 0.9 for e in delta.entries.values())
         applied = sara.host.apply_delta(patcher, delta, 1.0)
         with torch.inference_mode():
             management.load_models_gpu([applied])

@@ -2,6 +2,7 @@
 
 import copy
 import re
+import shutil
 import threading
 
 import pytest
@@ -224,6 +225,20 @@ def test_loading_and_applying_gives_the_trained_model_and_strength_zero_the_base
     assert torch.allclose(back, base, atol=1e-3)
 
 
+def test_deltas_are_found_in_models_output_and_extra_folders(server, delta_name):
+    source = server.base / "output" / "sara" / delta_name
+    folders = ("models/sara", "elsewhere/deltas")
+    for folder in folders:
+        (server.base / folder).mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, server.base / folder / f"from_{folder[:6]}.safetensors")
+        (server.base / folder / "other.txt").write_text("no delta")
+    listed = server.get("/object_info")["SaraLoadDelta"]["input"]["required"]["delta_name"][1]
+    assert {delta_name, "from_models.safetensors", "from_elsewh.safetensors"} <= set(
+        listed["options"]
+    )
+    assert "other.txt" not in listed["options"]
+
+
 def test_merge_and_save_write_what_the_core_computes(server, delta_name):
     graph = Graph(server)
     delta = graph("SaraLoadDelta", delta_name=delta_name)
@@ -283,8 +298,10 @@ def test_cancel_and_errors_bring_the_base_back_and_the_server_goes_on(server, tr
     )  # fmt: skip
     seen = threading.Event()
 
+    events = server.events()
+
     def cancel():
-        for event in server.events():
+        for event in events:
             if event["type"] == "progress" and event["data"]["max"] == 5000:
                 if event["data"]["value"] >= 3:
                     server.post("/interrupt", {})
