@@ -1,14 +1,12 @@
 """Order of the training pictures: shuffled epochs of batches of one size each."""
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 
 
-def batches(
-    keys: Sequence[Hashable], batch_size: int, generator: torch.Generator
-) -> Iterator[list[int]]:
-    """Yield batches of picture numbers without end; in each epoch every picture comes once.
+class BatchOrder:
+    """An endless iterator over batches of picture numbers; in each epoch every picture comes once.
 
     A batch never mixes keys, so its pictures can be stacked; the last one of a key may be smaller
     than `batch_size`.
@@ -16,23 +14,40 @@ def batches(
     Args:
         keys: Bucket of each picture, such as its latent's shape.
         batch_size: Largest number of pictures in a batch.
-        generator: Source of the order, on the CPU.
+        generator: Source of the order, on the CPU. It is asked at the start of an epoch only.
 
     Raises:
         ValueError: No pictures, or a batch size below 1.
     """
-    if not keys or batch_size < 1:
-        raise ValueError(
-            f"{len(keys)} pictures in batches of {batch_size}; expected at least 1 of 1"
-        )
-    buckets: dict[Hashable, list[int]] = {}
-    for picture, key in enumerate(keys):
-        buckets.setdefault(key, []).append(picture)
-    while True:
+
+    def __init__(self, keys: Sequence[Hashable], batch_size: int, generator: torch.Generator):
+        if not keys or batch_size < 1:
+            raise ValueError(
+                f"{len(keys)} pictures in batches of {batch_size}; expected at least 1 of 1"
+            )
+        self._buckets: dict[Hashable, list[int]] = {}
+        for picture, key in enumerate(keys):
+            self._buckets.setdefault(key, []).append(picture)
+        self._batch_size = batch_size
+        self._generator = generator
+        self.remaining: list[list[int]] = []  # of this epoch; with the generator, the whole state
+
+    def __iter__(self) -> "BatchOrder":
+        return self
+
+    def __next__(self) -> list[int]:
+        if not self.remaining:
+            self.remaining = self._epoch()
+        first, *self.remaining = self.remaining
+        return first
+
+    def _epoch(self) -> list[list[int]]:
         epoch = []
-        for pictures in buckets.values():
-            order = torch.randperm(len(pictures), generator=generator).tolist()
+        for pictures in self._buckets.values():
+            order = torch.randperm(len(pictures), generator=self._generator).tolist()
             shuffled = [pictures[i] for i in order]
-            epoch += [shuffled[i : i + batch_size] for i in range(0, len(shuffled), batch_size)]
-        for i in torch.randperm(len(epoch), generator=generator).tolist():
-            yield epoch[i]
+            epoch += [
+                shuffled[i : i + self._batch_size]
+                for i in range(0, len(shuffled), self._batch_size)
+            ]
+        return [epoch[i] for i in torch.randperm(len(epoch), generator=self._generator).tolist()]

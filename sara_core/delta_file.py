@@ -1,12 +1,9 @@
 """Write and read a SaRA delta: one safetensors file, specified in docs/delta-format.md."""
 
-import contextlib
 import hashlib
 import json
 import math
 import os
-import stat
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from . import positions
+from .atomic import replace_atomically
 
 FORMAT, VERSION = "sara-delta", "1"
 VALUE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -88,7 +86,7 @@ def write_entries(
     }
     text.setdefault("modelspec.title", Path(path).stem)
     text.setdefault("modelspec.architecture", "unknown/sara")
-    _replace_atomically(Path(path), lambda temporary: save_file(tensors, temporary, text))
+    replace_atomically(Path(path), lambda temporary: save_file(tensors, temporary, text))
 
 
 def read_entries(path: str | os.PathLike) -> tuple[dict[str, DeltaEntry], dict[str, str]]:
@@ -198,19 +196,3 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     for key in ("values", "positions"):
         digest.update(tensors[key].view(torch.uint8).numpy())
     return "0x" + digest.hexdigest()
-
-
-def _replace_atomically(path: Path, write) -> None:
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
-        write(temporary)
-        os.chmod(temporary, mode)  # safetensors leaves files that only their owner can read
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise

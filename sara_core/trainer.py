@@ -1,17 +1,23 @@
 """The training loop: draw pictures and noise, ask the model, update."""
 
-from collections.abc import Hashable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from .batches import batches
+from .batches import BatchOrder
 from .config import TrainConfig
 from .learning_rate import factor
 from .objective import NoiseSchedule
 from .optimizer import SaraAdamW
+from .out_of_memory import is_out_of_memory
+
+logger = logging.getLogger("comfyui-sara")
+
+MAX_BAD_STEPS = 5
 
 
 class TrainingTask(Protocol):
@@ -42,75 +48,183 @@ class StepReport:
 
     Args:
         step: Number of the update, from 1.
-        loss: Mean loss over the pictures of the update, scalar, left on its device so that reading
-            it is the reader's choice.
+        loss: Mean loss over the pictures of the update.
         learning_rate: Used in the update.
         stage: 1 before the progressive adjustment, 2 after.
+        skipped: The loss or a gradient was not finite, so nothing was updated.
     """
 
     step: int
-    loss: Tensor
+    loss: float
     learning_rate: float
     stage: int
+    skipped: bool = False
 
 
-def train(
-    optimizer: SaraAdamW,
-    task: TrainingTask,
-    config: TrainConfig,
-    scaler: torch.amp.GradScaler | None = None,
-) -> Iterator[StepReport]:
-    """Make `config.steps` updates, yielding a report after each.
+class TrainingRun:
+    """A run that can stop after any step and go on elsewhere as if it had not.
 
-    Every random number comes from a CPU generator seeded with `config.seed`, so a run does not
-    depend on the device's generator, and the global one is not touched.
+    Iterating makes one update at a time until `config.steps` are made. Every random number comes
+    from a CPU generator seeded with `config.seed`, so a run does not depend on the device's
+    generator, and the global one is not touched.
+
+    Each step reads the loss and the gradient norm back once, to leave out an update that is not
+    finite; that is the only time the loop waits for the device.
 
     Args:
         optimizer: Holds the weights that train; its learning rate is the peak of the schedule.
         task: Model and pictures.
         config: Settings.
-        scaler: Scales the loss where gradients are float16; a step that overflows is left out.
+        scaler: Scales the loss where gradients are float16; an overflow it finds is not counted as
+            a bad step.
+        free_memory: Called before a step is tried again after memory has run out.
+
+    Raises:
+        FloatingPointError: While iterating: MAX_BAD_STEPS steps in a row were not finite.
     """
-    generator = torch.Generator().manual_seed(config.seed)
-    order = batches(task.keys, config.batch_size, generator)
-    peak = optimizer.param_groups[0]["lr"]
-    for step in range(config.steps):
-        rate = peak * factor(step, config.steps, config.schedule, config.warmup_steps)
-        optimizer.param_groups[0]["lr"] = rate
+
+    def __init__(
+        self,
+        optimizer: SaraAdamW,
+        task: TrainingTask,
+        config: TrainConfig,
+        scaler: torch.amp.GradScaler | None = None,
+        free_memory: Callable[[], None] = lambda: None,
+    ):
+        self.optimizer, self.task, self.config, self.scaler = optimizer, task, config, scaler
+        self.step = 0
+        self._free_memory = free_memory
+        self._generator = torch.Generator().manual_seed(config.seed)
+        self._order = BatchOrder(task.keys, config.batch_size, self._generator)
+        self._peak_rate = optimizer.param_groups[0]["lr"]
+        self._num_parts = 1  # of a batch, one after the other, once memory has run out
+        self._bad_steps = 0
+        self._mark()
+
+    def __iter__(self) -> Iterator[StepReport]:
+        while self.step < self.config.steps:
+            yield self._make_step()
+
+    def state(self) -> dict:
+        """Return what is needed to go on after the last whole step: tensors and plain values."""
+        generator, remaining = self._marked
+        return {
+            "step": self.step,
+            "generator": generator,
+            "remaining": remaining,
+            "peak_rate": self._peak_rate,
+            "num_parts": self._num_parts,
+            "bad_steps": self._bad_steps,
+            "scaler": None if self.scaler is None else self.scaler.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def load_state(self, state: dict) -> None:
+        """Go on from a state of a run with the same model, pictures and settings.
+
+        Raises:
+            ValueError: It does not fit the model; nothing has been changed then.
+        """
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scaler is not None and state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        self.step, self._peak_rate = state["step"], state["peak_rate"]
+        self._num_parts, self._bad_steps = state["num_parts"], state["bad_steps"]
+        self._generator.set_state(state["generator"])
+        self._order.remaining = [list(batch) for batch in state["remaining"]]
+        self._mark()
+
+    def _mark(self) -> None:
+        self._marked = (self._generator.get_state(), self._order.remaining)
+
+    def _rewind(self) -> None:
+        self.optimizer.zero_grad()
+        self._generator.set_state(self._marked[0])
+        self._order.remaining = self._marked[1]
+
+    def _make_step(self) -> StepReport:
+        config = self.config
+        rate = self._peak_rate * factor(
+            self.step, config.steps, config.schedule, config.warmup_steps
+        )
+        self.optimizer.param_groups[0]["lr"] = rate
+        try:
+            loss = self._gradients_within_memory()
+            finite = self._update(loss)
+        except BaseException:
+            self._rewind()
+            raise
+        self.step += 1
+        self._mark()
+        self._bad_steps = 0 if finite else self._bad_steps + 1
+        if self._bad_steps == MAX_BAD_STEPS:
+            raise FloatingPointError(
+                f"the loss or its gradient was not finite in {MAX_BAD_STEPS} steps in a row, up to "
+                f"step {self.step}; none of them changed a weight. Lower the learning rate (it was "
+                f"{rate:.2e}), or compute in fp32 or bf16 if training_dtype is fp16"
+            )
+        return StepReport(self.step, loss.item(), rate, self.optimizer.stage, not finite)
+
+    def _gradients_within_memory(self) -> Tensor:
+        try:
+            return self._gradients()
+        except Exception as error:
+            if not is_out_of_memory(error) or self._num_parts >= self.config.batch_size:
+                raise
+        # Outside the except block, where the error no longer keeps the step's tensors alive.
+        self._rewind()
+        self._free_memory()
+        self._num_parts = min(2 * self._num_parts, self.config.batch_size)
+        logger.warning(
+            "memory ran out in step %d; going on with each batch in %d parts, with the same result",
+            self.step + 1,
+            self._num_parts,
+        )
+        return self._gradients()
+
+    def _gradients(self) -> Tensor:
+        """Add up the gradient of one update and return its loss, a scalar."""
         losses = []
-        for _ in range(config.accumulation):
-            loss = _loss(task, next(order), config, generator)
-            scaled = loss / config.accumulation
-            (scaled if scaler is None else scaler.scale(scaled)).backward()
-            losses.append(loss.detach())
-        _update(optimizer, config.max_grad_norm, scaler)
-        yield StepReport(step + 1, torch.stack(losses).mean(), rate, optimizer.stage)
+        for _ in range(self.config.accumulation):
+            draw = self._draw(next(self._order))
+            count = len(draw[0])
+            size = -(-count // self._num_parts)
+            for start in range(0, count, size):
+                loss = self._loss(*(part[start : start + size] for part in draw))
+                share = min(size, count - start) / count / self.config.accumulation
+                scaled = loss * share
+                (scaled if self.scaler is None else self.scaler.scale(scaled)).backward()
+                losses.append(loss.detach() * share)
+        return torch.stack(losses).sum()
 
+    def _draw(self, pictures: list[int]) -> tuple:
+        latents = self.task.latents(pictures)
+        count, generator = len(pictures), self._generator
+        sigma = self.task.schedule.draw_sigma(count, generator).to(latents.device)
+        noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+        dropped = torch.rand(count, generator=generator) < self.config.caption_dropout
+        return pictures, latents, sigma, noise, dropped.tolist()
 
-def _loss(
-    task: TrainingTask, pictures: list[int], config: TrainConfig, generator: torch.Generator
-) -> Tensor:
-    latents = task.latents(pictures)
-    count = len(pictures)
-    sigma = task.schedule.draw_sigma(count, generator).to(latents.device)
-    noise = torch.randn(latents.shape, generator=generator).to(latents.device)
-    dropped = (torch.rand(count, generator=generator) < config.caption_dropout).tolist()
-    noisy = task.schedule.add_noise(latents, noise, sigma)
-    x0 = task.predict(noisy, sigma, pictures, dropped)
-    return task.schedule.loss(x0, latents, sigma, config.loss).mean()
+    def _loss(self, pictures, latents, sigma, noise, dropped) -> Tensor:
+        schedule = self.task.schedule
+        noisy = schedule.add_noise(latents, noise, sigma)
+        x0 = self.task.predict(noisy, sigma, pictures, dropped)
+        return schedule.loss(x0, latents, sigma, self.config.loss).mean()
 
-
-def _update(
-    optimizer: SaraAdamW, max_grad_norm: float, scaler: torch.amp.GradScaler | None
-) -> None:
-    if scaler is not None:
-        scaler.unscale_(optimizer)
-    optimizer.add_low_rank_gradient_()
-    if max_grad_norm:
-        torch.nn.utils.clip_grad_norm_(optimizer.parameters(), max_grad_norm)
-    if scaler is None:
-        optimizer.step()
-    else:
-        scaler.step(optimizer)
-        scaler.update()
-    optimizer.zero_grad()
+    def _update(self, loss: Tensor) -> bool:
+        """Make the update unless it is not finite; returns whether it was."""
+        optimizer, scaler = self.optimizer, self.scaler
+        if scaler is not None:
+            scaler.unscale_(optimizer)
+        optimizer.add_low_rank_gradient_()
+        limit = self.config.max_grad_norm or float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(optimizer.parameters(), limit)
+        finite = bool(torch.isfinite(loss) & torch.isfinite(norm))
+        if scaler is not None:
+            scaler.step(optimizer)  # leaves the update out by itself on an overflow
+            scaler.update()
+            finite = finite or bool(torch.isfinite(loss))
+        elif finite:
+            optimizer.step()
+        optimizer.zero_grad()
+        return finite

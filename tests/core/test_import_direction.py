@@ -10,6 +10,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CORE = ROOT / "sara_core"
 ALLOWED = {"torch", "safetensors", "numpy"} | set(sys.stdlib_module_names)
 LAYERS = [
+    {"atomic"},
     {
         "magnitudes",
         "positions",
@@ -20,6 +21,7 @@ LAYERS = [
         "parameters",
         "checkpointing",
         "tracking",
+        "out_of_memory",
     },
     {"selection", "config", "delta_file", "fingerprint"},
     {"analysis", "delta", "sparse_weight"},

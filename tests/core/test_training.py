@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from sara_core import SaraAdamW
-from sara_core.batches import batches
+from sara_core.batches import BatchOrder
 from sara_core.config import TrainConfig
 from sara_core.learning_rate import factor, rule
 from sara_core.objective import NoiseSchedule
-from sara_core.trainer import train
+from sara_core.trainer import TrainingRun
 
 
 def test_rule_gives_the_papers_rates():
@@ -38,17 +38,17 @@ def test_every_epoch_shows_each_picture_once_in_batches_of_one_size():
     keys = ["wide"] * 7 + ["tall"] * 4 + ["square"]
     generator = torch.Generator().manual_seed(0)
     per_epoch = 3 + 2 + 1
-    stream = batches(keys, 3, generator)
+    stream = BatchOrder(keys, 3, generator)
     epochs = [list(islice(stream, per_epoch)) for _ in range(3)]
     for epoch in epochs:
         assert Counter(i for batch in epoch for i in batch) == Counter(range(12))
         assert all(len({keys[i] for i in batch}) == 1 for batch in epoch)
         assert max(map(len, epoch)) == 3
     assert epochs[0] != epochs[1]
-    again = batches(keys, 3, torch.Generator().manual_seed(0))
+    again = BatchOrder(keys, 3, torch.Generator().manual_seed(0))
     assert list(islice(again, per_epoch)) == epochs[0]
     with pytest.raises(ValueError, match="0 pictures"):
-        next(batches([], 1, generator))
+        BatchOrder([], 1, generator)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def run(**settings):
     task = Task(net)
     optimizer = SaraAdamW(net, fraction=0.5, lr=1e-2, low_rank_weight=0)
     config = TrainConfig(**{"steps": 6, "batch_size": 2, **settings})
-    return net, task, list(train(optimizer, task, config))
+    return net, task, list(TrainingRun(optimizer, task, config))
 
 
 def test_reports_follow_the_schedule_and_loss_is_the_objectives():
@@ -106,7 +106,7 @@ def test_reports_follow_the_schedule_and_loss_is_the_objectives():
     width = noisy.shape[1]
     x0 = fresh(nn.functional.pad(noisy, (0, 6 - width)))[:, :width]
     error = (x0 - task.latents(pictures)) / sigma[:, None]
-    assert reports[0].loss.item() == pytest.approx(error.square().mean().item(), rel=1e-5)
+    assert reports[0].loss == pytest.approx(error.square().mean().item(), rel=1e-5)
 
 
 def test_pictures_keep_their_own_noise_level_and_caption():
@@ -130,7 +130,7 @@ def test_accumulation_averages_over_its_passes():
         width = noisy.shape[1]
         x0 = fresh(nn.functional.pad(noisy, (0, 6 - width)))[:, :width]
         losses.append(((x0 - task.latents(pictures)) / sigma[:, None]).square().mean().item())
-    assert reports[0].loss.item() == pytest.approx(sum(losses) / 3, rel=1e-5)
+    assert reports[0].loss == pytest.approx(sum(losses) / 3, rel=1e-5)
 
 
 def test_same_seed_same_weights_and_global_generator_untouched():
@@ -146,7 +146,7 @@ def test_loop_does_not_touch_the_global_generator():
     net = nn.Linear(6, 6)
     optimizer = SaraAdamW(net, fraction=0.5, lr=1e-2)
     state = torch.get_rng_state()
-    list(train(optimizer, Task(net), TrainConfig(steps=3, caption_dropout=0.5)))
+    list(TrainingRun(optimizer, Task(net), TrainConfig(steps=3, caption_dropout=0.5)))
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -162,7 +162,7 @@ def test_clipping_bounds_the_gradient_of_the_update():
         step()
 
     optimizer.step = spy
-    list(train(optimizer, Task(net), TrainConfig(steps=3, max_grad_norm=0.1)))
+    list(TrainingRun(optimizer, Task(net), TrainConfig(steps=3, max_grad_norm=0.1)))
     assert norms == pytest.approx([0.1] * 3, rel=1e-3)  # the low-rank gradient included
 
 
@@ -172,5 +172,5 @@ def test_loss_scaling_gives_the_same_result():
     net = nn.Linear(6, 6)
     optimizer = SaraAdamW(net, fraction=0.5, lr=1e-2, low_rank_weight=0)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    list(train(optimizer, Task(net), TrainConfig(steps=3, batch_size=2), scaler))
+    list(TrainingRun(optimizer, Task(net), TrainConfig(steps=3, batch_size=2), scaler))
     assert torch.equal(net.weight, plain)

@@ -1,0 +1,20 @@
+"""Recognise that memory has run out, on any device."""
+
+import torch
+
+MESSAGES = (
+    "out of memory",  # CUDA, MPS, ROCm, XPU
+    "can't allocate memory",  # PyTorch's CPU allocator
+    "not enough memory",  # the same on Windows
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an exception says that memory has run out.
+
+    PyTorch raises `torch.OutOfMemoryError` on CUDA, but plain RuntimeErrors elsewhere.
+    """
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(message in text for message in MESSAGES)
