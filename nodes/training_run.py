@@ -2,7 +2,6 @@
 
 import json
 import logging
-import math
 import time
 from collections.abc import Iterable
 
@@ -12,7 +11,7 @@ from ..sara_core import SaraAdamW, SparseDelta
 from ..sara_core.checkpointing import checkpointed
 from ..sara_core.config import TrainConfig
 from ..sara_core.fingerprint import take_fingerprint
-from ..sara_core.trainer import StepReport, train
+from ..sara_core.trainer import StepReport, TrainingRun
 from . import host
 from .inputs import selection_rule
 from .training_inputs import COMPUTE_DTYPES
@@ -56,7 +55,9 @@ def run(patcher, examples, settings: dict, node_id: str | None) -> tuple[SparseD
                 peak_rate,
             )
             with checkpointed(model, settings["gradient_checkpointing"]):
-                losses = _loop(train(optimizer, training_set, config, scaler), config, node_id)
+                losses = _loop(
+                    TrainingRun(optimizer, training_set, config, scaler), config, node_id
+                )
             delta = optimizer.delta(_metadata(patcher, settings, peak_rate, len(examples[0])))
         finally:
             optimizer.restore()
@@ -101,19 +102,13 @@ def _loop(reports: Iterable[StepReport], config: TrainConfig, node_id: str | Non
     for report in reports:
         losses.append(report.loss)
         if report.step % text_every == 0:
-            mean = torch.stack(losses[-text_every:]).mean().item()
-            if not math.isfinite(mean):
-                raise RuntimeError(
-                    f"the loss has become {mean} by step {report.step}: the training has diverged. "
-                    f"Lower the learning rate (it was {report.learning_rate:.2e}), or compute in "
-                    "fp32 or bf16 if training_dtype is fp16"
-                )
+            mean = sum(losses[-text_every:]) / text_every
             progress.text(
                 f"step {report.step} of {config.steps}, stage {report.stage}, loss {mean:.4f}, "
                 f"learning rate {report.learning_rate:.2e}"
             )
         progress.update(report.step)
-    return torch.stack(losses).tolist()
+    return losses
 
 
 def _metadata(patcher, settings: dict, peak_rate: float, num_pictures: int) -> dict[str, str]:
