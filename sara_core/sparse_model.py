@@ -101,18 +101,8 @@ class SparseModel:
 
     def entries(self) -> dict[str, DeltaEntry]:
         """Return learned minus base of active and frozen weights, on the CPU, in module order."""
-        parts: dict[str, list[SparseWeight]] = {}
-        for weight in (*self.active, *self.frozen):
-            parts.setdefault(weight.name, []).append(weight)
-        entries = {}
-        for name in self.parameters:
-            if name in parts:
-                index = torch.cat([weight.index for weight in parts[name]])
-                values = torch.cat([weight.delta() for weight in parts[name]])
-                order = torch.argsort(index)
-                shape = tuple(self.parameters[name].shape)
-                entries[name] = DeltaEntry(index[order].cpu(), values[order].cpu(), shape)
-        return entries
+        entries = entries_of(self.state())
+        return {name: entries[name] for name in self.parameters if name in entries}
 
     def state(self) -> list[dict]:
         """Return the selection, base and trained values as tensors and plain values."""
@@ -180,6 +170,27 @@ class SparseModel:
                 f"the saved state belongs to another model: {'; '.join(faults[:10])}{more}. Load "
                 "the model it was trained on, in the same dtype"
             )
+
+
+def entries_of(records: Sequence[Mapping]) -> dict[str, DeltaEntry]:
+    """Return learned minus base of saved weights by parameter name, on the CPU.
+
+    Args:
+        records: As `SparseModel.state` returns them; a parameter may have an active and a frozen
+            part.
+    """
+    parts: dict[str, list[Mapping]] = {}
+    for record in records:
+        parts.setdefault(record["name"], []).append(record)
+    entries = {}
+    for name, found in parts.items():
+        index = torch.cat([record["index"] for record in found])
+        values = torch.cat([r["values"] - r["base"].to(r["values"].dtype) for r in found])
+        if len(found) > 1:
+            order = torch.argsort(index)
+            index, values = index[order], values[order]
+        entries[name] = DeltaEntry(index.cpu(), values.cpu(), tuple(found[0]["shape"]))
+    return entries
 
 
 def _is_sound(record: Mapping, numel: int) -> bool:

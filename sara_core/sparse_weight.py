@@ -82,10 +82,6 @@ class SparseWeight:
             )
         self.parameter.data.put_(self.index.long(), values.detach().to(self.base.dtype))
 
-    def delta(self) -> Tensor:
-        """Learned minus base, shape `(k,)`, in the dtype of the trained values."""
-        return self.values.detach() - self.base.to(self.dtype)
-
     def part(self, keep: Tensor) -> "SparseWeight":
         """Copy the entries marked in `keep`, bool `(k,)`, with their gradient."""
         values = self.values.detach()[keep]

@@ -23,11 +23,12 @@ LAYERS = [
         "tracking",
         "out_of_memory",
     },
-    {"selection", "config", "delta_file", "fingerprint"},
+    {"selection", "config", "state_file", "delta_file", "fingerprint"},
     {"analysis", "delta", "sparse_weight"},
     {"sparse_model"},
     {"optimizer"},
     {"trainer"},
+    {"run_folder"},
     {"__init__"},
 ]
 

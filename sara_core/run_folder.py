@@ -1,0 +1,174 @@
+"""The folder of one run: settings, loss history, checkpoints, and the state to go on from."""
+
+import contextlib
+import csv
+import json
+import os
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from .atomic import replace_atomically
+from .delta import SparseDelta
+from .sparse_model import entries_of
+from .state_file import read_state, snapshot, write_state
+from .trainer import StepReport
+
+STATE, SETTINGS, LOSSES, LOG = "state.safetensors", "settings.json", "loss.csv", "log.txt"
+COLUMNS = ("step", "loss", "learning_rate", "stage", "skipped")
+
+
+class RunFolder:
+    """Files of one run. Saves go on in a thread beside the training.
+
+    Args:
+        path: The folder, as `create` has made it.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        self.settings: dict = json.loads((self.path / SETTINGS).read_text(encoding="utf-8"))
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="sara-save")
+        self._pending: Future | None = None
+        self._losses = None
+
+    @classmethod
+    def create(cls, parent: str | os.PathLike, name: str, settings: Mapping) -> "RunFolder":
+        """Make a new folder `<name>_<number>`; never one that exists, whoever else makes one.
+
+        Args:
+            parent: Folder to make it in; made if it does not exist.
+            name: File name without separators.
+            settings: Kept as JSON.
+
+        Raises:
+            OSError: The folder cannot be written to.
+        """
+        number = 1
+        while True:
+            path = Path(parent) / f"{name}_{number:05}"
+            with contextlib.suppress(FileExistsError):
+                path.mkdir(parents=True)
+                break
+            number += 1
+        text = json.dumps(dict(settings), indent=1, sort_keys=True)
+        replace_atomically(path / SETTINGS, lambda file: Path(file).write_text(text, "utf-8"))
+        return cls(path)
+
+    @property
+    def can_resume(self) -> bool:
+        """Whether there is a state to go on from."""
+        return (self.path / STATE).is_file()
+
+    def log(self, text: str) -> None:
+        """Append a line with the time to the run's log; a full disk does not stop a run."""
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S")
+        with contextlib.suppress(OSError), open(self.path / LOG, "a", encoding="utf-8") as file:
+            file.write(f"{stamp} {text}\n")
+
+    def read_losses(self, up_to_step: int) -> list[float]:
+        """Return the losses up to a step and forget later ones, which will be made again."""
+        path = self.path / LOSSES
+        if not path.is_file():
+            return []
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = [r for r in csv.reader(file) if len(r) == len(COLUMNS) and r[0].isdigit()]
+        rows = [row for row in rows if int(row[0]) <= up_to_step]
+
+        def write(temporary: Path) -> None:
+            with open(temporary, "w", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerows([COLUMNS, *rows])
+
+        replace_atomically(path, write)
+        return [float(row[1]) for row in rows]
+
+    def add_loss(self, report: StepReport) -> None:
+        """Append a step to loss.csv, at once; a full disk does not stop a run."""
+        with contextlib.suppress(OSError):
+            if self._losses is None:
+                path = self.path / LOSSES
+                is_new = not path.is_file()
+                self._losses = open(path, "a", newline="", encoding="utf-8", buffering=1)  # noqa: SIM115
+                if is_new:
+                    csv.writer(self._losses).writerow(COLUMNS)
+            row = (report.step, repr(report.loss), repr(report.learning_rate), report.stage,
+                   int(report.skipped))  # fmt: skip
+            csv.writer(self._losses).writerow(row)
+
+    def save(
+        self,
+        state: dict,
+        metadata: Mapping[str, str],
+        *,
+        keep: int,
+        dtype: torch.dtype = torch.float16,
+        wait: bool = False,
+    ) -> OSError | None:
+        """Save a checkpoint of the delta and the state to go on from.
+
+        The tensors are copied at once; writing goes on in a thread unless `wait` is set. Each file
+        replaces the one before only when it is whole.
+
+        Args:
+            state: From `TrainingRun.state`, with whatever else is needed to resume.
+            metadata: Of the delta.
+            keep: Number of checkpoints to keep.
+            dtype: Of the checkpoint's values.
+            wait: Return when it is written.
+
+        Returns:
+            What went wrong with the save before this one, or with this one if `wait` is set; None
+            if nothing did.
+        """
+        problem = self.finish_saving()
+        self._pending = self._writer.submit(
+            self._write, snapshot(state), dict(metadata), keep, dtype
+        )
+        return self.finish_saving() if wait else problem
+
+    def finish_saving(self) -> OSError | None:
+        """Wait for the save under way; returns what went wrong with it, if anything did."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return None
+        try:
+            pending.result()
+        except OSError as error:
+            self.log(f"could not save: {error}")
+            return error
+        return None
+
+    def _write(self, state: dict, metadata: dict, keep: int, dtype: torch.dtype) -> None:
+        step = state["run"]["step"]
+        write_state(self.path / STATE, state)
+        delta = SparseDelta(entries_of(state["run"]["optimizer"]["sara"]["weights"]), metadata)
+        delta.save(self.path / f"checkpoint_{step:07}_steps.safetensors", dtype)
+        for old in sorted(self.path.glob("checkpoint_*_steps.safetensors"))[: -max(1, keep)]:
+            old.unlink()
+        self.log(f"saved step {step}")
+
+    def read_state(self) -> dict:
+        """Read the state to go on from; see `state_file.read_state`."""
+        return read_state(self.path / STATE)
+
+    def finish(self, delta: SparseDelta, name: str, dtype: torch.dtype) -> Path:
+        """Save the final delta; the state is no longer needed then. Returns the delta's path."""
+        problem = self.finish_saving()
+        if problem is not None:
+            self.log(f"an earlier save had failed: {problem}")
+        path = self.path / f"{name}.safetensors"
+        delta.save(path, dtype)
+        (self.path / STATE).unlink(missing_ok=True)
+        self.log(f"finished, saved {path.name}")
+        return path
+
+    def close(self) -> None:
+        """Wait for the save under way and let go of the files."""
+        self.finish_saving()
+        self._writer.shutdown()
+        if self._losses is not None:
+            self._losses.close()
+            self._losses = None

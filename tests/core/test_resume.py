@@ -1,0 +1,280 @@
+"""Runs that stop and go on, leave out bad steps, split batches, and the files they keep."""
+
+import csv
+import os
+from itertools import islice
+
+import pytest
+import torch
+from torch import nn
+
+from sara_core import SaraAdamW, SparseDelta
+from sara_core.config import TrainConfig
+from sara_core.objective import NoiseSchedule
+from sara_core.out_of_memory import is_out_of_memory
+from sara_core.run_folder import RunFolder
+from sara_core.state_file import read_state, snapshot, write_state
+from sara_core.trainer import MAX_BAD_STEPS, TrainingRun
+
+
+class Task:
+    """Seven latents of two sizes and a two-layer 'model'; `fail` runs before each prediction."""
+
+    def __init__(self, net, fail=lambda count: None):
+        self.net, self.fail = net, fail
+        self.schedule = NoiseSchedule("flow", "logit_normal", lambda t: t)
+        generator = torch.Generator().manual_seed(5)
+        self.pictures = [torch.randn(1, 8 if i < 5 else 4, generator=generator) for i in range(7)]
+        self.keys = [p.shape for p in self.pictures]
+
+    def latents(self, pictures):
+        return torch.cat([self.pictures[i] for i in pictures])
+
+    def predict(self, noisy, sigma, pictures, dropped):
+        scale = self.fail(len(pictures))
+        padded = nn.functional.pad(noisy, (0, 8 - noisy.shape[1]))
+        caption = torch.tensor(pictures) * ~torch.tensor(dropped)
+        out = self.net(torch.cat([padded, caption[:, None] / 7], dim=1))[:, : noisy.shape[1]]
+        return out if scale is None else out * scale
+
+
+SETTINGS = {
+    "steps": 12, "batch_size": 3, "accumulation": 2, "caption_dropout": 0.3, "warmup_steps": 3,
+    "seed": 11,
+}  # fmt: skip
+
+
+def make(fail=lambda count: None, fraction=0.5, free=lambda: None, **settings):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(9, 40), nn.Tanh(), nn.Linear(40, 8))
+    optimizer = SaraAdamW(
+        net, fraction=fraction, lr=1e-2, low_rank_weight=1e-2, progressive_step=6, seed=3
+    )
+    config = TrainConfig(**{**SETTINGS, **settings})
+    return net, TrainingRun(optimizer, Task(net, fail), config, free_memory=free)
+
+
+def outcome(net, run):
+    tensors = [*net.state_dict().values()]
+    for state in run.optimizer.state.values():
+        tensors += [state["exp_avg"], state["exp_avg_sq"], state["step"]]
+    return tensors
+
+
+def assert_equal(one, two):
+    assert len(one) == len(two)
+    for a, b in zip(one, two, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("stop", [1, 5, 6, 7, 11])
+def test_a_stopped_run_goes_on_bit_for_bit(stop, tmp_path):
+    net, run = make()
+    reports = list(run)
+    expected = outcome(net, run)
+
+    _, first = make()
+    before = list(islice(first, stop))
+    write_state(tmp_path / "s.safetensors", snapshot(first.state()))
+    net, second = make(fraction=0.2)
+    second.load_state(read_state(tmp_path / "s.safetensors"))
+    after = list(second)
+    assert before + after == reports
+    assert_equal(outcome(net, second), expected)
+    second.optimizer.restore()
+    assert_equal(list(net.state_dict().values()), list(make()[0].state_dict().values()))
+
+
+def test_state_after_an_error_within_a_step_is_that_of_the_last_whole_step(tmp_path):
+    net, run = make()
+    list(run)
+    expected = outcome(net, run)
+    calls = [0]
+
+    def fail(count):
+        calls[0] += 1
+        if calls[0] == 10:  # the second pass of step 5
+            raise KeyboardInterrupt
+
+    _, broken = make(fail)
+    with pytest.raises(KeyboardInterrupt):
+        list(broken)
+    assert broken.step == 4
+    write_state(tmp_path / "s.safetensors", snapshot(broken.state()))
+    net, second = make()
+    second.load_state(read_state(tmp_path / "s.safetensors"))
+    list(second)
+    assert_equal(outcome(net, second), expected)
+
+
+def test_a_step_that_is_not_finite_changes_nothing():
+    calls = [0]
+
+    def fail(count):
+        calls[0] += 1
+        return float("nan") if calls[0] in (5, 6) else None  # both passes of step 3
+
+    net, run = make(fail)
+    seen = []
+    for report in run:
+        seen.append((report.skipped, [v.detach().clone() for v in net.state_dict().values()]))
+    assert [skipped for skipped, _ in seen] == [i == 2 for i in range(12)]
+    assert_equal(seen[1][1], seen[2][1])
+    assert not torch.equal(seen[2][1][0], seen[3][1][0])
+    assert run.optimizer.num_steps == 11
+
+
+def test_bad_steps_in_a_row_end_the_run_with_advice():
+    net, run = make(lambda count: float("inf"))
+    before = [v.clone() for v in net.state_dict().values()]
+    with pytest.raises(FloatingPointError, match="in 5 steps in a row.*Lower the learning rate"):
+        list(run)
+    assert run.step == MAX_BAD_STEPS
+    assert_equal(before, list(net.state_dict().values()))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError(
+        "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), RuntimeError(
+        "MPS backend out of memory")],
+)  # fmt: skip
+def test_out_of_memory_splits_the_batch_with_the_same_result(error):
+    assert is_out_of_memory(error)
+    net, run = make(batch_size=4)
+    reports = list(run)
+    expected = [v.detach().clone() for v in net.state_dict().values()]
+    freed = []
+
+    def fail(count):
+        if count > 2:
+            raise error
+
+    net, run = make(fail, free=lambda: freed.append(1), batch_size=4)
+    again = list(run)
+    assert len(freed) == 1
+    for one, two in zip(reports, again, strict=True):
+        assert two.loss == pytest.approx(one.loss, rel=1e-4)
+    for a, b in zip(expected, net.state_dict().values(), strict=True):
+        assert torch.allclose(a, b, atol=2e-3)  # Adam magnifies the last bits of tiny gradients
+
+
+def test_out_of_memory_that_splitting_does_not_cure_is_raised_after_one_retry():
+    calls = [0]
+
+    def fail(count):
+        calls[0] += 1
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    _, run = make(fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        list(run)
+    assert calls[0] == 2
+    assert not is_out_of_memory(RuntimeError("shapes do not match"))
+    assert not is_out_of_memory(ValueError("out of memory"))
+
+
+def test_states_keep_every_kind_of_value(tmp_path):
+    state = {
+        "numbers": [1, 2.5, 1e-300, True, None, "text"], 3: {0: torch.arange(3)},
+        "half": torch.ones(2, dtype=torch.bfloat16), "empty": torch.zeros(0), "scalar": torch.tensor(7.0),
+    }  # fmt: skip
+    write_state(tmp_path / "s.safetensors", state)
+    found = read_state(tmp_path / "s.safetensors")
+    assert found["numbers"] == state["numbers"]
+    assert found[3][0].tolist() == [0, 1, 2]
+    assert torch.equal(found["half"], state["half"])
+    assert (found["empty"].shape, found["scalar"].item()) == ((0,), 7.0)
+
+
+def test_damaged_states_are_refused(tmp_path):
+    path = tmp_path / "s.safetensors"
+    write_state(path, {"a": torch.arange(100), "b": 5})
+    whole = path.read_bytes()
+    for position in (9, len(whole) // 2, len(whole) - 1):
+        flipped = bytearray(whole)
+        flipped[position] ^= 1
+        path.write_bytes(flipped)
+        with pytest.raises(ValueError, match="cannot be used to resume"):
+            read_state(path)
+    path.write_bytes(whole[:-10])
+    with pytest.raises(ValueError, match="cannot be used to resume"):
+        read_state(path)
+    with pytest.raises(FileNotFoundError, match="no such state"):
+        read_state(tmp_path / "none")
+
+
+def test_folders_count_up_and_never_share(tmp_path):
+    paths = [RunFolder.create(tmp_path / "sara", "style", {"steps": 3}).path for _ in range(3)]
+    assert [p.name for p in paths] == ["style_00001", "style_00002", "style_00003"]
+    assert RunFolder(paths[1]).settings == {"steps": 3}
+
+
+def saved(run, **more):
+    return {"run": run.state(), **more}
+
+
+def test_checkpoints_are_kept_and_the_final_delta_ends_the_state(tmp_path):
+    _, run = make()
+    folder = RunFolder.create(tmp_path, "style", SETTINGS)
+    for report in run:
+        folder.add_loss(report)
+        if report.step % 2 == 0:
+            assert folder.save(saved(run), {"note": "x"}, keep=2) is None
+    assert folder.finish_saving() is None
+    names = sorted(p.name for p in folder.path.glob("checkpoint*"))
+    assert names == ["checkpoint_0000010_steps.safetensors", "checkpoint_0000012_steps.safetensors"]
+    last = SparseDelta.load(folder.path / names[-1])
+    for name, entry in run.optimizer.delta().entries.items():
+        assert torch.equal(last.entries[name].values, entry.values.half())
+        assert torch.equal(last.entries[name].index, entry.index)
+    assert folder.can_resume
+    assert folder.read_state()["run"]["step"] == 12
+    path = folder.finish(run.optimizer.delta(), "style_12_steps", torch.float32)
+    folder.close()
+    assert path.is_file()
+    assert not folder.can_resume
+    assert not list(folder.path.glob(".*"))
+    assert "saved step 12" in (folder.path / "log.txt").read_text()
+
+
+def test_loss_history_is_there_at_once_and_cut_on_resume(tmp_path):
+    _, run = make()
+    folder = RunFolder.create(tmp_path, "style", SETTINGS)
+    reports = []
+    for report in islice(run, 6):
+        reports.append(report)
+        folder.add_loss(report)
+        with open(folder.path / "loss.csv", newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert float(rows[-1]["loss"]) == report.loss
+    with open(folder.path / "loss.csv", "a") as file:
+        file.write("7,0.1")  # cut off by a crash
+    assert folder.read_losses(4) == [r.loss for r in reports[:4]]
+    assert RunFolder(folder.path).read_losses(99) == [r.loss for r in reports[:4]]
+
+
+def test_a_full_disk_is_told_and_the_last_good_save_stays(tmp_path, monkeypatch):
+    _, run = make()
+    folder = RunFolder.create(tmp_path, "style", SETTINGS)
+    steps = iter(run)
+    next(steps)
+    assert folder.save(saved(run), {}, keep=2, wait=True) is None
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("sara_core.state_file.save_file", full)
+        next(steps)
+        assert folder.save(saved(run), {}, keep=2) is None  # in the background
+        next(steps)
+        problem = folder.save(saved(run), {}, keep=2, wait=True)
+    assert problem.errno == 28
+    assert folder.read_state()["run"]["step"] == 1
+    assert [p.name for p in folder.path.glob("checkpoint*")] == [
+        "checkpoint_0000001_steps.safetensors"
+    ]
+    assert folder.save(saved(run), {}, keep=2, wait=True) is None
+    assert folder.read_state()["run"]["step"] == 3
+    assert not [name for name in os.listdir(folder.path) if name.startswith(".")]
