@@ -416,7 +416,7 @@ def demo():
             ):
                 image = outputs[node_of(prompt, class_type)]["images"][0]
                 (out / file).write_bytes(server.picture(image))
-            shutil.copy2(base / "output" / "sara" / name, out / "fluent3d.safetensors")
+            shutil.copyfile(base / "output" / "sara" / name, out / "fluent3d.safetensors")
 
             say("Load, apply and sample concepts that were not among the pictures")
             prompt = load_workflow(server, "use_delta")

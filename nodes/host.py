@@ -4,6 +4,7 @@ The only file that touches ComfyUI's internals. Written against 0.3.75.
 """
 
 import contextlib
+import gc
 import logging
 import os
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from ..sara_core import SparseDelta
 from ..sara_core.objective import NoiseSchedule
+from ..sara_core.run_folder import STATE
 from ..sara_core.tracking import make_trackable, trackable_copy
 
 logger = logging.getLogger("comfyui-sara")
@@ -58,6 +60,22 @@ def delta_path(name: str) -> str:
     return folder_paths.get_full_path_or_raise(FOLDER, name)
 
 
+def split_output_name(name: str) -> tuple[str, str]:
+    """Return the folder below output/sara and the file name that a name such as `a/b` stands for.
+
+    Raises:
+        ValueError: The name is empty or leads out of the output folder.
+    """
+    root = os.path.abspath(os.path.join(folder_paths.get_output_directory(), FOLDER))
+    path = os.path.abspath(os.path.join(root, name.strip()))
+    if "\0" in name or path == root or os.path.commonpath((root, path)) != root:
+        raise ValueError(
+            f"the name {name!r} is empty or leads out of the output folder {root}; give a plain "
+            "name such as style"
+        )
+    return os.path.dirname(path), os.path.basename(path)
+
+
 def new_output_path(prefix: str) -> str:
     """Return a path that does not exist yet, below the output folder, with a counter in its name."""
     folder, name, counter, _, _ = folder_paths.get_save_image_path(
@@ -66,9 +84,30 @@ def new_output_path(prefix: str) -> str:
     return os.path.join(folder, f"{name}_{counter:05}_.safetensors")
 
 
-def output_relative(path: str) -> str:
-    """Return a path relative to the output folder's sara folder, as SaRA Load lists it."""
+def output_relative(path: str | os.PathLike) -> str:
+    """Return a path relative to output/sara, as Load SaRA Delta lists it."""
     return os.path.relpath(path, os.path.join(folder_paths.get_output_directory(), FOLDER))
+
+
+def resumable_runs() -> list[str]:
+    """List the runs below output/sara that can be resumed, by folder."""
+    root = os.path.join(folder_paths.get_output_directory(), FOLDER)
+    found = [folder for folder, _, files in os.walk(root) if STATE in files]
+    return sorted(output_relative(folder) for folder in found)
+
+
+def run_path(name: str) -> str:
+    """Return the full path of a run that can be resumed.
+
+    Raises:
+        ValueError: No such run.
+    """
+    if name not in resumable_runs():
+        raise ValueError(
+            f"there is no run {name!r} to resume in output/sara: it has finished, or was moved. "
+            "Press R to refresh the list"
+        )
+    return os.path.join(folder_paths.get_output_directory(), FOLDER, name)
 
 
 def base_weights(patcher) -> dict[str, Tensor]:
@@ -252,6 +291,12 @@ def needs_loss_scaling(patcher, dtype: torch.dtype | None) -> bool:
     """Tell whether gradients will be float16, which loses small ones without loss scaling."""
     model = patcher.model
     return torch.float16 in (dtype, model.get_dtype(), model.manual_cast_dtype)
+
+
+def free_memory() -> None:
+    """Give back what PyTorch and Python hold but do not need."""
+    gc.collect()
+    comfy.model_management.soft_empty_cache()
 
 
 class Progress:

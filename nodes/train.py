@@ -1,18 +1,14 @@
 """Train a model with SaRA."""
 
-import logging
-
 from comfy_api.latest import io, ui
 
 from ..sara_core import SparseDelta
+from ..sara_core.run_folder import RunFolder
 from . import host
-from .inputs import SAVE_DTYPES
 from .sockets import LossMap, SaraDelta
-from .training_inputs import training_inputs
+from .training_inputs import FREE_TO_CHANGE, NEW_RUN, training_inputs
 from .training_run import run
-from .training_set import flatten_conditioning, flatten_latents
-
-logger = logging.getLogger("comfyui-sara")
+from .training_set import Examples, flatten_conditioning, flatten_latents
 
 
 class SaraTrain(io.ComfyNode):
@@ -56,18 +52,21 @@ class SaraTrain(io.ComfyNode):
         settings = {name: values[0] for name, values in widgets.items()}
         pictures = flatten_latents(latents)
         captions = flatten_conditioning(positive, len(pictures))
-        examples = (pictures, captions, empty[0][0] if empty else None)
-        path = host.new_output_path(f"sara/{settings['output_name']}_{settings['steps']}_steps")
-        delta, losses = run(model[0], examples, settings, cls.hidden.unique_id)
-        dtype = SAVE_DTYPES[settings["save_dtype"]]
-        delta.save(path, dtype)
-        delta = SparseDelta.load(path)  # the file is the truth: what is sampled is what is loaded
-        name = host.output_relative(path)
-        logger.info("SaRA Train: saved %s", path)
+        examples = Examples(pictures, captions, empty[0][0] if empty else None)
+        resume = settings.pop("resume")
+        if resume == NEW_RUN:
+            parent, name = host.split_output_name(settings["output_name"])
+            folder = RunFolder.create(parent, name, settings)
+        else:
+            folder = RunFolder(host.run_path(resume))
+            folder.settings |= {name: settings[name] for name in FREE_TO_CHANGE}
+        path, losses = run(model[0], examples, folder, cls.hidden.unique_id, resume != NEW_RUN)
+        delta = SparseDelta.load(path)  # what is sampled is what is loaded
+        file = host.output_relative(path)
         return io.NodeOutput(
             host.apply_delta(model[0], delta, 1.0),
             delta,
             {"loss": losses},
-            name,
-            ui=ui.PreviewText(f"saved {name}, loss {losses[-1]:.4f}"),
+            file,
+            ui=ui.PreviewText(f"saved {file}, loss {losses[-1]:.4f}"),
         )

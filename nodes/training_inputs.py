@@ -6,8 +6,11 @@ from comfy_api.latest import io
 from ..sara_core.learning_rate import SCHEDULES
 from ..sara_core.objective import LOSSES
 from ..sara_core.optimizer import LOW_RANK_WEIGHT
+from . import host
 from .inputs import SAVE_DTYPES, filter_inputs, selection_inputs
 
+NEW_RUN = "new run"
+FREE_TO_CHANGE = ("gradient_checkpointing", "save_every_steps", "keep_checkpoints")
 COMPUTE_DTYPES = {
     "auto": None,
     "fp32": torch.float32,
@@ -142,7 +145,31 @@ def training_inputs() -> list:
         io.String.Input(
             "output_name",
             default="style",
-            tooltip="Name of the file in output/sara; steps and a number are added.",
+            tooltip="Name of the run's folder in output/sara; a number is added, so nothing is "
+            "overwritten.",
+        ),
+        io.Int.Input(
+            "save_every_steps",
+            default=100,
+            min=0,
+            max=1_000_000,
+            tooltip="Steps between two saves of a checkpoint and of the state to resume from. 0 saves "
+            "only when the run ends, is cancelled or fails.",
+        ),
+        io.Int.Input(
+            "keep_checkpoints",
+            default=2,
+            min=1,
+            max=1000,
+            tooltip="Number of checkpoints to keep; older ones are deleted.",
+        ),
+        io.Combo.Input(
+            "resume",
+            options=[NEW_RUN, *host.resumable_runs()],
+            default=NEW_RUN,
+            tooltip="A cancelled or failed run to go on with, exactly where it stopped. Its own "
+            "settings are used; of the widgets here only gradient_checkpointing, save_every_steps "
+            "and keep_checkpoints count. Press R to refresh the list.",
         ),
         *filter_inputs(),
     ]

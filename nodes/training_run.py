@@ -1,69 +1,190 @@
-"""One training run: settings in, delta and losses out."""
+"""One training run: pictures and settings in, delta and losses out, everything saved on the way."""
 
 import json
 import logging
 import time
-from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 
-from ..sara_core import SaraAdamW, SparseDelta
+from ..sara_core import SaraAdamW
 from ..sara_core.checkpointing import checkpointed
 from ..sara_core.config import TrainConfig
 from ..sara_core.fingerprint import take_fingerprint
+from ..sara_core.out_of_memory import is_out_of_memory
+from ..sara_core.run_folder import RunFolder
 from ..sara_core.trainer import StepReport, TrainingRun
 from . import host
-from .inputs import selection_rule
+from .inputs import SAVE_DTYPES, selection_rule
 from .training_inputs import COMPUTE_DTYPES
-from .training_set import TrainingSet
+from .training_set import Examples, TrainingSet, describe_examples, differences
 
 logger = logging.getLogger("comfyui-sara")
 
 NUM_TEXT_UPDATES = 50
+MEMORY_ADVICE = (
+    "To need less memory: turn gradient_checkpointing on, lower batch_size, use smaller pictures, "
+    "train a smaller fraction."
+)
 
 
-def run(patcher, examples, settings: dict, node_id: str | None) -> tuple[SparseDelta, list[float]]:
-    """Train a MODEL in place, put its base weights back, and return what was learned.
+def run(
+    patcher, examples: Examples, folder: RunFolder, node_id: str | None, resume: bool = False
+) -> tuple[Path, list[float]]:
+    """Train a MODEL in place, save what it learns, and put its base weights back.
+
+    Whatever ends it, the delta and the state after the last whole step are in the folder.
 
     Args:
         patcher: The MODEL.
-        examples: Latents, captions and the empty caption (or None), one of each per picture.
-        settings: The node's widgets.
+        examples: Latents, captions and the empty caption.
+        folder: Where the run is kept; its settings are the node's widgets.
         node_id: Node that shows the progress.
+        resume: Go on from the folder's state.
 
     Returns:
-        The delta in the precision it is saved in, and the loss of each step.
+        File of the final delta, and the loss of each step.
     """
+    settings = folder.settings
     dtype = COMPUTE_DTYPES[settings["training_dtype"]]
-    config = _config(settings, has_empty=examples[2] is not None)
+    config = _config(settings, has_empty=examples.empty is not None)
     with host.trainable(patcher, dtype) as calls:
-        training_set = TrainingSet(calls, *examples)
+        pictures = TrainingSet(calls, examples)
         model = calls.model.diffusion_model
         scaler = None
         if host.needs_loss_scaling(patcher, dtype):
             scaler = torch.amp.GradScaler(calls.device.type)
         optimizer = _optimizer(model, settings)
         try:
-            peak_rate = optimizer.param_groups[0]["lr"]
-            logger.info(
-                "SaRA Train: %d of %d weights, those below %.4g, for %d steps at a learning rate "
-                "of %.3g",
-                optimizer.num_trainable,
-                optimizer.num_considered,
-                optimizer.threshold,
-                config.steps,
-                peak_rate,
-            )
+            training = TrainingRun(optimizer, pictures, config, scaler, host.free_memory)
+            session = Session(patcher, examples, folder, training, node_id)
+            if resume:
+                session.resume()
             with checkpointed(model, settings["gradient_checkpointing"]):
-                losses = _loop(
-                    TrainingRun(optimizer, training_set, config, scaler), config, node_id
-                )
-            delta = optimizer.delta(_metadata(patcher, settings, peak_rate, len(examples[0])))
+                session.train()
+            return session.finish(), session.losses
         finally:
             optimizer.restore()
-    # The MODEL may carry LoRAs; the file is for the checkpoint below them.
-    base = take_fingerprint(host.base_weights(patcher), delta.entries)
-    return SparseDelta(delta.entries, {**delta.metadata, "sara.fingerprint": base}), losses
+            folder.close()
+
+
+class Session:
+    """The part of a run between two stops: makes steps, shows them and saves them."""
+
+    def __init__(self, patcher, examples, folder, training: TrainingRun, node_id: str | None):
+        self.folder, self.training = folder, training
+        self.settings = folder.settings
+        self.losses: list[float] = []
+        self.progress = host.Progress(training.config.steps, node_id)
+        self._identity = {
+            "model": host.architecture(patcher),
+            "examples": describe_examples(examples),
+        }
+        self._metadata = _metadata(patcher, self.settings, training.optimizer)
+
+    def resume(self) -> None:
+        """Take over the folder's state.
+
+        Raises:
+            ValueError: The model or the pictures are others, or the state is damaged.
+        """
+        state = self.folder.read_state()
+        wrong = differences(state["identity"], self._identity)
+        if wrong:
+            raise ValueError(
+                f"{self.folder.path.name} cannot be resumed with what is connected: "
+                f"{'; '.join(wrong)}. Connect the model and pictures it was started with"
+            )
+        self.training.load_state(state["run"])
+        self.losses = self.folder.read_losses(self.training.step)
+        self._tell(f"resumed after step {self.training.step}")
+
+    def train(self) -> None:
+        """Make the steps that are left. On any end but the last step, save and say so."""
+        optimizer = self.training.optimizer
+        self._tell(
+            f"training {optimizer.num_trainable} of {optimizer.num_considered} weights, those "
+            f"below {optimizer.threshold:.4g}, for {self.training.config.steps} steps at a learning "
+            f"rate of {optimizer.param_groups[0]['lr']:.3g}, in {self.folder.path}"
+        )
+        stage = optimizer.stage
+        try:
+            for report in self.training:
+                self.losses.append(report.loss)
+                self.folder.add_loss(report)
+                self._show(report)
+                every = self.settings["save_every_steps"]
+                if report.stage != stage or (every and report.step % every == 0):
+                    stage = report.stage
+                    self._save()
+                self.progress.update(report.step)
+        except BaseException as error:
+            _add_line(error, self._save_at_the_end(type(error).__name__))
+            raise
+
+    def finish(self) -> Path:
+        """Save the final delta and return its path."""
+        name = f"{self.settings['output_name'].split('/')[-1]}_{self.training.config.steps}_steps"
+        steps = {"sara.steps": str(self.training.optimizer.num_steps)}
+        delta = self.training.optimizer.delta(self._metadata | steps)
+        try:
+            path = self.folder.finish(delta, name, SAVE_DTYPES[self.settings["save_dtype"]])
+        except BaseException as error:
+            _add_line(error, self._save_at_the_end(type(error).__name__))
+            raise
+        logger.info("SaRA Train: saved %s", path)
+        return path
+
+    def _save(self, wait: bool = False) -> OSError | None:
+        steps = {"sara.steps": str(self.training.optimizer.num_steps)}
+        problem = self.folder.save(
+            {"run": self.training.state(), "identity": self._identity},
+            self._metadata | steps,
+            keep=self.settings["keep_checkpoints"],
+            dtype=SAVE_DTYPES[self.settings["save_dtype"]],
+            wait=wait,
+        )
+        if problem is not None:
+            self._tell(f"could not save ({problem}); the training goes on, free some disk space")
+        return problem
+
+    def _save_at_the_end(self, why: str) -> str:
+        step, name = self.training.step, host.output_relative(self.folder.path)
+        if step == 0:
+            return self._tell(f"stopped by {why} before the first step; nothing was to be saved")
+        problem = self._save(wait=True)
+        if problem is not None:
+            return self._tell(f"stopped by {why}; step {step} could not be saved: {problem}")
+        return self._tell(
+            f"stopped by {why}; all {step} steps are saved in output/sara/{name}. To go on, choose "
+            f"{name} under resume in SaRA Train"
+        )
+
+    def _show(self, report: StepReport) -> None:
+        every = max(1, self.training.config.steps // NUM_TEXT_UPDATES)
+        if report.skipped:
+            self._tell(f"step {report.step} was not finite and changed nothing")
+        elif report.step % every == 0:
+            mean = sum(self.losses[-every:]) / len(self.losses[-every:])
+            self.progress.text(
+                f"step {report.step} of {self.training.config.steps}, stage {report.stage}, loss "
+                f"{mean:.4f}, learning rate {report.learning_rate:.2e}"
+            )
+
+    def _tell(self, text: str) -> str:
+        logger.info("SaRA Train: %s", text)
+        self.folder.log(text)
+        self.progress.text(text)
+        return f"SaRA Train: {text}"
+
+
+def _add_line(error: BaseException, line: str) -> None:
+    """Add a line to an error's message, keeping its type, which ComfyUI goes by."""
+    if is_out_of_memory(error):
+        line = f"{line}\n{MEMORY_ADVICE}"
+    first, *others = error.args or ("",)
+    if isinstance(first, str):
+        error.args = (f"{first}\n{line}", *others)
 
 
 def _config(settings: dict, has_empty: bool) -> TrainConfig:
@@ -95,25 +216,13 @@ def _optimizer(model: torch.nn.Module, settings: dict) -> SaraAdamW:
     )
 
 
-def _loop(reports: Iterable[StepReport], config: TrainConfig, node_id: str | None) -> list[float]:
-    progress = host.Progress(config.steps, node_id)
-    losses = []
-    text_every = max(1, config.steps // NUM_TEXT_UPDATES)
-    for report in reports:
-        losses.append(report.loss)
-        if report.step % text_every == 0:
-            mean = sum(losses[-text_every:]) / text_every
-            progress.text(
-                f"step {report.step} of {config.steps}, stage {report.stage}, loss {mean:.4f}, "
-                f"learning rate {report.learning_rate:.2e}"
-            )
-        progress.update(report.step)
-    return losses
-
-
-def _metadata(patcher, settings: dict, peak_rate: float, num_pictures: int) -> dict[str, str]:
-    told = {**settings, "learning_rate": peak_rate, "num_pictures": num_pictures}
+def _metadata(patcher, settings: dict, optimizer: SaraAdamW) -> dict[str, str]:
+    told = {**settings, "learning_rate": optimizer.param_groups[0]["lr"]}
+    # The MODEL may carry LoRAs; the file is for the checkpoint below them.
+    base = take_fingerprint(host.base_weights(patcher), dict.fromkeys(optimizer.names()))
     return {
+        **optimizer.delta_metadata(),
+        "sara.fingerprint": base,
         "sara.settings": json.dumps(told, sort_keys=True),
         "modelspec.architecture": f"{host.architecture(patcher).lower()}/sara",
         "modelspec.title": settings["output_name"],

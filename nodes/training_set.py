@@ -1,6 +1,7 @@
 """Latents and captions as ComfyUI's nodes emit them, as a training task of the core."""
 
 from collections.abc import Hashable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -31,27 +32,69 @@ def flatten_conditioning(conditioning: list[list], count: int) -> list[list]:
     return pairs
 
 
+@dataclass(frozen=True)
+class Examples:
+    """What a run trains on.
+
+    Args:
+        latents: One per picture, shape `(1, C, ...)`, as the VAE encoded them.
+        captions: One conditioning pair per picture.
+        empty: Conditioning pair that replaces dropped captions, or None.
+    """
+
+    latents: list[Tensor]
+    captions: list[list]
+    empty: list | None = None
+
+
+def describe_examples(examples: Examples) -> list:
+    """Summarise pictures and captions, to recognise them when a run is resumed.
+
+    Mean and deviation of each tensor: encoding again on a GPU does not give the same bits.
+    """
+    captions = [pair[0] for pair in (*examples.captions, examples.empty) if pair is not None]
+    return [
+        [list(t.shape), t.float().mean().item(), t.float().std().item()]
+        for t in (*examples.latents, *captions)
+    ]
+
+
+def differences(saved: dict, now: dict) -> list[str]:
+    """Tell what a saved run's model and examples differ in from those at hand."""
+    wrong = []
+    if saved["model"] != now["model"]:
+        wrong.append(f"the model is of the family {now['model']}, the run's {saved['model']}")
+    old, new = saved["examples"], now["examples"]
+    if len(old) != len(new):
+        wrong.append(f"there are {len(new)} pictures and captions together, the run had {len(old)}")
+    else:
+        changed = [i for i, (a, b) in enumerate(zip(old, new, strict=True)) if not _alike(a, b)]
+        if changed:
+            wrong.append(f"{len(changed)} of {len(new)} pictures or captions have changed")
+    return wrong
+
+
+def _alike(one: list, two: list) -> bool:
+    (shape, *numbers), (shape2, *numbers2) = one, two
+    scale = max(abs(numbers[1]), 1e-6)
+    near = all(abs(a - b) <= 0.01 * scale for a, b in zip(numbers, numbers2, strict=True))
+    return list(shape) == list(shape2) and near
+
+
 class TrainingSet:
     """Pictures with their captions, ready for `sara_core.trainer.train`.
 
     Args:
         encoder: Turns latents and captions into what the model takes.
-        latents: One per picture, shape `(1, C, ...)`, as the VAE encoded them.
-        captions: One conditioning pair per picture.
-        empty: Conditioning pair that replaces dropped captions.
+        examples: Pictures and captions.
     """
 
-    def __init__(
-        self,
-        encoder: "host.ModelCalls",
-        latents: list[Tensor],
-        captions: list[list],
-        empty: list | None,
-    ):
+    def __init__(self, encoder: "host.ModelCalls", examples: Examples):
+        empty = examples.empty
         self.encoder = encoder
         self.schedule: NoiseSchedule = encoder.schedule
-        self._latents = [encoder.prepare_latent(latent) for latent in latents]
-        self._captions = encoder.encode_captions(captions, self._latents)
+        self._latents = [encoder.prepare_latent(latent) for latent in examples.latents]
+        self._captions = encoder.encode_captions(examples.captions, self._latents)
         self._empty: dict[Hashable, dict] = {}
         for latent in self._latents if empty is not None else ():
             if latent.shape not in self._empty:

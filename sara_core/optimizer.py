@@ -143,6 +143,11 @@ class SaraAdamW(torch.optim.Optimizer):
         """Return the flat float32 trained values that carry the gradients; clip these."""
         return [weight.values for weight in self._weights.active]
 
+    def names(self) -> list[str]:
+        """Return the names of the model's parameters in which weights have been trained."""
+        weights = (*self._weights.active, *self._weights.frozen)
+        return list(dict.fromkeys(weight.name for weight in weights))
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients of the trained values."""
         self._low_rank_added = False
@@ -263,12 +268,15 @@ class SaraAdamW(torch.optim.Optimizer):
         Args:
             metadata: Further text to keep in the delta's file.
         """
-        own = {
+        return SparseDelta(self._weights.entries(), self.delta_metadata() | (metadata or {}))
+
+    def delta_metadata(self) -> dict[str, str]:
+        """Return what a delta's file says about the training so far."""
+        return {
             "sara.threshold": repr(self.threshold),
             "sara.steps": str(self.num_steps),
             "sara.fingerprint": self.fingerprint,
         }
-        return SparseDelta(self._weights.entries(), own | (metadata or {}))
 
     def restore(self) -> None:
         """Put the base weights back, bit for bit, and let go of the model."""

@@ -107,13 +107,13 @@ class TrainingRun:
 
     def state(self) -> dict:
         """Return what is needed to go on after the last whole step: tensors and plain values."""
-        generator, remaining = self._marked
+        generator, remaining, num_parts = self._marked
         return {
             "step": self.step,
             "generator": generator,
             "remaining": remaining,
             "peak_rate": self._peak_rate,
-            "num_parts": self._num_parts,
+            "num_parts": num_parts,
             "bad_steps": self._bad_steps,
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -135,12 +135,12 @@ class TrainingRun:
         self._mark()
 
     def _mark(self) -> None:
-        self._marked = (self._generator.get_state(), self._order.remaining)
+        self._marked = (self._generator.get_state(), self._order.remaining, self._num_parts)
 
     def _rewind(self) -> None:
         self.optimizer.zero_grad()
         self._generator.set_state(self._marked[0])
-        self._order.remaining = self._marked[1]
+        _, self._order.remaining, self._num_parts = self._marked
 
     def _make_step(self) -> StepReport:
         config = self.config

@@ -1,6 +1,7 @@
 """The host layer against ComfyUI's own model classes, in this process."""
 
 import copy
+import tempfile
 
 import pytest
 import torch
@@ -17,11 +18,11 @@ def sara():
 
     from sara_pack import sara_core
     from sara_pack.nodes import host, training_inputs, training_run, training_set
-    from sara_pack.sara_core import learning_rate
+    from sara_pack.sara_core import learning_rate, run_folder
 
     return types.SimpleNamespace(
         host=host, run=training_run, sets=training_set, core=sara_core, rate=learning_rate,
-        inputs=training_inputs,
+        inputs=training_inputs, folder=run_folder,
     )  # fmt: skip
 
 
@@ -55,7 +56,23 @@ def pairs(count, channels=4, size=8, width=768, pooled=None, length=77, seed=0):
 
 def settings(sara, **changes):
     defaults = {i.id: i.default for i in sara.inputs.training_inputs()}
-    return {**defaults, "steps": 4, "batch_size": 2, "fraction": 0.05, **changes}
+    return {
+        **defaults,
+        "steps": 4,
+        "batch_size": 2,
+        "fraction": 0.05,
+        "save_dtype": "fp32",
+        **changes,
+    }
+
+
+def train(sara, patcher, latents, captions, settings, resume=None):
+    """Run a training in a folder of its own; returns the delta and the losses."""
+    examples = sara.sets.Examples(latents, captions)
+    parent = tempfile.mkdtemp()
+    folder = resume or sara.folder.RunFolder.create(parent, "run", settings)
+    path, losses = sara.run.run(patcher, examples, folder, None, resume is not None)
+    return sara.core.SparseDelta.load(path), losses
 
 
 def bits(patcher):
@@ -87,7 +104,7 @@ def test_loads_as_the_family_it_stands_for(sd15, emoji64, sara):
 def test_epsilon_loss_is_the_error_of_the_predicted_noise(sd15, sara):
     latents, captions = pairs(3)
     with sara.host.trainable(sd15, None) as calls, torch.no_grad():
-        data = sara.sets.TrainingSet(calls, latents, captions, None)
+        data = sara.sets.TrainingSet(calls, sara.sets.Examples(latents, captions))
         assert calls.schedule.prediction == "epsilon"
         clean = data.latents([0, 1, 2])
         scale = sd15.model.latent_format.scale_factor
@@ -108,7 +125,7 @@ def test_epsilon_loss_is_the_error_of_the_predicted_noise(sd15, sara):
 def test_flow_loss_is_the_error_of_the_velocity_at_the_models_shift(emoji64, sara):
     latents, captions = pairs(2, 16, 8, 4096, pooled=2048)
     with sara.host.trainable(emoji64, None) as calls, torch.no_grad():
-        data = sara.sets.TrainingSet(calls, latents, captions, None)
+        data = sara.sets.TrainingSet(calls, sara.sets.Examples(latents, captions))
         assert (calls.schedule.prediction, calls.schedule.distribution) == ("flow", "logit_normal")
         t = torch.sigmoid(torch.randn(2, generator=torch.Generator().manual_seed(1)))
         sigma = calls.schedule.draw_sigma(2, torch.Generator().manual_seed(1))
@@ -182,7 +199,7 @@ def test_a_batch_is_each_picture_with_its_own_caption_and_noise_level(sd15, sara
     captions[1] = pairs(1, length=154, seed=5)[1][0]  # a longer caption in the same batch
     empty = pairs(1, seed=9)[1][0]
     with sara.host.trainable(sd15, None) as calls, torch.no_grad():
-        data = sara.sets.TrainingSet(calls, latents, captions, empty)
+        data = sara.sets.TrainingSet(calls, sara.sets.Examples(latents, captions, empty))
         clean, sigma = data.latents([0, 1, 2]), torch.tensor([0.5, 2.0, 8.0])
         together = data.predict(clean, sigma, [0, 1, 2], [False, False, True])
         model = calls.model
@@ -203,7 +220,7 @@ def test_weights_moved_outside_inference_mode_train(sd15, sara):
     with pytest.raises(RuntimeError, match="version counter"):
         _ = weight._version
     assert not weight.is_inference()
-    delta, _ = sara.run.run(sd15, (latents, captions, None), settings(sara, steps=1), None)
+    delta, _ = train(sara, sd15, latents, captions, settings(sara, steps=1))
     assert delta.num_values > 0
 
 
@@ -242,10 +259,7 @@ def test_training_returns_the_base_bit_for_bit_and_the_delta_is_what_was_learned
     base_output = output()
     sara.core.SaraAdamW.restore = keep
     try:
-        delta, losses = sara.run.run(
-            sd15, (latents, captions, None),
-            settings(sara, learning_rate=1e-3, gradient_checkpointing=checkpointing), None,
-        )  # fmt: skip
+        delta, losses = train(sara, sd15, latents, captions, settings(sara, learning_rate=1e-3, gradient_checkpointing=checkpointing))  # fmt: skip
     finally:
         sara.core.SaraAdamW.restore = original
     assert len(losses) == 4
@@ -273,9 +287,7 @@ def test_training_returns_the_base_bit_for_bit_and_the_delta_is_what_was_learned
 def test_checkpointing_does_not_change_the_result(sd15, sara):
     latents, captions = pairs(4)
     one, two = (
-        sara.run.run(
-            sd15, (latents, captions, None), settings(sara, gradient_checkpointing=on), None
-        )[0]
+        train(sara, sd15, latents, captions, settings(sara, gradient_checkpointing=on))[0]
         for on in (False, True)
     )  # fmt: skip
     for name, entry in one.entries.items():
@@ -300,14 +312,128 @@ def test_an_error_or_cancel_leaves_the_model_as_it_was(sd15, sara, when, monkeyp
     else:
         monkeypatch.setattr(sara.host.Progress, "update", fail)
     with pytest.raises(management.InterruptProcessingException):
-        sara.run.run(sd15, (latents, captions, None), settings(sara, learning_rate=1e-2), None)
+        train(sara, sd15, latents, captions, settings(sara, learning_rate=1e-2))
     if when == "forward":
         hook.remove()
     assert_same_bits(before, sd15)
     assert not any(p._post_accumulate_grad_hooks for p in sd15.model.parameters())
-    delta, _ = sara.run.run(sd15, (latents, captions, None), settings(sara), None)
+    delta, _ = train(sara, sd15, latents, captions, settings(sara))
     assert delta.num_values > 0
     assert_same_bits(before, sd15)
+
+
+@pytest.mark.parametrize("ending", ["out of memory", "error", "cancel"])
+def test_any_ending_is_saved_explained_and_resumed_exactly(sd15, sara, ending, tmp_path):
+    import comfy.model_management as management
+
+    latents, captions = pairs(5)
+    options = settings(sara, steps=6, learning_rate=1e-3, batch_size=2, progressive=0.3)
+    straight, expected_losses = train(sara, sd15, latents, captions, options)
+    before = bits(sd15)
+    error = {
+        "out of memory": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"),
+        "error": KeyError("no such layer"),
+        "cancel": management.InterruptProcessingException(),
+    }[ending]
+    count = [0]
+
+    def fail(*_):
+        count[0] += 1
+        if count[0] > 4:
+            raise error
+
+    folder = sara.folder.RunFolder.create(tmp_path, "run", options)
+    hook = sd15.model.diffusion_model.register_forward_hook(fail)
+    with pytest.raises(type(error)) as caught:
+        sara.run.run(sd15, sara.sets.Examples(latents, captions), folder, None)
+    hook.remove()
+    assert caught.value is error
+    text = str(error.args[0])
+    assert "all 4 steps are saved in output/sara/" in text
+    assert "choose" in text
+    assert ("gradient_checkpointing" in text) == (ending == "out of memory")
+    assert_same_bits(before, sd15)
+    checkpoint = sara.core.SparseDelta.load(folder.path / "checkpoint_0000004_steps.safetensors")
+    assert checkpoint.metadata["sara.steps"] == "4"
+
+    again = sara.folder.RunFolder(folder.path)
+    delta, losses = train(sara, sd15, latents, captions, None, resume=again)
+    assert losses == expected_losses
+    for name, entry in straight.entries.items():
+        assert torch.equal(entry.values, delta.entries[name].values), name
+    assert_same_bits(before, sd15)
+    assert "resumed after step 4" in (folder.path / "log.txt").read_text()
+
+
+def test_resuming_with_other_pictures_or_model_says_what_differs(sd15, emoji64, sara, tmp_path):
+    latents, captions = pairs(4)
+    options = settings(sara, steps=4)
+    folder = sara.folder.RunFolder.create(tmp_path, "run", options)
+    hook = sd15.model.diffusion_model.register_forward_hook(fail_at(3))
+    with pytest.raises(KeyboardInterrupt):
+        sara.run.run(sd15, sara.sets.Examples(latents, captions), folder, None)
+    hook.remove()
+    other, _ = pairs(4, seed=7)
+    wide, long = pairs(4, 16, 8, 4096, pooled=2048)
+    for patcher, examples, message in (
+        (sd15, (other, captions), "4 of 8 pictures or captions have changed"),
+        (sd15, (latents[:3], captions[:3]), "6 pictures and captions together, the run had 8"),
+        (emoji64, (wide, long), "of the family SD3, the run's SD15"),
+    ):
+        before = bits(patcher)
+        with pytest.raises(ValueError, match=message):
+            train(sara, patcher, *examples, None, resume=sara.folder.RunFolder(folder.path))
+        assert_same_bits(before, patcher)
+    assert sara.folder.RunFolder(folder.path).can_resume
+
+
+def fail_at(call):
+    count = [0]
+
+    def fail(*_):
+        count[0] += 1
+        if count[0] == call:
+            raise KeyboardInterrupt
+
+    return fail
+
+
+def test_broken_pictures_are_left_out_and_only_broken_ones_end_the_run(sd15, sara, tmp_path):
+    latents, captions = pairs(4)
+    with torch.inference_mode():
+        latents[2] = latents[2] * float("nan")
+    before = bits(sd15)
+    delta, losses = train(sara, sd15, latents, captions, settings(sara, steps=4, batch_size=1))
+    assert sum(loss != loss for loss in losses) == 1
+    assert all(torch.isfinite(e.values).all() for e in delta.entries.values())
+    assert_same_bits(before, sd15)
+    with torch.inference_mode():
+        latents = [latent * float("nan") for latent in latents]
+    with pytest.raises(FloatingPointError, match="5 steps in a row.*\n.*all 5 steps are saved"):
+        train(sara, sd15, latents, captions, settings(sara, steps=20))
+    assert_same_bits(before, sd15)
+
+
+def test_a_full_disk_does_not_stop_the_training(sd15, sara, monkeypatch, caplog):
+    latents, captions = pairs(2)
+    from sara_pack.sara_core import state_file
+
+    original, count = state_file.save_file, [0]
+
+    def full_at_first(*args):
+        count[0] += 1
+        if count[0] <= 2:
+            raise OSError(28, "No space left on device")
+        original(*args)
+
+    monkeypatch.setattr(state_file, "save_file", full_at_first)
+    caplog.set_level("INFO")
+    delta, losses = train(
+        sara, sd15, latents, captions, settings(sara, steps=5, save_every_steps=1)
+    )
+    assert (len(losses), count[0]) == (5, 5)
+    assert "No space left on device" in caplog.text
+    assert "the training goes on" in caplog.text
 
 
 def test_training_needs_no_second_copy_of_the_weights(sd15, sara):
@@ -325,7 +451,7 @@ def test_training_needs_no_second_copy_of_the_weights(sd15, sara):
         sizes.append(sum(seen.values()))
 
     hook = sd15.model.diffusion_model.out.register_forward_hook(look)
-    sara.run.run(sd15, (latents, captions, None), settings(sara, steps=1), None)
+    train(sara, sd15, latents, captions, settings(sara, steps=1))
     hook.remove()
     large = sum(
         p.numel() for p in sd15.model.diffusion_model.parameters() if p.numel() >= 1_000_000
@@ -405,7 +531,7 @@ def test_half_precision_bases_train_and_apply(tmp_path, sara):
         changes = settings(
             sara, steps=1, include="time_embed, out.2", learning_rate=1e-3, fraction=0.2
         )
-        delta, losses = sara.run.run(patcher, (latents, captions, None), changes, None)
+        delta, losses = train(sara, patcher, latents, captions, changes)
         assert_same_bits(before, patcher)
         assert all(torch.isfinite(torch.tensor(losses)))
         assert all(e.values.dtype == torch.float32 for e in delta.entries.values())
@@ -424,14 +550,14 @@ def test_wrong_inputs_are_explained(sd15, sara):
     latents, captions = pairs(2)
     bad, _ = pairs(2, channels=16)
     with pytest.raises(ValueError, match=r"16 channels but this SD15\s+model takes 4"):
-        sara.run.run(sd15, (bad, captions, None), settings(sara), None)
+        train(sara, sd15, bad, captions, settings(sara))
     with pytest.raises(ValueError, match="3 pictures but 2 captions"):
         sara.sets.flatten_conditioning([captions], 3)
     masked = [[captions[0][0], {"mask": torch.ones(1, 8, 8)}], captions[1]]
     with pytest.raises(ValueError, match="carries mask"):
-        sara.run.run(sd15, (latents, masked, None), settings(sara), None)
+        train(sara, sd15, latents, masked, settings(sara))
     with pytest.raises(ValueError, match="rule .* gives"):
-        sara.run.run(sd15, (latents, captions, None), settings(sara, threshold=0.1), None)
+        train(sara, sd15, latents, captions, settings(sara, threshold=0.1))
 
 
 def test_lists_batches_and_single_captions_are_flattened(sara):
@@ -478,7 +604,7 @@ def test_base_weights_are_seen_through_loaded_patches(sd15, sara):
 def test_training_leaves_the_callers_patcher_alone(sd15, sara):
     options = copy.deepcopy(sd15.model_options)
     latents, captions = pairs(2)
-    sara.run.run(sd15, (latents, captions, None), settings(sara, steps=1), None)
+    train(sara, sd15, latents, captions, settings(sara, steps=1))
     assert sd15.model_options == options
     assert sd15.patches == {}
     assert sd15.object_patches == {}

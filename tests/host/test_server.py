@@ -18,7 +18,8 @@ INPUTS = {  # public: saved workflows depend on every name
     "SaraTrain": "model latents positive threshold fraction steps batch_size "
     "grad_accumulation_steps learning_rate lr_schedule warmup_steps progressive low_rank_weight "
     "max_grad_norm loss_function caption_dropout weight_decay seed gradient_checkpointing "
-    "training_dtype save_dtype output_name include exclude zeros empty",
+    "training_dtype save_dtype output_name save_every_steps keep_checkpoints resume include exclude "
+    "zeros empty",
     "SaraLoadDelta": "delta_name",
     "SaraSaveDelta": "delta filename_prefix dtype",
     "SaraMergeDeltas": "delta_1 delta_2 strength_1 strength_2",
@@ -168,7 +169,7 @@ def test_analyze_reports_what_the_core_finds(server, trained, dev):
 
 
 def test_training_writes_a_file_that_scripts_can_read(server, delta_name, trained):
-    assert delta_name == "shared_40_steps_00001_.safetensors"
+    assert delta_name == "shared_00001/shared_40_steps.safetensors"
     delta = SparseDelta.load(server.base / "output" / "sara" / delta_name)
     assert 1_050_000 < delta.num_values < 1_052_000
     assert '"steps": 40' in delta.metadata["sara.settings"]
@@ -279,7 +280,7 @@ def test_same_seed_gives_the_same_delta_and_the_base_is_untouched(server, traine
     graph.run()
     folder = server.base / "output" / "sara"
     once, twice, other = (
-        SparseDelta.load(folder / f"{name}_2_steps_00001_.safetensors")
+        SparseDelta.load(folder / f"{name}_00001" / f"{name}_2_steps.safetensors")
         for name in ("once", "twice", "other")
     )
     for name, entry in once.entries.items():
@@ -333,6 +334,62 @@ def test_cancel_and_errors_bring_the_base_back_and_the_server_goes_on(server, tr
     assert torch.equal(saved_latents(server, "after_cancel"), saved_latents(server, "base"))
 
 
+def train_graph(server, name, resume="new run", **changes):
+    graph = Graph(server)
+    checkpoint, model, empty = emoji64(graph)
+    data = dataset(graph, checkpoint)
+    options = {"steps": 14, "batch_size": 8, "save_dtype": "fp32", "seed": 21, **changes}
+    train = graph(
+        "SaraTrain", model=model, latents=data, positive=data.out(1), empty=empty,
+        output_name=name, resume=resume, **options,
+    )  # fmt: skip
+    return graph, train
+
+
+def cancel_at(server, step):
+    """Press Cancel when a training has made so many steps. Returns the thread that waits for it."""
+    events = server.events()
+
+    def wait():
+        for event in events:
+            if event["type"] == "progress" and event["data"]["value"] >= step:
+                server.post("/interrupt", {})
+                return
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_a_cancelled_run_is_saved_and_resumed_exactly(server, dev):
+    folder = server.base / "output" / "sara"
+    graph, _ = train_graph(server, "straight")
+    graph.run()
+    cancel_at(server, 4)
+    graph, _ = train_graph(server, "stopped")
+    with pytest.raises(dev.PromptError, match="execution_interrupted"):
+        graph.run()
+    assert (folder / "stopped_00001" / "state.safetensors").is_file()
+    (checkpoint,) = (folder / "stopped_00001").glob("checkpoint*")
+    assert SparseDelta.load(checkpoint).num_values > 0
+    assert "stopped by InterruptProcessingException; all" in server.log_text()
+    options = server.get("/object_info")["SaraTrain"]["input"]["required"]["resume"][1]["options"]
+    assert options[:1] == ["new run"]
+    assert "stopped_00001" in options
+    assert "straight_00001" not in options
+
+    graph, train = train_graph(server, "ignored", resume="stopped_00001", steps=3, seed=1)
+    text = graph.run()[train]["text"][0]
+    assert text.startswith("saved stopped_00001/stopped_14_steps.safetensors")
+    one = SparseDelta.load(folder / "straight_00001" / "straight_14_steps.safetensors")
+    two = SparseDelta.load(folder / "stopped_00001" / "stopped_14_steps.safetensors")
+    for name, entry in one.entries.items():
+        assert torch.equal(entry.values, two.entries[name].values), name
+    losses = [(folder / n / "loss.csv").read_text() for n in ("straight_00001", "stopped_00001")]
+    assert losses[0] == losses[1]
+    assert len(losses[0].splitlines()) == 15
+
+
 def test_pictures_of_mixed_sizes_train(server):
     from PIL import Image
 
@@ -348,7 +405,7 @@ def test_pictures_of_mixed_sizes_train(server):
         "SaraTrain", model=model, latents=data, positive=data.out(1), empty=empty, steps=4,
         batch_size=2, grad_accumulation_steps=2, output_name="mixed", gradient_checkpointing=True,
     )  # fmt: skip
-    assert "saved mixed_4_steps" in graph.run()[train]["text"][0]
+    assert "saved mixed_00001/mixed_4_steps" in graph.run()[train]["text"][0]
 
 
 def test_a_miniature_sd15_trains_on_a_batched_latent_with_one_caption(server, delta_name, dev):
@@ -372,7 +429,9 @@ def test_a_miniature_sd15_trains_on_a_batched_latent_with_one_caption(server, de
     outputs = graph.run()
     before, after = (float(outputs[n]["text"][0].split()[-1]) for n in (base, tuned))
     assert after < 0.97 * before
-    delta = SparseDelta.load(server.base / "output" / "sara" / "mini_30_steps_00001_.safetensors")
+    delta = SparseDelta.load(
+        server.base / "output" / "sara" / "mini_00001" / "mini_30_steps.safetensors"
+    )
     assert delta.metadata["modelspec.prediction_type"] == "epsilon"
 
     wrong = Graph(server)
@@ -385,7 +444,7 @@ def test_a_miniature_sd15_trains_on_a_batched_latent_with_one_caption(server, de
 
     other = Graph(server)
     model = other("UNETLoader", unet_name="other_sd15.safetensors", weight_dtype="default")
-    loaded = other("SaraLoadDelta", delta_name="mini_30_steps_00001_.safetensors")
+    loaded = other("SaraLoadDelta", delta_name="mini_00001/mini_30_steps.safetensors")
     applied = other("SaraApply", model=model, delta=loaded)
     other("ModelSave", model=applied, filename_prefix="weights/other_base")
     assert "trained on another base" not in server.log_text()
