@@ -5,6 +5,7 @@ usage: python dev.py COMMAND
 
   test [ARGS]   run the test suite in a real ComfyUI; ARGS go to pytest
   demo          fine-tune a small model on CPU inside ComfyUI, leave pictures in output/demo/
+  faults        kill ComfyUI at random moments of a training and resume (--kills 50)
   server        start the same ComfyUI with the pack and the small model, to click through
   setup         only do the set-up of the above
 
@@ -458,11 +459,18 @@ def test(arguments):
     return subprocess.run(list(map(str, command)), cwd=ROOT, env=environment).returncode
 
 
+def faults(arguments):
+    """Run tests/faults.py; returns its exit status."""
+    environment = os.environ | {"COMFYUI_PATH": str(set_up()), "SARA_CACHE": str(CACHE)}
+    command = [python(), "-u", ROOT / "tests" / "faults.py", *arguments]
+    return subprocess.run(list(map(str, command)), cwd=ROOT, env=environment).returncode
+
+
 def main():
     """Run the command that was asked for."""
     command, *arguments = sys.argv[1:] or [""]
-    if command == "test":
-        sys.exit(test(arguments))
+    if command in ("test", "faults"):
+        sys.exit({"test": test, "faults": faults}[command](arguments))
     commands = {"demo": demo, "server": serve, "setup": set_up}
     if command not in commands or arguments:
         sys.exit(__doc__.strip())

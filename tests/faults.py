@@ -1,0 +1,178 @@
+"""Kill ComfyUI at random moments of a training, many times, and see what is left.
+
+Run by `python dev.py faults --kills N`. Each kill is SIGKILL to the server, at a random moment of
+training and saving. After each, every file in the run's folder must load, the damaged copies of its
+state must be refused, and a new server must take the run up again; a run that ends must have learned
+the same bits as one that was never stopped.
+"""
+
+import argparse
+import csv
+import importlib.util
+import os
+import random
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT))
+
+import torch  # noqa: E402
+
+from sara_core import SparseDelta  # noqa: E402
+from sara_core.state_file import read_state  # noqa: E402
+
+STEPS, SAVE_EVERY = 16, 1
+
+
+def load_dev():
+    spec = importlib.util.spec_from_file_location("sara_dev", ROOT / "dev.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def training_prompt(server, dev, name, resume):
+    prompt = dev.load_workflow(server, "first_training")
+    train = dev.node_of(prompt, "SaraTrain")
+    prompt[train]["inputs"].update(
+        steps=STEPS, save_every_steps=SAVE_EVERY, keep_checkpoints=2, output_name=name,
+        resume=resume, save_dtype="fp32", seed=4,
+    )  # fmt: skip
+    prompt[dev.node_of(prompt, "LoadImageTextDataSetFromFolder")]["inputs"]["folder"] = "few"
+    needed, todo = {}, [train]
+    while todo:
+        key = todo.pop()
+        needed[key] = prompt[key]
+        todo += [v[0] for v in prompt[key]["inputs"].values() if isinstance(v, list)]
+    return needed
+
+
+def run_to_the_end(server, dev, name, resume="new run"):
+    server.run(training_prompt(server, dev, name, resume))
+
+
+def kill_during(server, dev, name, resume, moment):
+    """Start or resume a run and kill the server `moment` seconds after its first step.
+
+    Returns whether it was killed before the run had ended.
+    """
+    events = server.events()
+    server.submit(training_prompt(server, dev, name, resume))
+    for event in events:
+        if event["type"] == "progress" and event["data"]["max"] == STEPS:
+            break
+        if event["type"] == "execution_error":
+            raise AssertionError(event["data"]["exception_message"])
+    deadline = time.time() + moment
+    while time.time() < deadline:
+        time.sleep(0.005)
+    finished = not server.get("/prompt")["exec_info"]["queue_remaining"]
+    server.process.kill()
+    server.process.wait()
+    return not finished
+
+
+def check_files(folder):
+    """Load every file a user would find. Returns the number of steps that were lost."""
+    done = 0
+    if (folder / "loss.csv").is_file():
+        with open(folder / "loss.csv", newline="") as file:
+            done = max(
+                (int(r[0]) for r in csv.reader(file) if len(r) == 5 and r[0].isdigit()), default=0
+            )
+    kept = 0
+    for path in folder.glob("*.safetensors"):
+        if path.name == "state.safetensors":
+            kept = read_state(path)["run"]["step"]
+            refuse_damaged(path)
+        else:
+            SparseDelta.load(path)
+    return done - kept
+
+
+def refuse_damaged(path):
+    whole = path.read_bytes()
+    flipped = bytearray(whole)
+    flipped[random.randrange(len(whole))] ^= 1 << random.randrange(8)
+    for damaged in (whole[: random.randrange(len(whole))], bytes(flipped)):
+        copy = path.with_name("damaged")
+        copy.write_bytes(damaged)
+        try:
+            read_state(copy)
+        except ValueError:
+            continue
+        finally:
+            copy.unlink()
+        raise AssertionError(f"a damaged copy of {path} was accepted")
+
+
+def assert_same_delta(one, two):
+    one, two = SparseDelta.load(one), SparseDelta.load(two)
+    assert one.entries.keys() == two.entries.keys()
+    for name, entry in one.entries.items():
+        assert torch.equal(entry.values, two.entries[name].values), name
+
+
+def run_faults(dev, base, kills, seed=0, say=print):
+    """Try `kills` kills. Returns how many were tried, survived, and the most steps lost."""
+    dev.make_base(base)
+    (base / "input" / "few").mkdir()
+    for file in sorted((base / "input" / "fluent3d").iterdir())[:16]:
+        shutil.copy(file, base / "input" / "few")
+    output = base / "output" / "sara"
+    with dev.Server(base) as server:
+        started = time.time()
+        run_to_the_end(server, dev, "straight")
+        longest = time.time() - started
+    straight = output / "straight_00001" / f"straight_{STEPS}_steps.safetensors"
+
+    dice = random.Random(seed)
+    tried = survived = most_lost = number = finished = 0
+    resume = "new run"
+    while tried < kills:
+        if resume == "new run":
+            number += 1
+            folder = output / f"killed{number}_00001"
+        with dev.Server(base) as server:
+            moment = dice.uniform(0, longest)
+            killed = kill_during(server, dev, f"killed{number}", resume, moment)
+        if killed:
+            tried += 1
+            lost = check_files(folder)
+            most_lost = max(most_lost, lost)
+            survived += 1
+            say(f"kill {tried} of {kills} after {moment:.1f} s: {lost} steps lost")
+        has_state = (folder / "state.safetensors").is_file()
+        resume = folder.name if has_state else "new run"
+        final = folder / f"killed{number}_{STEPS}_steps.safetensors"
+        if final.is_file():
+            finished += 1
+            assert_same_delta(straight, final)
+    if resume != "new run":
+        with dev.Server(base) as server:
+            run_to_the_end(server, dev, "ignored", resume)
+        finished += 1
+        assert_same_delta(straight, folder / f"killed{number}_{STEPS}_steps.safetensors")
+    say(
+        f"{finished} killed runs were resumed to their end, with the bits of one that was not killed"
+    )
+    return tried, survived, most_lost
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        result = run_faults(load_dev(), Path(scratch), options.kills, options.seed)
+    sys.stdout.write("faults tried {}, survived {}, most steps lost {}\n".format(*result))
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("PYTHONUNBUFFERED", "1")
+    main()
