@@ -1,5 +1,6 @@
 """One training run: pictures and settings in, delta and losses out, everything saved on the way."""
 
+import contextlib
 import json
 import logging
 import time
@@ -47,8 +48,8 @@ def run(
     """
     settings = folder.settings
     dtype = COMPUTE_DTYPES[settings["training_dtype"]]
-    config = _config(settings, has_empty=examples.empty is not None)
-    with host.trainable(patcher, dtype) as calls:
+    with contextlib.closing(folder), host.trainable(patcher, dtype) as calls:
+        config = _config(settings, has_empty=examples.empty is not None)
         pictures = TrainingSet(calls, examples)
         model = calls.model.diffusion_model
         scaler = None
@@ -65,7 +66,6 @@ def run(
             return session.finish(), session.losses
         finally:
             optimizer.restore()
-            folder.close()
 
 
 class Session:
@@ -135,7 +135,7 @@ class Session:
         logger.info("SaRA Train: saved %s", path)
         return path
 
-    def _save(self, wait: bool = False) -> OSError | None:
+    def _save(self, wait: bool = False) -> Exception | None:
         steps = {"sara.steps": str(self.training.optimizer.num_steps)}
         problem = self.folder.save(
             {"run": self.training.state(), "identity": self._identity},
@@ -152,7 +152,10 @@ class Session:
         step, name = self.training.step, host.output_relative(self.folder.path)
         if step == 0:
             return self._tell(f"stopped by {why} before the first step; nothing was to be saved")
-        problem = self._save(wait=True)
+        try:
+            problem = self._save(wait=True)
+        except Exception as error:  # the first error is the one to be seen
+            problem = error
         if problem is not None:
             return self._tell(f"stopped by {why}; step {step} could not be saved: {problem}")
         return self._tell(

@@ -13,23 +13,37 @@ import torch
 
 from .atomic import replace_atomically
 from .delta import SparseDelta
+from .lock import hold
 from .sparse_model import entries_of
 from .state_file import read_state, snapshot, write_state
 from .trainer import StepReport
 
 STATE, SETTINGS, LOSSES, LOG = "state.safetensors", "settings.json", "loss.csv", "log.txt"
+LOCK = "lock"
 COLUMNS = ("step", "loss", "learning_rate", "stage", "skipped")
 
 
 class RunFolder:
     """Files of one run. Saves go on in a thread beside the training.
 
+    No other process can open the folder until `close`, or until this process ends.
+
     Args:
         path: The folder, as `create` has made it.
+
+    Raises:
+        RuntimeError: Another process is training in it.
     """
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
+        try:
+            self._lock = hold(self.path / LOCK)
+        except BlockingIOError as error:
+            raise RuntimeError(
+                f"the run {self.path.name} is being trained already, by this ComfyUI or another one "
+                "with the same output folder; wait for it or cancel it there"
+            ) from error
         self.settings: dict = json.loads((self.path / SETTINGS).read_text(encoding="utf-8"))
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="sara-save")
         self._pending: Future | None = None
@@ -47,11 +61,13 @@ class RunFolder:
         Raises:
             OSError: The folder cannot be written to.
         """
+        parent = Path(parent)
+        parent.mkdir(parents=True, exist_ok=True)
         number = 1
         while True:
-            path = Path(parent) / f"{name}_{number:05}"
+            path = parent / f"{name}_{number:05}"
             with contextlib.suppress(FileExistsError):
-                path.mkdir(parents=True)
+                path.mkdir()
                 break
             number += 1
         text = json.dumps(dict(settings), indent=1, sort_keys=True)
@@ -106,7 +122,7 @@ class RunFolder:
         keep: int,
         dtype: torch.dtype = torch.float16,
         wait: bool = False,
-    ) -> OSError | None:
+    ) -> Exception | None:
         """Save a checkpoint of the delta and the state to go on from.
 
         The tensors are copied at once; writing goes on in a thread unless `wait` is set. Each file
@@ -129,14 +145,14 @@ class RunFolder:
         )
         return self.finish_saving() if wait else problem
 
-    def finish_saving(self) -> OSError | None:
+    def finish_saving(self) -> Exception | None:
         """Wait for the save under way; returns what went wrong with it, if anything did."""
         pending, self._pending = self._pending, None
         if pending is None:
             return None
         try:
             pending.result()
-        except OSError as error:
+        except Exception as error:  # whatever it is, the training is not to end for it
             self.log(f"could not save: {error}")
             return error
         return None
@@ -166,9 +182,17 @@ class RunFolder:
         return path
 
     def close(self) -> None:
-        """Wait for the save under way and let go of the files."""
+        """Wait for the save under way and let go of the files; a run without a step leaves none."""
         self.finish_saving()
         self._writer.shutdown()
+        self._lock.close()
+        left = {path.name for path in self.path.iterdir()}
+        if left <= {SETTINGS, LOG, LOCK}:
+            for name in left:
+                (self.path / name).unlink()
+            self.path.rmdir()
+        else:
+            (self.path / LOCK).unlink(missing_ok=True)
         if self._losses is not None:
             self._losses.close()
             self._losses = None

@@ -2,6 +2,7 @@
 
 import csv
 import os
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 
 import pytest
@@ -14,7 +15,7 @@ from sara_core.objective import NoiseSchedule
 from sara_core.out_of_memory import is_out_of_memory
 from sara_core.run_folder import RunFolder
 from sara_core.state_file import read_state, snapshot, write_state
-from sara_core.trainer import MAX_BAD_STEPS, TrainingRun
+from sara_core.trainer import MAX_BAD_STEPS, StepReport, TrainingRun
 
 
 class Task:
@@ -205,9 +206,45 @@ def test_damaged_states_are_refused(tmp_path):
 
 
 def test_folders_count_up_and_never_share(tmp_path):
-    paths = [RunFolder.create(tmp_path / "sara", "style", {"steps": 3}).path for _ in range(3)]
+    paths = []
+    for _ in range(3):
+        folder = RunFolder.create(tmp_path / "sara", "style", {"steps": 3})
+        folder.add_loss(StepReport(1, 0.5, 1e-3, 1))
+        folder.close()
+        paths.append(folder.path)
     assert [p.name for p in paths] == ["style_00001", "style_00002", "style_00003"]
     assert RunFolder(paths[1]).settings == {"steps": 3}
+
+
+def test_many_makers_at_once_get_folders_of_their_own(tmp_path):
+    with ThreadPoolExecutor(16) as pool:
+        made = list(pool.map(lambda i: RunFolder.create(tmp_path, "style", {"i": i}), range(32)))
+    assert sorted(f.path.name for f in made) == [f"style_{n:05}" for n in range(1, 33)]
+    assert all(f.settings == {"i": i} for i, f in enumerate(made))
+
+
+def test_a_run_is_trained_by_one_process_at_a_time(tmp_path):
+    folder = RunFolder.create(tmp_path, "style", {})
+    with pytest.raises(RuntimeError, match="style_00001 is being trained already"):
+        RunFolder(folder.path)
+    folder.add_loss(StepReport(1, 0.5, 1e-3, 1))
+    folder.close()
+    RunFolder(folder.path).close()
+    assert sorted(os.listdir(folder.path)) == ["loss.csv", "settings.json"]
+
+
+def test_a_run_without_a_step_leaves_no_folder(tmp_path):
+    folder = RunFolder.create(tmp_path, "style", {})
+    folder.log("nothing came of it")
+    folder.close()
+    assert not folder.path.exists()
+    assert tmp_path.exists()
+
+
+def test_a_folder_that_cannot_be_made_is_an_error(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OSError, match="file"):
+        RunFolder.create(tmp_path / "file", "style", {})
 
 
 def saved(run, **more):
@@ -251,6 +288,7 @@ def test_loss_history_is_there_at_once_and_cut_on_resume(tmp_path):
     with open(folder.path / "loss.csv", "a") as file:
         file.write("7,0.1")  # cut off by a crash
     assert folder.read_losses(4) == [r.loss for r in reports[:4]]
+    folder.close()
     assert RunFolder(folder.path).read_losses(99) == [r.loss for r in reports[:4]]
 
 

@@ -66,11 +66,11 @@ def settings(sara, **changes):
     }
 
 
-def train(sara, patcher, latents, captions, settings, resume=None):
+def train(sara, patcher, latents, captions, settings, resume=None, new=None):
     """Run a training in a folder of its own; returns the delta and the losses."""
     examples = sara.sets.Examples(latents, captions)
     parent = tempfile.mkdtemp()
-    folder = resume or sara.folder.RunFolder.create(parent, "run", settings)
+    folder = resume or new or sara.folder.RunFolder.create(parent, "run", settings)
     path, losses = sara.run.run(patcher, examples, folder, None, resume is not None)
     return sara.core.SparseDelta.load(path), losses
 
@@ -412,6 +412,17 @@ def test_broken_pictures_are_left_out_and_only_broken_ones_end_the_run(sd15, sar
     with pytest.raises(FloatingPointError, match="5 steps in a row.*\n.*all 5 steps are saved"):
         train(sara, sd15, latents, captions, settings(sara, steps=20))
     assert_same_bits(before, sd15)
+
+
+def test_the_switch_is_saved(sd15, sara, tmp_path):
+    latents, captions = pairs(2)
+    options = settings(sara, steps=4, progressive=0.5, save_every_steps=0)
+    folder = sara.folder.RunFolder.create(tmp_path, "run", options)
+    train(sara, sd15, latents, captions, None, new=folder)
+    log = (folder.path / "log.txt").read_text()
+    assert "saved step 2" in log
+    assert "finished, saved style_4_steps.safetensors" in log
+    assert "saved step 4" not in log
 
 
 def test_a_full_disk_does_not_stop_the_training(sd15, sara, monkeypatch, caplog):

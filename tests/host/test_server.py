@@ -378,6 +378,17 @@ def test_a_cancelled_run_is_saved_and_resumed_exactly(server, dev):
     assert "stopped_00001" in options
     assert "straight_00001" not in options
 
+    shutil.copytree(folder / "stopped_00001", folder / "broken_00001")
+    state = folder / "broken_00001" / "state.safetensors"
+    data = bytearray(state.read_bytes())
+    data[-5] ^= 4
+    state.write_bytes(data)
+    server.get("/object_info/SaraTrain")
+    graph, _ = train_graph(server, "ignored", resume="broken_00001")
+    with pytest.raises(dev.PromptError, match="do not fit its checksum, the file is damaged"):
+        graph.run()
+    assert bytes(data) == state.read_bytes()
+
     graph, train = train_graph(server, "ignored", resume="stopped_00001", steps=3, seed=1)
     text = graph.run()[train]["text"][0]
     assert text.startswith("saved stopped_00001/stopped_14_steps.safetensors")
