@@ -5,7 +5,7 @@ import os
 from comfy_api.latest import io, ui
 
 from ..sara_core import SparseDelta
-from . import host
+from . import host, output_folder
 from .inputs import SAVE_DTYPES, strength_input
 from .sockets import SaraDelta
 
@@ -81,7 +81,7 @@ class SaraSaveDelta(io.ComfyNode):
     def execute(cls, delta, filename_prefix, dtype) -> io.NodeOutput:
         path = host.new_output_path(filename_prefix)
         delta.save(path, SAVE_DTYPES[dtype])
-        return io.NodeOutput(ui=ui.PreviewText(f"saved {host.output_relative(path)}"))
+        return io.NodeOutput(ui=ui.PreviewText(f"saved {output_folder.output_relative(path)}"))
 
 
 class SaraMergeDeltas(io.ComfyNode):

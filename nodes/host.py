@@ -23,7 +23,6 @@ from torch import Tensor
 
 from ..sara_core import SparseDelta
 from ..sara_core.objective import NoiseSchedule
-from ..sara_core.run_folder import STATE
 from ..sara_core.tracking import make_trackable, trackable_copy
 
 logger = logging.getLogger("comfyui-sara")
@@ -60,20 +59,9 @@ def delta_path(name: str) -> str:
     return folder_paths.get_full_path_or_raise(FOLDER, name)
 
 
-def split_output_name(name: str) -> tuple[str, str]:
-    """Return the folder below output/sara and the file name that a name such as `a/b` stands for.
-
-    Raises:
-        ValueError: The name is empty or leads out of the output folder.
-    """
-    root = os.path.abspath(os.path.join(folder_paths.get_output_directory(), FOLDER))
-    path = os.path.abspath(os.path.join(root, name.strip()))
-    if "\0" in name or path == root or os.path.commonpath((root, path)) != root:
-        raise ValueError(
-            f"the name {name!r} is empty or leads out of the output folder {root}; give a plain "
-            "name such as style"
-        )
-    return os.path.dirname(path), os.path.basename(path)
+def output_root() -> str:
+    """Return the folder output/sara, in which runs and deltas are kept."""
+    return os.path.abspath(os.path.join(folder_paths.get_output_directory(), FOLDER))
 
 
 def new_output_path(prefix: str) -> str:
@@ -82,32 +70,6 @@ def new_output_path(prefix: str) -> str:
         prefix, folder_paths.get_output_directory()
     )
     return os.path.join(folder, f"{name}_{counter:05}_.safetensors")
-
-
-def output_relative(path: str | os.PathLike) -> str:
-    """Return a path relative to output/sara, as Load SaRA Delta lists it."""
-    return os.path.relpath(path, os.path.join(folder_paths.get_output_directory(), FOLDER))
-
-
-def resumable_runs() -> list[str]:
-    """List the runs below output/sara that can be resumed, by folder."""
-    root = os.path.join(folder_paths.get_output_directory(), FOLDER)
-    found = [folder for folder, _, files in os.walk(root) if STATE in files]
-    return sorted(output_relative(folder) for folder in found)
-
-
-def run_path(name: str) -> str:
-    """Return the full path of a run that can be resumed.
-
-    Raises:
-        ValueError: No such run.
-    """
-    if name not in resumable_runs():
-        raise ValueError(
-            f"there is no run {name!r} to resume in output/sara: it has finished, or was moved. "
-            "Press R to refresh the list"
-        )
-    return os.path.join(folder_paths.get_output_directory(), FOLDER, name)
 
 
 def base_weights(patcher) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from comfy_api.latest import io, ui
 
 from ..sara_core import SparseDelta
 from ..sara_core.run_folder import RunFolder
-from . import host
+from . import host, output_folder
 from .sockets import LossMap, SaraDelta
 from .training_inputs import FREE_TO_CHANGE, NEW_RUN, training_inputs
 from .training_run import run
@@ -55,14 +55,14 @@ class SaraTrain(io.ComfyNode):
         examples = Examples(pictures, captions, empty[0][0] if empty else None)
         resume = settings.pop("resume")
         if resume == NEW_RUN:
-            parent, name = host.split_output_name(settings["output_name"])
+            parent, name = output_folder.split_output_name(settings["output_name"])
             folder = RunFolder.create(parent, name, settings)
         else:
-            folder = RunFolder(host.run_path(resume))
+            folder = RunFolder(output_folder.run_path(resume))
             folder.settings |= {name: settings[name] for name in FREE_TO_CHANGE}
         path, losses = run(model[0], examples, folder, cls.hidden.unique_id, resume != NEW_RUN)
         delta = SparseDelta.load(path)  # what is sampled is what is loaded
-        file = host.output_relative(path)
+        file = output_folder.output_relative(path)
         return io.NodeOutput(
             host.apply_delta(model[0], delta, 1.0),
             delta,

@@ -6,7 +6,7 @@ from comfy_api.latest import io
 from ..sara_core.learning_rate import SCHEDULES
 from ..sara_core.objective import LOSSES
 from ..sara_core.optimizer import LOW_RANK_WEIGHT
-from . import host
+from . import output_folder
 from .inputs import SAVE_DTYPES, filter_inputs, selection_inputs
 
 NEW_RUN = "new run"
@@ -165,7 +165,7 @@ def training_inputs() -> list:
         ),
         io.Combo.Input(
             "resume",
-            options=[NEW_RUN, *host.resumable_runs()],
+            options=[NEW_RUN, *output_folder.resumable_runs()],
             default=NEW_RUN,
             tooltip="A cancelled or failed run to go on with, exactly where it stopped. Its own "
             "settings are used; of the widgets here only gradient_checkpointing, save_every_steps "

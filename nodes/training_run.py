@@ -15,7 +15,7 @@ from ..sara_core.fingerprint import take_fingerprint
 from ..sara_core.out_of_memory import is_out_of_memory
 from ..sara_core.run_folder import RunFolder
 from ..sara_core.trainer import StepReport, TrainingRun
-from . import host
+from . import host, output_folder
 from .inputs import SAVE_DTYPES, selection_rule
 from .training_inputs import COMPUTE_DTYPES
 from .training_set import Examples, TrainingSet, describe_examples, differences
@@ -149,7 +149,7 @@ class Session:
         return problem
 
     def _save_at_the_end(self, why: str) -> str:
-        step, name = self.training.step, host.output_relative(self.folder.path)
+        step, name = self.training.step, output_folder.output_relative(self.folder.path)
         if step == 0:
             return self._tell(f"stopped by {why} before the first step; nothing was to be saved")
         try:

@@ -1,0 +1,48 @@
+"""Names of runs and files below output/sara."""
+
+import os
+
+from ..sara_core.run_folder import STATE
+from . import host
+
+
+def split_output_name(name: str) -> tuple[str, str]:
+    """Return the folder below output/sara and the file name that a name such as `a/b` stands for.
+
+    Raises:
+        ValueError: The name is empty or leads out of the output folder.
+    """
+    root = host.output_root()
+    path = os.path.abspath(os.path.join(root, name.strip()))
+    if "\0" in name or path == root or os.path.commonpath((root, path)) != root:
+        raise ValueError(
+            f"the name {name!r} is empty or leads out of the output folder {root}; give a plain "
+            "name such as style"
+        )
+    return os.path.dirname(path), os.path.basename(path)
+
+
+def output_relative(path: str | os.PathLike) -> str:
+    """Return a path relative to output/sara, as Load SaRA Delta lists it."""
+    return os.path.relpath(path, host.output_root())
+
+
+def resumable_runs() -> list[str]:
+    """List the runs below output/sara that can be resumed, by folder."""
+    root = host.output_root()
+    found = [folder for folder, _, files in os.walk(root) if STATE in files]
+    return sorted(output_relative(folder) for folder in found)
+
+
+def run_path(name: str) -> str:
+    """Return the full path of a run that can be resumed.
+
+    Raises:
+        ValueError: No such run.
+    """
+    if name not in resumable_runs():
+        raise ValueError(
+            f"there is no run {name!r} to resume in output/sara: it has finished, or was moved. "
+            "Press R to refresh the list"
+        )
+    return os.path.join(host.output_root(), name)
