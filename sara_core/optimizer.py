@@ -137,7 +137,7 @@ class SaraAdamW(torch.optim.Optimizer):
     @property
     def num_trainable(self) -> int:
         """Number of weights that train now."""
-        return sum(len(weight.index) for weight in self._weights.active)
+        return sum(map(len, self._weights.active))
 
     def parameters(self) -> list[nn.Parameter]:
         """Return the flat float32 trained values that carry the gradients; clip these."""

@@ -110,7 +110,7 @@ class SparseModel:
             {
                 "name": weight.name,
                 "shape": tuple(weight.parameter.shape),
-                "index": weight.index,
+                "index": weight.stored_index,
                 "base": weight.base,
                 "values": weight.values.detach(),
                 "frozen": frozen,

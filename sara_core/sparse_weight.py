@@ -3,12 +3,17 @@
 import torch
 from torch import Tensor, nn
 
+from .magnitudes import INT32_LIMIT
+
+GAP_DTYPES = (torch.uint8, torch.int16, torch.int32)
+
 
 class SparseWeight:
     """Weights of one parameter that train, or that trained and are now frozen.
 
     The parameter itself goes on holding all its weights; nothing dense is kept here. Per selected
-    weight: position (4 bytes), base value (the parameter's dtype), trained value (float32).
+    weight: the gap to the position before (one byte where weights lie densely), base value (the
+    parameter's dtype), trained value (float32).
 
     Args:
         name: Parameter name.
@@ -30,16 +35,30 @@ class SparseWeight:
     ):
         self.name = name
         self.parameter = parameter
-        self.index = index
+        self._gaps = _gaps(index)
         self.base = self.gather(parameter.detach()) if base is None else base
         self.dtype = torch.promote_types(torch.float32, parameter.dtype)
         self.values = nn.Parameter(
             self.base.to(self.dtype, copy=True) if values is None else values
         )
 
+    def __len__(self) -> int:
+        return len(self._gaps)
+
+    @property
+    def index(self) -> Tensor:
+        """Sorted flat positions, `(k,)`, int64; made anew each time."""
+        return torch.cumsum(self._gaps, 0, dtype=torch.int64).sub_(1)
+
+    @property
+    def stored_index(self) -> Tensor:
+        """The positions as they are saved: int32, or int64 for 2**31 weights or more."""
+        is_small = self.parameter.numel() < INT32_LIMIT
+        return self.index.to(torch.int32 if is_small else torch.int64)
+
     def gather(self, dense: Tensor) -> Tensor:
         """Read the selected positions of a tensor of the parameter's shape. Returns `(k,)`."""
-        return torch.take(dense, self.index.long())
+        return torch.take(dense, self.index)
 
     def capture_gradient(self, parameter: Tensor) -> None:
         """Move the parameter's dense gradient, at the selected positions, to `values.grad`.
@@ -51,10 +70,10 @@ class SparseWeight:
         parameter.grad = None
         if gradient.is_sparse:
             gradient = gradient.to_dense()
-        if gradient.device != self.index.device:
+        if gradient.device != self._gaps.device:
             raise RuntimeError(
                 f"parameter {self.name!r} is on {gradient.device} but its selection on "
-                f"{self.index.device}: the model was moved after SaraAdamW was made. Move the "
+                f"{self._gaps.device}: the model was moved after SaraAdamW was made. Move the "
                 "model first, then make the optimizer"
             )
         gathered = self.gather(gradient).to(self.dtype)
@@ -80,7 +99,7 @@ class SparseWeight:
                 f"{self.parameter.device}, but was {self.base.dtype} on {self.base.device} when "
                 "SaraAdamW was made. Convert or move the model first, then make the optimizer"
             )
-        self.parameter.data.put_(self.index.long(), values.detach().to(self.base.dtype))
+        self.parameter.data.put_(self.index, values.detach().to(self.base.dtype))
 
     def part(self, keep: Tensor) -> "SparseWeight":
         """Copy the entries marked in `keep`, bool `(k,)`, with their gradient."""
@@ -89,3 +108,10 @@ class SparseWeight:
         if self.values.grad is not None:
             kept.values.grad = self.values.grad[keep]
         return kept
+
+
+def _gaps(index: Tensor) -> Tensor:
+    gaps = torch.diff(index.long(), prepend=index.new_full((1,), -1, dtype=torch.int64))
+    largest = int(gaps.max()) if len(gaps) else 0
+    fitting = (dtype for dtype in GAP_DTYPES if largest <= torch.iinfo(dtype).max)
+    return gaps.to(next(fitting, torch.int64))

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from sara_core import SaraAdamW
+from sara_core.sparse_weight import SparseWeight
 
 from .helpers import DenseReference, Net, loss_of, sample
 
@@ -525,3 +526,23 @@ def test_schedulers_closures_and_defaults_work_as_with_torch():
 def test_bad_settings_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         SaraAdamW(Net(), THRESHOLD, **{"lr": LR, **options})
+
+
+@pytest.mark.parametrize("step", [1, 200, 255, 256, 30_000, 40_000])
+def test_positions_survive_being_kept_as_gaps(step):
+    parameter = torch.nn.Parameter(torch.randn(5 * step + 7, 1))
+    for index in (torch.arange(0, 5 * step, step), torch.tensor([5 * step + 6]), torch.tensor([0])):
+        weight = SparseWeight("w", parameter, index.int())
+        assert torch.equal(weight.index, index)
+        assert weight.stored_index.dtype == torch.int32
+        assert torch.equal(weight.base, parameter.detach().flatten()[index])
+
+
+def test_a_tenth_of_the_weights_costs_one_byte_a_position():
+    parameter = torch.nn.Parameter(torch.randn(300, 300))
+    index = torch.nonzero(torch.rand(90_000, generator=torch.Generator().manual_seed(0)) < 0.1)[
+        :, 0
+    ]
+    weight = SparseWeight("w", parameter, index)
+    kept = [t for t in vars(weight).values() if isinstance(t, torch.Tensor) and t is not parameter]
+    assert sum(t.numel() * t.element_size() for t in kept) == (1 + 4 + 4) * len(index)
