@@ -472,8 +472,11 @@ def main():
     if command in ("test", "faults"):
         sys.exit({"test": test, "faults": faults}[command](arguments))
     commands = {"demo": demo, "server": serve, "setup": set_up}
+    if not command:
+        print(__doc__.strip())
+        return
     if command not in commands or arguments:
-        sys.exit(__doc__.strip())
+        sys.exit(f"no such command: {' '.join(sys.argv[1:])}\n\n{__doc__.strip()}")
     commands[command]()
 
 
