@@ -202,6 +202,12 @@ def noise_schedule(patcher) -> NoiseSchedule:
     )
 
 
+def sampling_summary(patcher) -> list:
+    """Summarise a MODEL's noise schedule, to notice another one: prediction, sigma half way."""
+    schedule = noise_schedule(patcher)
+    return [schedule.prediction, schedule.to_sigma(torch.tensor([0.5])).item()]
+
+
 @contextlib.contextmanager
 def trainable(patcher, dtype: torch.dtype | None) -> Iterator["ModelCalls"]:
     """Load a MODEL so that gradients can be taken through it, and yield the way to call it.

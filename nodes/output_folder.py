@@ -5,6 +5,8 @@ import os
 from ..sara_core.run_folder import STATE
 from . import host
 
+MAX_NAME = 100
+
 
 def split_output_name(name: str) -> tuple[str, str]:
     """Return the folder below output/sara and the file name that a name such as `a/b` stands for.
@@ -19,6 +21,8 @@ def split_output_name(name: str) -> tuple[str, str]:
             f"the name {name!r} is empty or leads out of the output folder {root}; give a plain "
             "name such as style"
         )
+    if len(os.path.basename(path)) > MAX_NAME:
+        raise ValueError(f"the name {name!r} is longer than {MAX_NAME} characters; shorten it")
     return os.path.dirname(path), os.path.basename(path)
 
 

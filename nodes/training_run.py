@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import time
+import traceback
 from pathlib import Path
 
 import torch
@@ -78,6 +79,7 @@ class Session:
         self.progress = host.Progress(training.config.steps, node_id)
         self._identity = {
             "model": host.architecture(patcher),
+            "sampling": host.sampling_summary(patcher),
             "examples": describe_examples(examples),
         }
         self._metadata = _metadata(patcher, self.settings, training.optimizer)
@@ -95,8 +97,14 @@ class Session:
                 f"{self.folder.path.name} cannot be resumed with what is connected: "
                 f"{'; '.join(wrong)}. Connect the model and pictures it was started with"
             )
-        self.training.load_state(state["run"])
-        self.losses = self.folder.read_losses(self.training.step)
+        try:
+            self.training.load_state(state["run"])
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"the state of {self.folder.path.name} is damaged: {error!r}"
+            ) from error
+        self.folder.read_losses(self.training.step)
+        self.losses = state["losses"].tolist()
         self._tell(f"resumed after step {self.training.step}")
 
     def train(self) -> None:
@@ -119,12 +127,15 @@ class Session:
                     self._save()
                 self.progress.update(report.step)
         except BaseException as error:
+            if is_out_of_memory(error):  # its traceback holds on to the step's activations
+                traceback.clear_frames(error.__traceback__)
+                host.free_memory()
             _add_line(error, self._save_at_the_end(type(error).__name__))
             raise
 
     def finish(self) -> Path:
         """Save the final delta and return its path."""
-        name = f"{self.settings['output_name'].split('/')[-1]}_{self.training.config.steps}_steps"
+        name = f"{self.folder.path.name.rpartition('_')[0]}_{self.training.config.steps}_steps"
         steps = {"sara.steps": str(self.training.optimizer.num_steps)}
         delta = self.training.optimizer.delta(self._metadata | steps)
         try:
@@ -137,27 +148,34 @@ class Session:
 
     def _save(self, wait: bool = False) -> Exception | None:
         steps = {"sara.steps": str(self.training.optimizer.num_steps)}
-        problem = self.folder.save(
-            {"run": self.training.state(), "identity": self._identity},
-            self._metadata | steps,
-            keep=self.settings["keep_checkpoints"],
-            dtype=SAVE_DTYPES[self.settings["save_dtype"]],
-            wait=wait,
-        )
-        if problem is not None:
-            self._tell(f"could not save ({problem}); the training goes on, free some disk space")
+        losses = torch.tensor(self.losses, dtype=torch.float64)
+        try:
+            problem = self.folder.save(
+                {"run": self.training.state(), "identity": self._identity, "losses": losses},
+                self._metadata | steps,
+                keep=self.settings["keep_checkpoints"],
+                dtype=SAVE_DTYPES[self.settings["save_dtype"]],
+                wait=wait,
+            )
+        except Exception as error:  # a save that fails is not to end the training
+            problem = error
+        if problem is not None and not wait:
+            self._tell(f"could not save ({problem}); the training goes on, free some space")
         return problem
 
     def _save_at_the_end(self, why: str) -> str:
         step, name = self.training.step, output_folder.output_relative(self.folder.path)
         if step == 0:
             return self._tell(f"stopped by {why} before the first step; nothing was to be saved")
-        try:
-            problem = self._save(wait=True)
-        except Exception as error:  # the first error is the one to be seen
-            problem = error
+        problem = self._save(wait=True)
         if problem is not None:
-            return self._tell(f"stopped by {why}; step {step} could not be saved: {problem}")
+            there = (
+                "an earlier save is there" if self.folder.can_resume else "there is no earlier save"
+            )
+            return self._tell(
+                f"stopped by {why}; step {step} could not be saved whole: {problem}; {there} in "
+                f"output/sara/{name}"
+            )
         return self._tell(
             f"stopped by {why}; all {step} steps are saved in output/sara/{name}. To go on, choose "
             f"{name} under resume in SaRA Train"
@@ -185,6 +203,9 @@ def _add_line(error: BaseException, line: str) -> None:
     """Add a line to an error's message, keeping its type, which ComfyUI goes by."""
     if is_out_of_memory(error):
         line = f"{line}\n{MEMORY_ADVICE}"
+    if isinstance(error, OSError) and error.strerror:
+        error.strerror = f"{error.strerror}\n{line}"
+        return
     first, *others = error.args or ("",)
     if isinstance(first, str):
         error.args = (f"{first}\n{line}", *others)

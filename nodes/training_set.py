@@ -52,9 +52,12 @@ def describe_examples(examples: Examples) -> list:
 
     Mean and deviation of each tensor: encoding again on a GPU does not give the same bits.
     """
-    captions = [pair[0] for pair in (*examples.captions, examples.empty) if pair is not None]
+    captions = []
+    for pair in (*examples.captions, examples.empty):
+        cross_attention, options = pair or (None, {})
+        captions += [t for t in (cross_attention, options.get("pooled_output")) if t is not None]
     return [
-        [list(t.shape), t.float().mean().item(), t.float().std().item()]
+        [list(t.shape), t.nan_to_num().float().mean().item(), t.nan_to_num().float().std().item()]
         for t in (*examples.latents, *captions)
     ]
 
@@ -64,13 +67,15 @@ def differences(saved: dict, now: dict) -> list[str]:
     wrong = []
     if saved["model"] != now["model"]:
         wrong.append(f"the model is of the family {now['model']}, the run's {saved['model']}")
+    if saved["sampling"] != now["sampling"]:
+        wrong.append(f"the sampling is {now['sampling']}, the run's {saved['sampling']}")
     old, new = saved["examples"], now["examples"]
     if len(old) != len(new):
-        wrong.append(f"there are {len(new)} pictures and captions together, the run had {len(old)}")
+        wrong.append(f"there are {len(new)} latents and embeddings, the run had {len(old)}")
     else:
         changed = [i for i, (a, b) in enumerate(zip(old, new, strict=True)) if not _alike(a, b)]
         if changed:
-            wrong.append(f"{len(changed)} of {len(new)} pictures or captions have changed")
+            wrong.append(f"{len(changed)} of {len(new)} latents and embeddings have changed")
     return wrong
 
 
@@ -82,7 +87,7 @@ def _alike(one: list, two: list) -> bool:
 
 
 class TrainingSet:
-    """Pictures with their captions, ready for `sara_core.trainer.train`.
+    """Pictures with their captions, ready for `sara_core.trainer.TrainingRun`.
 
     Args:
         encoder: Turns latents and captions into what the model takes.

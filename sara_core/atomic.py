@@ -25,7 +25,8 @@ def replace_atomically(path: Path, write: Callable[[Path], None]) -> None:
         with open(temporary, "wb") as file:
             mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
         write(temporary)
-        os.chmod(temporary, mode)  # safetensors leaves files that only their owner can read
+        with contextlib.suppress(OSError):  # some network folders have no permissions
+            os.chmod(temporary, mode)  # safetensors leaves files that only their owner can read
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -40,8 +41,9 @@ def _sync_folder(folder: Path) -> None:
     """Make the rename itself last through a power cut; Windows has no such call."""
     if os.name == "nt":
         return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    with contextlib.suppress(OSError):  # nor does every file system sync folders
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

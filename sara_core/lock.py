@@ -1,5 +1,6 @@
 """Hold a file so that no other process does; the system lets go of it when the process ends."""
 
+import errno
 import os
 from pathlib import Path
 from typing import IO
@@ -24,6 +25,8 @@ def hold(path: Path) -> IO:
         else:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+            return file  # a file system without locks
         file.close()
         raise BlockingIOError(f"{path} is held by another process") from error
     return file

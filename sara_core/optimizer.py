@@ -127,7 +127,7 @@ class SaraAdamW(torch.optim.Optimizer):
         self.stage = 1
         self.low_rank_loss: Tensor | None = None
         self._low_rank_added = False
-        self._generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator().manual_seed(seed)
         self.fingerprint = take_fingerprint(parameters, selection.index)
         self._weights = SparseModel(model, selection.index)
         super().__init__(
@@ -169,7 +169,7 @@ class SaraAdamW(torch.optim.Optimizer):
             for weight in self._weights.active
             if min(as_matrix_shape(weight.parameter.shape)) > 1 and weight.values.grad is not None
         ]
-        order = torch.randperm(len(eligible), generator=self._generator).tolist()
+        order = torch.randperm(len(eligible), generator=self.generator).tolist()
         norms = []
         for i in order[: self.low_rank_matrices]:
             weight = eligible[i]
@@ -280,8 +280,10 @@ class SaraAdamW(torch.optim.Optimizer):
 
     def restore(self) -> None:
         """Put the base weights back, bit for bit, and let go of the model."""
-        self._weights.restore_()
-        self._weights.detach()
+        try:
+            self._weights.restore_()
+        finally:
+            self._weights.detach()
 
     def detach(self) -> None:
         """Let go of the model with what it has learned: remove hooks, give `requires_grad` back."""
@@ -292,7 +294,7 @@ class SaraAdamW(torch.optim.Optimizer):
         own = {
             "format": STATE_FORMAT,
             **{name: getattr(self, name) for name in PLAIN_STATE},
-            "generator": self._generator.get_state(),
+            "generator": self.generator.get_state(),
             "weights": self._weights.state(),
         }
         return {**super().state_dict(), "sara": own}
@@ -322,10 +324,15 @@ class SaraAdamW(torch.optim.Optimizer):
         self._weights.load_state(saved["weights"], saved["fingerprint"])
         self.state.clear()
         self.param_groups[0]["params"] = self.parameters()
-        super().load_state_dict({k: v for k, v in state_dict.items() if k != "sara"})
+        # Copied, as torch would keep tensors that need no conversion.
+        moments = {
+            i: {key: value.clone() for key, value in state.items()}
+            for i, state in state_dict["state"].items()
+        }
+        super().load_state_dict({"state": moments, "param_groups": state_dict["param_groups"]})
         for name in PLAIN_STATE:
             setattr(self, name, saved[name])
-        self._generator.set_state(saved["generator"].cpu())
+        self.generator.set_state(saved["generator"].cpu())
         self._low_rank_added = False
 
 

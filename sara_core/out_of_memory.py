@@ -12,9 +12,9 @@ MESSAGES = (
 def is_out_of_memory(error: BaseException) -> bool:
     """Tell whether an exception says that memory has run out.
 
-    PyTorch raises `torch.OutOfMemoryError` on CUDA, but plain RuntimeErrors elsewhere.
+    PyTorch raises `torch.cuda.OutOfMemoryError` there, but plain RuntimeErrors elsewhere.
     """
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+    if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
         return True
     text = str(error).lower()
     return isinstance(error, RuntimeError) and any(message in text for message in MESSAGES)

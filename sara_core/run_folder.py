@@ -44,6 +44,8 @@ class RunFolder:
                 f"the run {self.path.name} is being trained already, by this ComfyUI or another one "
                 "with the same output folder; wait for it or cancel it there"
             ) from error
+        for left_over in self.path.glob(".*.tmp"):  # of a save that was killed
+            left_over.unlink(missing_ok=True)
         self.settings: dict = json.loads((self.path / SETTINGS).read_text(encoding="utf-8"))
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="sara-save")
         self._pending: Future | None = None
@@ -90,8 +92,8 @@ class RunFolder:
         path = self.path / LOSSES
         if not path.is_file():
             return []
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = [r for r in csv.reader(file) if len(r) == len(COLUMNS) and r[0].isdigit()]
+        with open(path, newline="", encoding="utf-8", errors="replace") as file:
+            rows = [row for row in csv.reader(file) if _is_whole(row)]
         rows = [row for row in rows if int(row[0]) <= up_to_step]
 
         def write(temporary: Path) -> None:
@@ -159,11 +161,20 @@ class RunFolder:
 
     def _write(self, state: dict, metadata: dict, keep: int, dtype: torch.dtype) -> None:
         step = state["run"]["step"]
-        write_state(self.path / STATE, state)
-        delta = SparseDelta(entries_of(state["run"]["optimizer"]["sara"]["weights"]), metadata)
-        delta.save(self.path / f"checkpoint_{step:07}_steps.safetensors", dtype)
-        for old in sorted(self.path.glob("checkpoint_*_steps.safetensors"))[: -max(1, keep)]:
-            old.unlink()
+        problems = []
+        try:
+            write_state(self.path / STATE, state)
+        except OSError as error:
+            problems.append(f"the state to resume from: {error}")
+        try:  # much smaller, so it may fit where the state does not
+            delta = SparseDelta(entries_of(state["run"]["optimizer"]["sara"]["weights"]), metadata)
+            delta.save(self.path / f"checkpoint_{step:07}_steps.safetensors", dtype)
+            for old in sorted(self.path.glob("checkpoint_*_steps.safetensors"))[: -max(1, keep)]:
+                old.unlink()
+        except (OSError, ValueError) as error:
+            problems.append(f"the checkpoint: {error}")
+        if problems:
+            raise OSError("; ".join(problems))
         self.log(f"saved step {step}")
 
     def read_state(self) -> dict:
@@ -185,14 +196,20 @@ class RunFolder:
         """Wait for the save under way and let go of the files; a run without a step leaves none."""
         self.finish_saving()
         self._writer.shutdown()
+        with contextlib.suppress(OSError):  # what ended the run is what is to be seen
+            if self._losses is not None:
+                self._losses.close()
         self._lock.close()
-        left = {path.name for path in self.path.iterdir()}
-        if left <= {SETTINGS, LOG, LOCK}:
-            for name in left:
-                (self.path / name).unlink()
-            self.path.rmdir()
-        else:
-            (self.path / LOCK).unlink(missing_ok=True)
-        if self._losses is not None:
-            self._losses.close()
-            self._losses = None
+        with contextlib.suppress(OSError):
+            left = {path.name for path in self.path.iterdir()}
+            if left <= {SETTINGS, LOG, LOCK}:
+                for name in left:
+                    (self.path / name).unlink()
+                self.path.rmdir()
+
+
+def _is_whole(row: list[str]) -> bool:
+    try:
+        return len(row) == len(COLUMNS) and int(row[0]) > 0 and float(row[1]) is not None
+    except ValueError:
+        return False

@@ -73,9 +73,19 @@ class SparseModel:
         self._hooks = []
 
     def restore_(self) -> None:
-        """Put all base values back into the module, bit for bit."""
+        """Put all base values back into the module, bit for bit, as far as that can be done.
+
+        Raises:
+            Exception: The first error of any weight, after all others have been put back.
+        """
+        first = None
         for weight in (*self.active, *self.frozen):
-            weight.restore_()
+            try:
+                weight.restore_()
+            except Exception as error:
+                first = first or error
+        if first is not None:
+            raise first
 
     def freeze(self, marks: Sequence[Tensor]) -> list[tuple[SparseWeight, SparseWeight | None]]:
         """Go on with the marked active weights only; the others keep their learned value.
@@ -140,6 +150,13 @@ class SparseModel:
                 "checkpoint it was started from"
             )
         self.restore_()
+        if not all(self._holds(record) for record in records):
+            for weight in (*self.active, *self.frozen):
+                weight.write_()
+            raise ValueError(
+                "the saved state was trained on another base than this model holds: its smallest "
+                "weights differ, as if a delta or a merge had been part of one of them"
+            )
         self.active, self.frozen = [], []
         for record in records:
             parameter = self.parameters[record["name"]]
@@ -150,6 +167,13 @@ class SparseModel:
             weight.write_()
             (self.frozen if record["frozen"] else self.active).append(weight)
         self.attach()
+
+    def _holds(self, record: Mapping) -> bool:
+        """Tell whether the module holds a record's base values, or its trained ones."""
+        weight = self.parameters[record["name"]].detach()
+        found = torch.take(weight, record["index"].to(weight.device).long()).cpu()
+        trained = record["values"].to(found.dtype)
+        return any(torch.equal(found, values.cpu()) for values in (record["base"], trained))
 
     def _refuse_unfitting(self, records: Sequence[Mapping]) -> None:
         faults = []
@@ -184,12 +208,12 @@ def entries_of(records: Sequence[Mapping]) -> dict[str, DeltaEntry]:
         parts.setdefault(record["name"], []).append(record)
     entries = {}
     for name, found in parts.items():
-        index = torch.cat([record["index"] for record in found])
-        values = torch.cat([r["values"] - r["base"].to(r["values"].dtype) for r in found])
+        index = torch.cat([record["index"].cpu() for record in found])
+        values = torch.cat([(r["values"] - r["base"].to(r["values"].dtype)).cpu() for r in found])
         if len(found) > 1:
             order = torch.argsort(index)
             index, values = index[order], values[order]
-        entries[name] = DeltaEntry(index.cpu(), values.cpu(), tuple(found[0]["shape"]))
+        entries[name] = DeltaEntry(index, values, tuple(found[0]["shape"]))
     return entries
 
 

@@ -52,9 +52,9 @@ class SparseWeight:
 
     @property
     def stored_index(self) -> Tensor:
-        """The positions as they are saved: int32, or int64 for 2**31 weights or more."""
-        is_small = self.parameter.numel() < INT32_LIMIT
-        return self.index.to(torch.int32 if is_small else torch.int64)
+        """The positions as they are saved: int32, or int64 for 2**31 weights or more, on the CPU."""
+        dtype = torch.int32 if self.parameter.numel() < INT32_LIMIT else torch.int64
+        return torch.cumsum(self._gaps.cpu(), 0, dtype=dtype).sub_(1)
 
     def gather(self, dense: Tensor) -> Tensor:
         """Read the selected positions of a tensor of the parameter's shape. Returns `(k,)`."""

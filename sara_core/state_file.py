@@ -60,13 +60,13 @@ def read_state(path: str | os.PathLike) -> dict:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
         if metadata.get("format") != FORMAT:
             raise ValueError(f"its metadata lack format = {FORMAT!r}")
         if metadata.get("sha256") != _digest(metadata.get("state", ""), tensors):
             raise ValueError("its contents do not fit its checksum, the file is damaged")
         return _put_tensors(json.loads(metadata["state"]), tensors)
-    except (SafetensorError, ValueError, KeyError, RecursionError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} cannot be used to resume a run: {error}") from error
 
 

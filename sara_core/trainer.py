@@ -68,8 +68,8 @@ class TrainingRun:
     from a CPU generator seeded with `config.seed`, so a run does not depend on the device's
     generator, and the global one is not touched.
 
-    Each step reads the loss and the gradient norm back once, to leave out an update that is not
-    finite; that is the only time the loop waits for the device.
+    Each step waits for the device once, to leave out an update that is not finite; the loss is read
+    back at the same time.
 
     Args:
         optimizer: Holds the weights that train; its learning rate is the peak of the schedule.
@@ -99,22 +99,36 @@ class TrainingRun:
         self._peak_rate = optimizer.param_groups[0]["lr"]
         self._num_parts = 1  # of a batch, one after the other, once memory has run out
         self._bad_steps = 0
+        self._half_made = False
         self._mark()
 
     def __iter__(self) -> Iterator[StepReport]:
         while self.step < self.config.steps:
-            yield self._make_step()
+            report = self._make_step()
+            yield report
+            if self._bad_steps >= MAX_BAD_STEPS:
+                raise FloatingPointError(
+                    f"the loss or its gradient was not finite in {MAX_BAD_STEPS} steps in a row, up "
+                    f"to step {report.step}; none of them changed a weight. Lower the learning rate "
+                    f"(it was {report.learning_rate:.2e}), or compute in fp32 or bf16 if "
+                    "training_dtype is fp16"
+                )
 
     def state(self) -> dict:
-        """Return what is needed to go on after the last whole step: tensors and plain values."""
-        generator, remaining, num_parts = self._marked
+        """Return what is needed to go on after the last whole step: tensors and plain values.
+
+        Raises:
+            RuntimeError: An error has struck within an update, so the weights are of no whole step.
+        """
+        if self._half_made:
+            raise RuntimeError("an error struck in the middle of an update")
+        generator, remaining, num_parts, _ = self._marked
         return {
             "step": self.step,
             "generator": generator,
             "remaining": remaining,
             "peak_rate": self._peak_rate,
             "num_parts": num_parts,
-            "bad_steps": self._bad_steps,
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
@@ -129,18 +143,24 @@ class TrainingRun:
         if self.scaler is not None and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self.step, self._peak_rate = state["step"], state["peak_rate"]
-        self._num_parts, self._bad_steps = state["num_parts"], state["bad_steps"]
+        self._num_parts, self._bad_steps = state["num_parts"], 0
         self._generator.set_state(state["generator"])
         self._order.remaining = [list(batch) for batch in state["remaining"]]
         self._mark()
 
     def _mark(self) -> None:
-        self._marked = (self._generator.get_state(), self._order.remaining, self._num_parts)
+        self._marked = (
+            self._generator.get_state(),
+            self._order.remaining,
+            self._num_parts,
+            self.optimizer.generator.get_state(),
+        )
 
     def _rewind(self) -> None:
         self.optimizer.zero_grad()
-        self._generator.set_state(self._marked[0])
-        _, self._order.remaining, self._num_parts = self._marked
+        generator, self._order.remaining, self._num_parts, draws = self._marked
+        self._generator.set_state(generator)
+        self.optimizer.generator.set_state(draws)
 
     def _make_step(self) -> StepReport:
         config = self.config
@@ -156,13 +176,6 @@ class TrainingRun:
             raise
         self.step += 1
         self._mark()
-        self._bad_steps = 0 if finite else self._bad_steps + 1
-        if self._bad_steps == MAX_BAD_STEPS:
-            raise FloatingPointError(
-                f"the loss or its gradient was not finite in {MAX_BAD_STEPS} steps in a row, up to "
-                f"step {self.step}; none of them changed a weight. Lower the learning rate (it was "
-                f"{rate:.2e}), or compute in fp32 or bf16 if training_dtype is fp16"
-            )
         return StepReport(self.step, loss.item(), rate, self.optimizer.stage, not finite)
 
     def _gradients_within_memory(self) -> Tensor:
@@ -220,11 +233,16 @@ class TrainingRun:
         limit = self.config.max_grad_norm or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(optimizer.parameters(), limit)
         finite = bool(torch.isfinite(loss) & torch.isfinite(norm))
+        self._half_made = True
         if scaler is not None:
             scaler.step(optimizer)  # leaves the update out by itself on an overflow
             scaler.update()
-            finite = finite or bool(torch.isfinite(loss))
         elif finite:
             optimizer.step()
+        self._half_made = False
+        # Overflows are the scaler's way to find its scale, unless there is nothing left to find.
+        is_search = not finite and scaler is not None and scaler.get_scale() >= 1
+        if finite or not (is_search and bool(torch.isfinite(loss))):
+            self._bad_steps = 0 if finite else self._bad_steps + 1
         optimizer.zero_grad()
         return finite

@@ -91,7 +91,10 @@ def check_files(folder):
             refuse_damaged(path)
         else:
             SparseDelta.load(path)
-    return done - kept
+    finished = any(
+        not p.name.startswith(("state", "checkpoint")) for p in folder.glob("*.safetensors")
+    )
+    return 0 if finished else done - kept
 
 
 def refuse_damaged(path):
@@ -142,7 +145,12 @@ def run_faults(dev, base, kills, seed=0, say=print):
             killed = kill_during(server, dev, f"killed{number}", resume, moment)
         if killed:
             tried += 1
-            lost = check_files(folder)
+            try:
+                lost = check_files(folder)
+            except (AssertionError, ValueError, OSError) as error:
+                say(f"kill {tried} of {kills} after {moment:.1f} s: DAMAGED, {error}")
+                resume = "new run"
+                continue
             most_lost = max(most_lost, lost)
             survived += 1
             say(f"kill {tried} of {kills} after {moment:.1f} s: {lost} steps lost")

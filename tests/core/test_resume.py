@@ -45,9 +45,11 @@ SETTINGS = {
 }  # fmt: skip
 
 
-def make(fail=lambda count: None, fraction=0.5, free=lambda: None, **settings):
+def make(fail=lambda count: None, fraction=0.5, free=lambda: None, tweak=None, **settings):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(9, 40), nn.Tanh(), nn.Linear(40, 8))
+    if tweak is not None:
+        tweak(net)
     optimizer = SaraAdamW(
         net, fraction=fraction, lr=1e-2, low_rank_weight=1e-2, progressive_step=6, seed=3
     )
@@ -131,6 +133,11 @@ def test_bad_steps_in_a_row_end_the_run_with_advice():
     with pytest.raises(FloatingPointError, match="in 5 steps in a row.*Lower the learning rate"):
         list(run)
     assert run.step == MAX_BAD_STEPS
+    state = snapshot(run.state())
+    _, again = make(lambda count: float("inf"))
+    again.load_state(state)
+    with pytest.raises(FloatingPointError, match="up to step 10;"):
+        list(again)
     assert_equal(before, list(net.state_dict().values()))
 
 
@@ -230,7 +237,7 @@ def test_a_run_is_trained_by_one_process_at_a_time(tmp_path):
     folder.add_loss(StepReport(1, 0.5, 1e-3, 1))
     folder.close()
     RunFolder(folder.path).close()
-    assert sorted(os.listdir(folder.path)) == ["loss.csv", "settings.json"]
+    assert sorted(os.listdir(folder.path)) == ["lock", "loss.csv", "settings.json"]
 
 
 def test_a_run_without_a_step_leaves_no_folder(tmp_path):
@@ -308,11 +315,82 @@ def test_a_full_disk_is_told_and_the_last_good_save_stays(tmp_path, monkeypatch)
         assert folder.save(saved(run), {}, keep=2) is None  # in the background
         next(steps)
         problem = folder.save(saved(run), {}, keep=2, wait=True)
-    assert problem.errno == 28
+    assert "the state to resume from: [Errno 28] No space left" in str(problem)
     assert folder.read_state()["run"]["step"] == 1
-    assert [p.name for p in folder.path.glob("checkpoint*")] == [
-        "checkpoint_0000001_steps.safetensors"
-    ]
+    assert SparseDelta.load(folder.path / "checkpoint_0000003_steps.safetensors").num_values
     assert folder.save(saved(run), {}, keep=2, wait=True) is None
     assert folder.read_state()["run"]["step"] == 3
     assert not [name for name in os.listdir(folder.path) if name.startswith(".")]
+
+
+def test_an_error_within_an_update_is_not_saved_as_a_whole_step(monkeypatch):
+    _, run = make()
+    steps = iter(run)
+    next(steps)
+    before = run.optimizer.generator.get_state()
+
+    def fail(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("sara_core.optimizer.nuclear_norm_gradient", fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            list(run)
+    assert torch.equal(run.optimizer.generator.get_state(), before)
+    assert run.state()["step"] == 1  # the weights were not touched yet
+
+    _, run = make()
+    steps = iter(run)
+    next(steps)
+    monkeypatch.setattr("sara_core.optimizer.adamw", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        list(run)
+    with pytest.raises(RuntimeError, match="in the middle of an update"):
+        run.state()
+
+
+def test_a_state_of_a_base_that_differs_in_its_smallest_weights_is_refused(tmp_path):
+    net, run = make()
+    next(iter(run))
+    state = snapshot(run.state())
+
+    def nudge_a_small_weight(model):
+        weight = model[2].weight.data.view(-1)
+        weight[weight.abs().argmin()] += 1e-3
+
+    other, second = make(tweak=nudge_a_small_weight)
+    before = [v.clone() for v in other.state_dict().values()]
+    with pytest.raises(ValueError, match="its smallest weights differ"):
+        second.load_state(state)
+    assert_equal(before, list(other.state_dict().values()))
+
+
+def test_loading_keeps_no_tensor_of_the_state():
+    _, run = make()
+    list(islice(run, 3))
+    state = snapshot(run.state())
+    kept = {t.data_ptr() for t in tensors_in(state)}
+    _, second = make()
+    second.load_state(state)
+    own = {t.data_ptr() for t in tensors_in(second.optimizer.state_dict()) if t.numel()}
+    assert not kept & own
+
+
+def tensors_in(value):
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from tensors_in(item)
+
+
+def test_left_over_temporary_files_are_cleared(tmp_path):
+    folder = RunFolder.create(tmp_path, "style", {})
+    folder.add_loss(StepReport(1, 0.5, 1e-3, 1))
+    folder.close()
+    (folder.path / ".state.safetensors.abc.tmp").write_text("half a save")
+    RunFolder(folder.path).close()
+    assert not list(folder.path.glob(".*"))

@@ -376,8 +376,8 @@ def test_resuming_with_other_pictures_or_model_says_what_differs(sd15, emoji64, 
     other, _ = pairs(4, seed=7)
     wide, long = pairs(4, 16, 8, 4096, pooled=2048)
     for patcher, examples, message in (
-        (sd15, (other, captions), "4 of 8 pictures or captions have changed"),
-        (sd15, (latents[:3], captions[:3]), "6 pictures and captions together, the run had 8"),
+        (sd15, (other, captions), "4 of 8 latents and embeddings have changed"),
+        (sd15, (latents[:3], captions[:3]), "6 latents and embeddings, the run had 8"),
         (emoji64, (wide, long), "of the family SD3, the run's SD15"),
     ):
         before = bits(patcher)
@@ -421,7 +421,7 @@ def test_the_switch_is_saved(sd15, sara, tmp_path):
     train(sara, sd15, latents, captions, None, new=folder)
     log = (folder.path / "log.txt").read_text()
     assert "saved step 2" in log
-    assert "finished, saved style_4_steps.safetensors" in log
+    assert "finished, saved run_4_steps.safetensors" in log
     assert "saved step 4" not in log
 
 
