@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from .delta_file import INT32_LIMIT, DeltaEntry, read_entries, write_entries
+from .delta_file import DeltaEntry, read_entries, write_entries
 from .fingerprint import is_same_base
+from .magnitudes import INT32_LIMIT
 
 logger = logging.getLogger("comfyui-sara")
 

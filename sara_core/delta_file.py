@@ -16,10 +16,10 @@ from torch import Tensor
 
 from . import positions
 from .atomic import replace_atomically
+from .magnitudes import INT32_LIMIT
 
 FORMAT, VERSION = "sara-delta", "1"
 VALUE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-INT32_LIMIT = 1 << 31
 MAX_DIMS = 8
 
 

@@ -149,10 +149,10 @@ def rewrite(path, change):
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
     metadata.pop("modelspec.hash_sha256")
-    table = json.loads(metadata["sara.parameters"])
+    text = metadata["sara.parameters"]
+    table = json.loads(text)
     change(tensors, table, metadata)
-    metadata.setdefault("sara.parameters", json.dumps(table))
-    if metadata["sara.parameters"] is not None and "keep" not in metadata:
+    if metadata["sara.parameters"] == text:
         metadata["sara.parameters"] = json.dumps(table)
     save_file(tensors, path, {k: v for k, v in metadata.items() if v is not None})
 
@@ -192,7 +192,6 @@ def set_row(column, value):
 def set_metadata(key, value):
     def change(tensors, table, metadata):
         metadata[key] = value
-        metadata["keep"] = "1"
 
     return change
 
