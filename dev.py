@@ -5,7 +5,7 @@ usage: python dev.py COMMAND
 
   test [ARGS]   run the test suite in a real ComfyUI; ARGS go to pytest
   demo          fine-tune a small model on CPU inside ComfyUI, leave pictures in output/demo/
-  faults        kill ComfyUI at random moments of a training and resume (--kills 50)
+  faults        break trainings in every way, kills above all, and go on (--kills 50 --rounds 3)
   server        start the same ComfyUI with the pack and the small model, to click through
   setup         only do the set-up of the above
 
@@ -161,9 +161,9 @@ class PromptError(RuntimeError):
 class Server:
     """A headless ComfyUI in a process of its own, in a base folder of its own."""
 
-    def __init__(self, base, arguments=()):
+    def __init__(self, base, arguments=(), prefix=()):
         self.base = Path(base)
-        self.arguments = list(arguments)
+        self.arguments, self.prefix = list(arguments), list(prefix)
         self.client_id = uuid.uuid4().hex
 
     def __enter__(self):
@@ -172,7 +172,7 @@ class Server:
             self.port = probe.getsockname()[1]
         self.log = open(self.base / "server.log", "ab")  # noqa: SIM115
         command = [
-            python(), comfyui() / "main.py", "--cpu", "--use-pytorch-cross-attention",
+            *self.prefix, python(), comfyui() / "main.py", "--cpu", "--use-pytorch-cross-attention",
             "--base-directory", self.base, "--port", self.port, "--listen", "127.0.0.1",
             "--disable-api-nodes", "--database-url", "sqlite:///:memory:",
             "--preview-method", "none", *self.arguments,
@@ -462,7 +462,7 @@ def test(arguments):
 def faults(arguments):
     """Run tests/faults.py; returns its exit status."""
     environment = os.environ | {"COMFYUI_PATH": str(set_up()), "SARA_CACHE": str(CACHE)}
-    command = [python(), "-u", ROOT / "tests" / "faults.py", *arguments]
+    command = [python(), "-u", "-m", "tests.faults", *arguments]
     return subprocess.run(list(map(str, command)), cwd=ROOT, env=environment).returncode
 
 

@@ -170,11 +170,14 @@ class Session:
         problem = self._save(wait=True)
         if problem is not None:
             there = (
-                "an earlier save is there" if self.folder.can_resume else "there is no earlier save"
+                f"an earlier save is there; once it can be written to again, choose {name} under "
+                "resume in SaRA Train"
+                if self.folder.can_resume
+                else "there is no earlier save"
             )
             return self._tell(
-                f"stopped by {why}; step {step} could not be saved whole: {problem}; {there} in "
-                f"output/sara/{name}"
+                f"stopped by {why}; step {step} could not be saved whole in output/sara/{name}: "
+                f"{problem}; {there}"
             )
         return self._tell(
             f"stopped by {why}; all {step} steps are saved in output/sara/{name}. To go on, choose "

@@ -45,7 +45,9 @@ SETTINGS = {
 }  # fmt: skip
 
 
-def make(fail=lambda count: None, fraction=0.5, free=lambda: None, tweak=None, **settings):
+def make(
+    fail=lambda count: None, fraction=0.5, free=lambda: None, tweak=None, scaler=None, **settings
+):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(9, 40), nn.Tanh(), nn.Linear(40, 8))
     if tweak is not None:
@@ -54,7 +56,7 @@ def make(fail=lambda count: None, fraction=0.5, free=lambda: None, tweak=None, *
         net, fraction=fraction, lr=1e-2, low_rank_weight=1e-2, progressive_step=6, seed=3
     )
     config = TrainConfig(**{**SETTINGS, **settings})
-    return net, TrainingRun(optimizer, Task(net, fail), config, free_memory=free)
+    return net, TrainingRun(optimizer, Task(net, fail), config, scaler, free_memory=free)
 
 
 def outcome(net, run):
@@ -86,6 +88,27 @@ def test_a_stopped_run_goes_on_bit_for_bit(stop, tmp_path):
     assert_equal(outcome(net, second), expected)
     second.optimizer.restore()
     assert_equal(list(net.state_dict().values()), list(make()[0].state_dict().values()))
+
+
+@pytest.mark.parametrize("stop", [1, 2, 5, 9])
+def test_the_loss_scale_goes_on_too(stop, tmp_path):
+    def scaler():  # overflows at first, and grows into an overflow again
+        return torch.amp.GradScaler("cpu", init_scale=2.0**127, growth_interval=2)
+
+    net, run = make(scaler=scaler())
+    reports = list(run)
+    expected = outcome(net, run)
+    assert {r.skipped for r in reports[:2]} == {True}
+    assert {r.skipped for r in reports[5:]} == {True, False}
+
+    _, first = make(scaler=scaler())
+    before = list(islice(first, stop))
+    write_state(tmp_path / "s.safetensors", snapshot(first.state()))
+    net, second = make(scaler=torch.amp.GradScaler("cpu"))
+    second.load_state(read_state(tmp_path / "s.safetensors"))
+    assert before + list(second) == reports
+    assert_equal(outcome(net, second), expected)
+    assert second.scaler.state_dict() == run.scaler.state_dict()
 
 
 def test_state_after_an_error_within_a_step_is_that_of_the_last_whole_step(tmp_path):
