@@ -5,9 +5,18 @@ from comfy_api.latest import ComfyExtension
 from . import host
 from .analyze import SaraAnalyze
 from .delta_nodes import SaraApply, SaraLoadDelta, SaraMergeDeltas, SaraSaveDelta
+from .image_folder import SaraImageFolder
 from .train import SaraTrain
 
-NODES = [SaraAnalyze, SaraTrain, SaraLoadDelta, SaraSaveDelta, SaraMergeDeltas, SaraApply]
+NODES = [
+    SaraImageFolder,
+    SaraAnalyze,
+    SaraTrain,
+    SaraLoadDelta,
+    SaraSaveDelta,
+    SaraMergeDeltas,
+    SaraApply,
+]
 
 
 class SaraExtension(ComfyExtension):

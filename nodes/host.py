@@ -22,12 +22,14 @@ from server import PromptServer
 from torch import Tensor
 
 from ..sara_core import SparseDelta
+from ..sara_core.encoding_cache import weights_digest
 from ..sara_core.objective import NoiseSchedule
 from ..sara_core.tracking import make_trackable, trackable_copy
 
 logger = logging.getLogger("comfyui-sara")
 
 FOLDER = "sara"
+DATASETS = "datasets"
 PREFIX = "diffusion_model."
 
 
@@ -70,6 +72,84 @@ def new_output_path(prefix: str) -> str:
         prefix, folder_paths.get_output_directory()
     )
     return os.path.join(folder, f"{name}_{counter:05}_.safetensors")
+
+
+def picture_folders() -> dict[str, str]:
+    """List the folders below input/ and datasets/ by name, such as `input/cats`, with their paths.
+
+    Links that lead out of these roots are left out, and so are hidden folders.
+    """
+    roots = [("input", folder_paths.get_input_directory())]
+    if DATASETS in folder_paths.folder_names_and_paths:  # since 0.33
+        roots += [(DATASETS, path) for path in folder_paths.get_folder_paths(DATASETS)]
+    found: dict[str, str] = {}
+    for label, root in roots:
+        real = os.path.realpath(root)
+        for parent, folders, _ in os.walk(root):
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            for name in folders:
+                path = os.path.join(parent, name)
+                if os.path.commonpath((real, os.path.realpath(path))) == real:
+                    relative = os.path.relpath(path, root).replace(os.sep, "/")
+                    found.setdefault(f"{label}/{relative}", path)
+    return found
+
+
+def picture_folder(name: str) -> str:
+    """Return the path of a folder that `picture_folders` lists.
+
+    Raises:
+        ValueError: Another name.
+    """
+    folders = picture_folders()
+    if name not in folders:
+        raise ValueError(
+            f"there is no picture folder {name!r}; put one into ComfyUI's input folder and press R "
+            "to refresh the list"
+        )
+    return folders[name]
+
+
+def cache_folder() -> str:
+    """Return the folder in which encoded pictures and captions are kept."""
+    return os.path.join(folder_paths.get_user_directory(), "sara_cache")
+
+
+def compression(vae) -> int:
+    """Return how many pixels of a side go into one latent value."""
+    ratio = vae.spacial_compression_encode()
+    return int(ratio[-1] if isinstance(ratio, (tuple, list)) else ratio)
+
+
+def vae_facts(vae) -> list | None:
+    """Say what an encoding by this VAE depends on; None if that cannot be told."""
+    model = vae.first_stage_model
+    if vae.patcher.patches:
+        return None
+    return [type(model).__name__, str(vae.vae_dtype), weights_digest(model.state_dict())]
+
+
+def clip_facts(clip) -> list | None:
+    """Say what an encoding by this CLIP depends on; None if it carries patches or hooks."""
+    if clip.patcher.patches or clip.patcher.forced_hooks is not None:
+        return None
+    model, tokenizer = clip.cond_stage_model, clip.tokenizer
+    options = sorted((str(k), str(v)) for k, v in clip.tokenizer_options.items())
+    names = [type(model).__name__, type(tokenizer).__name__]
+    return [*names, str(clip.layer_idx), options, weights_digest(model.state_dict())]
+
+
+def encode_pixels(vae, pixels: Tensor) -> Tensor:
+    """Encode one picture, `(1, H, W, 3)` in `[0, 1]`. Returns its latent, batch first.
+
+    One at a time, as video VAEs take a batch for frames.
+    """
+    return vae.encode(pixels)
+
+
+def encode_text(clip, text: str) -> list:
+    """Encode a caption. Returns a CONDITIONING."""
+    return clip.encode_from_tokens_scheduled(clip.tokenize(text))
 
 
 def base_weights(patcher) -> dict[str, Tensor]:
@@ -267,6 +347,11 @@ def free_memory() -> None:
     comfy.model_management.soft_empty_cache()
 
 
+def check_cancelled() -> None:
+    """Raise ComfyUI's interrupt if the user has pressed Cancel."""
+    comfy.model_management.throw_exception_if_processing_interrupted()
+
+
 class Progress:
     """The node's progress bar and the text below it. Cancel surfaces as an exception here."""
 
@@ -281,7 +366,7 @@ class Progress:
             comfy.model_management.InterruptProcessingException: The user pressed Cancel.
         """
         self.bar.update_absolute(done)
-        comfy.model_management.throw_exception_if_processing_interrupted()
+        check_cancelled()
 
     def text(self, text: str) -> None:
         """Show a line of text on the node."""

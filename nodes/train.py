@@ -8,7 +8,7 @@ from . import host, output_folder
 from .sockets import LossMap, SaraDelta
 from .training_inputs import FREE_TO_CHANGE, NEW_RUN, training_inputs
 from .training_run import run
-from .training_set import Examples, flatten_conditioning, flatten_latents
+from .training_set import gather_examples
 
 
 class SaraTrain(io.ComfyNode):
@@ -38,6 +38,23 @@ class SaraTrain(io.ComfyNode):
                     "dropout.",
                 ),
                 *training_inputs(),
+                io.Mask.Input(
+                    "masks",
+                    optional=True,
+                    tooltip="What counts in the loss: one per picture, or one for all. Black is "
+                    "ignored.",
+                ),
+                io.Latent.Input(
+                    "regularisation_latents",
+                    optional=True,
+                    tooltip="Pictures of what the model is to keep as it is, such as other members "
+                    "of the class; each step goes over a batch of them as well.",
+                ),
+                io.Conditioning.Input(
+                    "regularisation_positive",
+                    optional=True,
+                    tooltip="Captions of the regularisation pictures.",
+                ),
             ],
             outputs=[
                 io.Model.Output(display_name="model", tooltip="The model with the delta applied."),
@@ -48,11 +65,13 @@ class SaraTrain(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, latents, positive, empty=None, **widgets) -> io.NodeOutput:
+    def execute(cls, model, latents, positive, empty=None, masks=None, regularisation_latents=None,
+                regularisation_positive=None, **widgets) -> io.NodeOutput:  # fmt: skip
         settings = {name: values[0] for name, values in widgets.items()}
-        pictures = flatten_latents(latents)
-        captions = flatten_conditioning(positive, len(pictures))
-        examples = Examples(pictures, captions, empty[0][0] if empty else None)
+        examples = gather_examples(
+            latents, positive, empty, masks, regularisation_latents, regularisation_positive,
+            settings["validation_split"], settings["seed"],
+        )  # fmt: skip
         resume = settings.pop("resume")
         if resume == NEW_RUN:
             parent, name = output_folder.split_output_name(settings["output_name"])
@@ -66,7 +85,7 @@ class SaraTrain(io.ComfyNode):
         return io.NodeOutput(
             host.apply_delta(model[0], delta, 1.0),
             delta,
-            {"loss": losses},
+            losses,
             file,
-            ui=ui.PreviewText(f"saved {file}, loss {losses[-1]:.4f}"),
+            ui=ui.PreviewText(f"saved {file}, loss {losses['loss'][-1]:.4f}"),
         )

@@ -172,4 +172,29 @@ def training_inputs() -> list:
             "and keep_checkpoints count. Press R to refresh the list.",
         ),
         *filter_inputs(),
+        io.Float.Input(
+            "regularisation_weight",
+            default=1.0,
+            min=0.0,
+            max=100.0,
+            step=0.01,
+            tooltip="Weight of the loss on the regularisation pictures, beside 1 for the others. Has "
+            "no effect while none are connected.",
+        ),
+        io.Float.Input(
+            "validation_split",
+            default=0.0,
+            min=0.0,
+            max=0.9,
+            step=0.01,
+            tooltip="Share of the pictures that are held out. The loss on them, always at the same "
+            "noise, tells when the model stops to learn and starts to memorise. 0 holds out none.",
+        ),
+        io.Int.Input(
+            "validate_every_steps",
+            default=50,
+            min=1,
+            max=1_000_000,
+            tooltip="Steps between two measurements on the pictures held out.",
+        ),
     ]

@@ -32,7 +32,7 @@ MEMORY_ADVICE = (
 
 def run(
     patcher, examples: Examples, folder: RunFolder, node_id: str | None, resume: bool = False
-) -> tuple[Path, list[float]]:
+) -> tuple[Path, dict[str, list]]:
     """Train a MODEL in place, save what it learns, and put its base weights back.
 
     Whatever ends it, the delta and the state after the last whole step are in the folder.
@@ -45,7 +45,8 @@ def run(
         resume: Go on from the folder's state.
 
     Returns:
-        File of the final delta, and the loss of each step.
+        File of the final delta, and the losses: `loss` of each step, and `validation_loss` after
+        each of `validation_step`.
     """
     settings = folder.settings
     dtype = COMPUTE_DTYPES[settings["training_dtype"]]
@@ -64,7 +65,7 @@ def run(
                 session.resume()
             with checkpointed(model, settings["gradient_checkpointing"]):
                 session.train()
-            return session.finish(), session.losses
+            return session.finish(), session.loss_map()
         finally:
             optimizer.restore()
 
@@ -76,6 +77,7 @@ class Session:
         self.folder, self.training = folder, training
         self.settings = folder.settings
         self.losses: list[float] = []
+        self.validation: list[tuple[int, float]] = []  # step and loss
         self.progress = host.Progress(training.config.steps, node_id)
         self._identity = {
             "model": host.architecture(patcher),
@@ -103,8 +105,9 @@ class Session:
             raise ValueError(
                 f"the state of {self.folder.path.name} is damaged: {error!r}"
             ) from error
-        self.folder.read_losses(self.training.step)
         self.losses = state["losses"].tolist()
+        self.validation = [tuple(entry) for entry in state["validation"]]
+        self.folder.read_losses(self.training.step)
         self._tell(f"resumed after step {self.training.step}")
 
     def train(self) -> None:
@@ -117,9 +120,14 @@ class Session:
         )
         stage = optimizer.stage
         try:
+            if self.training.step == 0:
+                self._validate()
             for report in self.training:
                 self.losses.append(report.loss)
                 self.folder.add_loss(report)
+                is_last = report.step == self.training.config.steps
+                if is_last or report.step % self.settings["validate_every_steps"] == 0:
+                    self._validate()
                 self._show(report)
                 every = self.settings["save_every_steps"]
                 if report.stage != stage or (every and report.step % every == 0):
@@ -132,6 +140,14 @@ class Session:
                 host.free_memory()
             _add_line(error, self._save_at_the_end(type(error).__name__))
             raise
+
+    def _validate(self) -> None:
+        """Measure the loss on the pictures held out, if there are any."""
+        loss = self.training.validate()
+        if loss is not None:
+            self.validation.append((self.training.step, loss))
+            self.folder.add_validation(self.training.step, loss)
+            self._tell(f"step {self.training.step}: validation loss {loss:.4f}")
 
     def finish(self) -> Path:
         """Save the final delta and return its path."""
@@ -146,12 +162,25 @@ class Session:
         logger.info("SaRA Train: saved %s", path)
         return path
 
+    def loss_map(self) -> dict[str, list]:
+        """Return the losses as ComfyUI's Plot Loss Graph takes them, with the validation beside."""
+        return {
+            "loss": self.losses,
+            "validation_step": [step for step, _ in self.validation],
+            "validation_loss": [loss for _, loss in self.validation],
+        }
+
     def _save(self, wait: bool = False) -> Exception | None:
         steps = {"sara.steps": str(self.training.optimizer.num_steps)}
         losses = torch.tensor(self.losses, dtype=torch.float64)
         try:
             problem = self.folder.save(
-                {"run": self.training.state(), "identity": self._identity, "losses": losses},
+                {
+                    "run": self.training.state(),
+                    "identity": self._identity,
+                    "losses": losses,
+                    "validation": self.validation,
+                },
                 self._metadata | steps,
                 keep=self.settings["keep_checkpoints"],
                 dtype=SAVE_DTYPES[self.settings["save_dtype"]],
@@ -192,8 +221,13 @@ class Session:
             mean = sum(self.losses[-every:]) / len(self.losses[-every:])
             self.progress.text(
                 f"step {report.step} of {self.training.config.steps}, stage {report.stage}, loss "
-                f"{mean:.4f}, learning rate {report.learning_rate:.2e}"
+                f"{mean:.4f}{self._more(report)}, learning rate {report.learning_rate:.2e}"
             )
+
+    def _more(self, report: StepReport) -> str:
+        prior = report.regularisation_loss
+        text = "" if prior is None else f", on regularisation pictures {prior:.4f}"
+        return text + (f", validation {self.validation[-1][1]:.4f}" if self.validation else "")
 
     def _tell(self, text: str) -> str:
         logger.info("SaRA Train: %s", text)
@@ -225,6 +259,7 @@ def _config(settings: dict, has_empty: bool) -> TrainConfig:
         loss=settings["loss_function"],
         caption_dropout=settings["caption_dropout"] if has_empty else 0.0,
         seed=settings["seed"],
+        regularisation_weight=settings["regularisation_weight"],
     )
 
 

@@ -1,18 +1,79 @@
 """Latents and captions as ComfyUI's nodes emit them, as a training task of the core."""
 
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..sara_core.objective import NoiseSchedule
 from . import host
 
+PICTURE = "sara_picture"  # key in a LATENT by which windows of one picture are known as such
+
 
 def flatten_latents(latents: list[dict]) -> list[Tensor]:
     """Split LATENT inputs, single or batched, into latents of shape `(1, C, ...)`."""
     return [sample[None] for latent in latents for sample in latent["samples"]]
+
+
+def flatten_masks(masks: list[Tensor] | None, count: int) -> list[Tensor] | None:
+    """Split MASK inputs, single or batched, into `count` masks of shape `(1, H, W)`.
+
+    Raises:
+        ValueError: Neither one mask in all nor one per picture.
+    """
+    if masks is None:
+        return None
+    flat = [mask[None] for entry in masks for mask in entry.reshape(-1, *entry.shape[-2:])]
+    if len(flat) == 1:
+        flat = flat * count
+    if len(flat) != count:
+        raise ValueError(
+            f"{count} pictures but {len(flat)} masks are connected; SaRA Train needs one mask for "
+            "each picture, or a single one for all"
+        )
+    return flat
+
+
+def picture_names(latents: list[dict]) -> list[Hashable]:
+    """Name the picture each latent is of; unnamed latents that share memory are of one."""
+    names: list[Hashable] = []
+    for latent in latents:
+        for sample in latent["samples"]:
+            names.append(latent.get(PICTURE, sample.data_ptr()))
+    return names
+
+
+def split_validation(
+    names: list[Hashable], samples: list[Tensor], share: float, seed: int
+) -> tuple[list[int], list[int]]:
+    """Divide entries into those to train on and those held out, all of a picture on one side.
+
+    Args:
+        names: Picture of each entry.
+        samples: Latent of each entry; a repeated one is held out once.
+        share: Of the pictures, in `[0, 1)`; at least one is held out if above 0, and one trained on.
+        seed: Of the choice.
+
+    Raises:
+        ValueError: Fewer than two pictures to divide.
+    """
+    pictures = list(dict.fromkeys(names))
+    if share <= 0:
+        return list(range(len(names))), []
+    if len(pictures) < 2:
+        raise ValueError(
+            "validation_split needs at least two pictures, one of them to hold out; connect more or "
+            "set it to 0"
+        )
+    count = min(max(1, round(share * len(pictures))), len(pictures) - 1)
+    order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(seed)).tolist()
+    held_out = {pictures[i] for i in order[:count]}
+    training = [i for i, name in enumerate(names) if name not in held_out]
+    once = {samples[i].data_ptr(): i for i, name in enumerate(names) if name in held_out}
+    return training, sorted(once.values())
 
 
 def flatten_conditioning(conditioning: list[list], count: int) -> list[list]:
@@ -34,17 +95,63 @@ def flatten_conditioning(conditioning: list[list], count: int) -> list[list]:
 
 @dataclass(frozen=True)
 class Examples:
-    """What a run trains on.
+    """What a run trains on: the pictures to learn first, then the regularisation pictures.
 
     Args:
         latents: One per picture, shape `(1, C, ...)`, as the VAE encoded them.
         captions: One conditioning pair per picture.
         empty: Conditioning pair that replaces dropped captions, or None.
+        masks: What counts in the loss, one per picture to learn, shape `(1, H, W)`, or None.
+        training: Numbers of the pictures to learn; all if None.
+        validation: Numbers of the pictures held out.
+        regularisation: Numbers of the regularisation pictures.
     """
 
     latents: list[Tensor]
     captions: list[list]
     empty: list | None = None
+    masks: list[Tensor] | None = None
+    training: list[int] | None = None
+    validation: list[int] = field(default_factory=list)
+    regularisation: list[int] = field(default_factory=list)
+
+
+def gather_examples(
+    latents: list[dict],
+    positive: list[list],
+    empty: list[list] | None,
+    masks: list[Tensor] | None,
+    regularisation_latents: list[dict] | None,
+    regularisation_positive: list[list] | None,
+    validation_split: float,
+    seed: int,
+) -> Examples:
+    """Bring the inputs of SaRA Train, lists or batches, into one set.
+
+    Raises:
+        ValueError: Numbers of pictures, captions or masks that do not fit each other.
+    """
+    pictures = flatten_latents(latents)
+    captions = flatten_conditioning(positive, len(pictures))
+    training, validation = split_validation(
+        picture_names(latents), pictures, validation_split, seed
+    )
+    if (regularisation_latents is None) != (regularisation_positive is None):
+        raise ValueError(
+            "regularisation pictures need their captions: connect both regularisation_latents and "
+            "regularisation_positive, or neither"
+        )
+    prior = flatten_latents(regularisation_latents or [])
+    prior_captions = flatten_conditioning(regularisation_positive, len(prior)) if prior else []
+    return Examples(
+        pictures + prior,
+        captions + prior_captions,
+        empty[0][0] if empty else None,
+        flatten_masks(masks, len(pictures)),
+        training,
+        validation,
+        list(range(len(pictures), len(pictures) + len(prior))),
+    )
 
 
 def describe_examples(examples: Examples) -> list:
@@ -58,7 +165,7 @@ def describe_examples(examples: Examples) -> list:
         captions += [t for t in (cross_attention, options.get("pooled_output")) if t is not None]
     return [
         [list(t.shape), t.nan_to_num().float().mean().item(), t.nan_to_num().float().std().item()]
-        for t in (*examples.latents, *captions)
+        for t in (*examples.latents, *captions, *(examples.masks or ()))
     ]
 
 
@@ -71,11 +178,11 @@ def differences(saved: dict, now: dict) -> list[str]:
         wrong.append(f"the sampling is {now['sampling']}, the run's {saved['sampling']}")
     old, new = saved["examples"], now["examples"]
     if len(old) != len(new):
-        wrong.append(f"there are {len(new)} latents and embeddings, the run had {len(old)}")
+        wrong.append(f"there are {len(new)} latents, embeddings and masks, the run had {len(old)}")
     else:
         changed = [i for i, (a, b) in enumerate(zip(old, new, strict=True)) if not _alike(a, b)]
         if changed:
-            wrong.append(f"{len(changed)} of {len(new)} latents and embeddings have changed")
+            wrong.append(f"{len(changed)} of {len(new)} latents, embeddings and masks have changed")
     return wrong
 
 
@@ -105,10 +212,27 @@ class TrainingSet:
             if latent.shape not in self._empty:
                 self._empty[latent.shape] = encoder.encode_captions([empty], [latent])[0]
         self.keys = [tuple(latent.shape) for latent in self._latents]
+        everything = range(len(self._latents))
+        self.training = everything if examples.training is None else examples.training
+        self.validation, self.regularisation = examples.validation, examples.regularisation
+        self._masks = [
+            _at_size(mask, latent)
+            for mask, latent in zip(examples.masks or (), self._latents, strict=False)
+        ]
 
     def latents(self, pictures: list[int]) -> Tensor:
         """Return the latents of pictures of one size, `(B, C, ...)`, float32, on the device."""
         return torch.cat([self._latents[i] for i in pictures]).to(self.encoder.device)
+
+    def mask(self, pictures: list[int]) -> Tensor | None:
+        """Return what counts in the loss, `(B, 1, ..., h, w)`; regularisation pictures count whole."""
+        if not self._masks:
+            return None
+        masks = [
+            self._masks[i] if i < len(self._masks) else torch.ones_like(self._latents[i][:, :1])
+            for i in pictures
+        ]
+        return torch.cat(masks).to(self.encoder.device)
 
     def predict(
         self, noisy: Tensor, sigma: Tensor, pictures: list[int], dropped: list[bool]
@@ -119,3 +243,9 @@ class TrainingSet:
             for i, drop in zip(pictures, dropped, strict=True)
         ]
         return self.encoder.denoise(noisy, sigma, captions)
+
+
+def _at_size(mask: Tensor, latent: Tensor) -> Tensor:
+    """Average a mask `(1, H, W)` to a latent's size, `(1, 1, ..., h, w)`, float32, on the CPU."""
+    small = F.interpolate(mask[None].clone().float().cpu(), latent.shape[-2:], mode="area")
+    return small.reshape(1, 1, *[1] * (latent.dim() - 4), *latent.shape[-2:])

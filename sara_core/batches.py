@@ -15,19 +15,25 @@ class BatchOrder:
         keys: Bucket of each picture, such as its latent's shape.
         batch_size: Largest number of pictures in a batch.
         generator: Source of the order, on the CPU. It is asked at the start of an epoch only.
+        pictures: Numbers of those to go over; all by default.
 
     Raises:
         ValueError: No pictures, or a batch size below 1.
     """
 
-    def __init__(self, keys: Sequence[Hashable], batch_size: int, generator: torch.Generator):
-        if not keys or batch_size < 1:
+    def __init__(
+        self,
+        keys: Sequence[Hashable],
+        batch_size: int,
+        generator: torch.Generator,
+        pictures: Sequence[int] | None = None,
+    ):
+        pictures = range(len(keys)) if pictures is None else pictures
+        if not pictures or batch_size < 1:
             raise ValueError(
-                f"{len(keys)} pictures in batches of {batch_size}; expected at least 1 of 1"
+                f"{len(pictures)} pictures in batches of {batch_size}; expected at least 1 of 1"
             )
-        self._buckets: dict[Hashable, list[int]] = {}
-        for picture, key in enumerate(keys):
-            self._buckets.setdefault(key, []).append(picture)
+        self._buckets = by_key(keys, pictures)
         self._batch_size = batch_size
         self._generator = generator
         self.remaining: list[list[int]] = []  # of this epoch; with the generator, the whole state
@@ -51,3 +57,11 @@ class BatchOrder:
                 for i in range(0, len(shuffled), self._batch_size)
             ]
         return [epoch[i] for i in torch.randperm(len(epoch), generator=self._generator).tolist()]
+
+
+def by_key(keys: Sequence[Hashable], pictures: Sequence[int]) -> dict[Hashable, list[int]]:
+    """Group picture numbers by key, in the order of their first appearance."""
+    buckets: dict[Hashable, list[int]] = {}
+    for picture in pictures:
+        buckets.setdefault(keys[picture], []).append(picture)
+    return buckets

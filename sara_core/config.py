@@ -20,6 +20,7 @@ class TrainConfig:
         loss: One of `objective.LOSSES`.
         caption_dropout: Share of captions replaced by the empty one, in `[0, 1]`.
         seed: Of everything random in the run.
+        regularisation_weight: Of the loss on regularisation pictures, beside 1 for the others.
 
     Raises:
         ValueError: A value out of range.
@@ -34,10 +35,12 @@ class TrainConfig:
     loss: str = "mse"
     caption_dropout: float = 0.0
     seed: int = 0
+    regularisation_weight: float = 1.0
 
     def __post_init__(self):
         for name, least in (("steps", 1), ("batch_size", 1), ("accumulation", 1),
-                            ("warmup_steps", 0), ("max_grad_norm", 0), ("seed", 0)):  # fmt: skip
+                            ("warmup_steps", 0), ("max_grad_norm", 0), ("seed", 0),
+                            ("regularisation_weight", 0)):  # fmt: skip
             value = getattr(self, name)
             if not least <= value < float("inf"):
                 raise ValueError(

@@ -84,7 +84,14 @@ class NoiseSchedule:
             return (sigma + 1) / sigma
         return torch.ones_like(sigma)
 
-    def loss(self, x0: Tensor, latents: Tensor, sigma: Tensor, kind: str = "mse") -> Tensor:
+    def loss(
+        self,
+        x0: Tensor,
+        latents: Tensor,
+        sigma: Tensor,
+        kind: str = "mse",
+        mask: Tensor | None = None,
+    ) -> Tensor:
         """Return the loss of each sample in the model's own prediction space.
 
         Args:
@@ -92,9 +99,11 @@ class NoiseSchedule:
             latents: The clean latents, same shape.
             sigma: Noise levels, shape `(B,)`.
             kind: One of LOSSES.
+            mask: What counts, from 0 to 1, in a shape that broadcasts to that of `latents`.
 
         Returns:
-            Shape `(B,)`, float32, averaged over everything but the batch.
+            Shape `(B,)`, float32, averaged over everything but the batch, or over what the mask
+            keeps of it; 0 where it keeps nothing.
 
         Raises:
             ValueError: Unknown loss.
@@ -102,7 +111,11 @@ class NoiseSchedule:
         if kind not in LOSSES:
             raise ValueError(f"loss is {kind!r}; expected one of {', '.join(LOSSES)}")
         error = (x0.float() - latents.float()) * _over(self.error_scale(sigma.float()), latents)
-        return LOSSES[kind](error, torch.zeros_like(error), reduction="none").flatten(1).mean(1)
+        loss = LOSSES[kind](error, torch.zeros_like(error), reduction="none")
+        if mask is None:
+            return loss.flatten(1).mean(1)
+        mask = mask.expand_as(loss).flatten(1)
+        return (loss.flatten(1) * mask).sum(1) / mask.sum(1).clamp(min=1e-6)
 
 
 def _over(sigma: Tensor, like: Tensor) -> Tensor:

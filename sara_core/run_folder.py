@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
@@ -20,7 +21,9 @@ from .trainer import StepReport
 
 STATE, SETTINGS, LOSSES, LOG = "state.safetensors", "settings.json", "loss.csv", "log.txt"
 LOCK = "lock"
-COLUMNS = ("step", "loss", "learning_rate", "stage", "skipped")
+VALIDATION = "validation.csv"
+COLUMNS = ("step", "loss", "learning_rate", "stage", "skipped", "regularisation_loss")
+VALIDATION_COLUMNS = ("step", "loss")
 
 
 class RunFolder:
@@ -49,7 +52,7 @@ class RunFolder:
         self.settings: dict = json.loads((self.path / SETTINGS).read_text(encoding="utf-8"))
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="sara-save")
         self._pending: Future | None = None
-        self._losses = None
+        self._tables: dict[str, TextIO] = {}
 
     @classmethod
     def create(cls, parent: str | os.PathLike, name: str, settings: Mapping) -> "RunFolder":
@@ -89,32 +92,46 @@ class RunFolder:
 
     def read_losses(self, up_to_step: int) -> list[float]:
         """Return the losses up to a step and forget later ones, which will be made again."""
-        path = self.path / LOSSES
+        self._cut(VALIDATION, VALIDATION_COLUMNS, up_to_step)
+        return [float(row[1]) for row in self._cut(LOSSES, COLUMNS, up_to_step)]
+
+    def _cut(self, name: str, columns: tuple, up_to_step: int) -> list[list[str]]:
+        path = self.path / name
         if not path.is_file():
             return []
         with open(path, newline="", encoding="utf-8", errors="replace") as file:
-            rows = [row for row in csv.reader(file) if _is_whole(row)]
+            rows = [row for row in csv.reader(file) if _is_whole(row, columns)]
         rows = [row for row in rows if int(row[0]) <= up_to_step]
 
         def write(temporary: Path) -> None:
             with open(temporary, "w", newline="", encoding="utf-8") as file:
-                csv.writer(file).writerows([COLUMNS, *rows])
+                csv.writer(file).writerows([columns, *rows])
 
         replace_atomically(path, write)
-        return [float(row[1]) for row in rows]
+        return rows
 
     def add_loss(self, report: StepReport) -> None:
         """Append a step to loss.csv, at once; a full disk does not stop a run."""
+        prior = report.regularisation_loss
+        row = (
+            report.step, repr(report.loss), repr(report.learning_rate), report.stage,
+            int(report.skipped), "" if prior is None else repr(prior),
+        )  # fmt: skip
+        self._append(LOSSES, COLUMNS, row)
+
+    def add_validation(self, step: int, loss: float) -> None:
+        """Append a validation loss after a step, or before the first one with 0, as `add_loss`."""
+        self._append(VALIDATION, VALIDATION_COLUMNS, (step, repr(loss)))
+
+    def _append(self, name: str, columns: tuple, row: tuple) -> None:
         with contextlib.suppress(OSError):
-            if self._losses is None:
-                path = self.path / LOSSES
+            if name not in self._tables:
+                path = self.path / name
                 is_new = not path.is_file()
-                self._losses = open(path, "a", newline="", encoding="utf-8", buffering=1)  # noqa: SIM115
+                self._tables[name] = open(path, "a", newline="", encoding="utf-8", buffering=1)  # noqa: SIM115
                 if is_new:
-                    csv.writer(self._losses).writerow(COLUMNS)
-            row = (report.step, repr(report.loss), repr(report.learning_rate), report.stage,
-                   int(report.skipped))  # fmt: skip
-            csv.writer(self._losses).writerow(row)
+                    csv.writer(self._tables[name]).writerow(columns)
+            csv.writer(self._tables[name]).writerow(row)
 
     def save(
         self,
@@ -196,20 +213,20 @@ class RunFolder:
         """Wait for the save under way and let go of the files; a run without a step leaves none."""
         self.finish_saving()
         self._writer.shutdown()
-        with contextlib.suppress(OSError):  # what ended the run is what is to be seen
-            if self._losses is not None:
-                self._losses.close()
+        for table in self._tables.values():
+            with contextlib.suppress(OSError):  # what ended the run is what is to be seen
+                table.close()
         self._lock.close()
         with contextlib.suppress(OSError):
             left = {path.name for path in self.path.iterdir()}
-            if left <= {SETTINGS, LOG, LOCK}:
+            if left <= {SETTINGS, LOG, LOCK, VALIDATION}:
                 for name in left:
                     (self.path / name).unlink()
                 self.path.rmdir()
 
 
-def _is_whole(row: list[str]) -> bool:
+def _is_whole(row: list[str], columns: tuple) -> bool:
     try:
-        return len(row) == len(COLUMNS) and int(row[0]) > 0 and float(row[1]) is not None
+        return len(row) == len(columns) and int(row[0]) >= 0 and float(row[1]) is not None
     except ValueError:
         return False

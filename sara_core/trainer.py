@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .batches import BatchOrder
+from .batches import BatchOrder, by_key
 from .config import TrainConfig
 from .learning_rate import factor
 from .objective import NoiseSchedule
@@ -18,16 +18,31 @@ from .out_of_memory import is_out_of_memory
 logger = logging.getLogger("comfyui-sara")
 
 MAX_BAD_STEPS = 5
+VALIDATION_SEED, VALIDATION_DRAWS = 2409, 4
 
 
 class TrainingTask(Protocol):
-    """The model and pictures to train on, as the loop sees them."""
+    """The model and pictures to train on, as the loop sees them.
+
+    Args:
+        keys: Bucket of each picture; only pictures with equal ones share a batch.
+        training: Numbers of the pictures to learn.
+        regularisation: Numbers of pictures that each step goes over as well, to keep what the model
+            makes of them; may be empty.
+        validation: Numbers of pictures that are held out; may be empty.
+    """
 
     schedule: NoiseSchedule
     keys: Sequence[Hashable]
+    training: Sequence[int]
+    regularisation: Sequence[int]
+    validation: Sequence[int]
 
     def latents(self, pictures: list[int]) -> Tensor:
         """Return clean latents of pictures with equal keys, shape `(B, ...)`, float32."""
+
+    def mask(self, pictures: list[int]) -> Tensor | None:
+        """Return what counts in the loss, broadcastable to the latents, or None for everything."""
 
     def predict(
         self, noisy: Tensor, sigma: Tensor, pictures: list[int], dropped: list[bool]
@@ -52,6 +67,7 @@ class StepReport:
         learning_rate: Used in the update.
         stage: 1 before the progressive adjustment, 2 after.
         skipped: The loss or a gradient was not finite, so nothing was updated.
+        regularisation_loss: Mean loss over the regularisation pictures, if there are any.
     """
 
     step: int
@@ -59,6 +75,7 @@ class StepReport:
     learning_rate: float
     stage: int
     skipped: bool = False
+    regularisation_loss: float | None = None
 
 
 class TrainingRun:
@@ -95,7 +112,10 @@ class TrainingRun:
         self.step = 0
         self._free_memory = free_memory
         self._generator = torch.Generator().manual_seed(config.seed)
-        self._order = BatchOrder(task.keys, config.batch_size, self._generator)
+        keys, size = task.keys, config.batch_size
+        self._orders = [BatchOrder(keys, size, self._generator, task.training)]
+        if task.regularisation and config.regularisation_weight:
+            self._orders.append(BatchOrder(keys, size, self._generator, task.regularisation))
         self._peak_rate = optimizer.param_groups[0]["lr"]
         self._num_parts = 1  # of a batch, one after the other, once memory has run out
         self._bad_steps = 0
@@ -145,20 +165,45 @@ class TrainingRun:
         self.step, self._peak_rate = state["step"], state["peak_rate"]
         self._num_parts, self._bad_steps = state["num_parts"], 0
         self._generator.set_state(state["generator"])
-        self._order.remaining = [list(batch) for batch in state["remaining"]]
+        self._set_remaining(state["remaining"])
         self._mark()
+
+    def validate(self) -> float | None:
+        """Return the loss on the pictures held out, at the same noise every time; None without any.
+
+        The run's own random numbers are not touched.
+        """
+        batches = [
+            bucket[start : start + self.config.batch_size]
+            for bucket in by_key(self.task.keys, self.task.validation).values()
+            for start in range(0, len(bucket), self.config.batch_size)
+        ]
+        generator = torch.Generator().manual_seed(VALIDATION_SEED)
+        losses = []
+        with torch.no_grad():
+            for batch in batches * VALIDATION_DRAWS:
+                draw = self._draw(batch, generator, 0.0)
+                losses.append(self._loss(*draw) * len(batch))
+        if not losses:
+            return None
+        return torch.stack(losses).sum().item() / (len(self.task.validation) * VALIDATION_DRAWS)
+
+    def _set_remaining(self, remaining: list) -> None:
+        for order, batches in zip(self._orders, remaining, strict=True):
+            order.remaining = [list(batch) for batch in batches]
 
     def _mark(self) -> None:
         self._marked = (
             self._generator.get_state(),
-            self._order.remaining,
+            [order.remaining for order in self._orders],
             self._num_parts,
             self.optimizer.generator.get_state(),
         )
 
     def _rewind(self) -> None:
         self.optimizer.zero_grad()
-        generator, self._order.remaining, self._num_parts, draws = self._marked
+        generator, remaining, self._num_parts, draws = self._marked
+        self._set_remaining(remaining)
         self._generator.set_state(generator)
         self.optimizer.generator.set_state(draws)
 
@@ -169,14 +214,17 @@ class TrainingRun:
         )
         self.optimizer.param_groups[0]["lr"] = rate
         try:
-            loss = self._gradients_within_memory()
-            finite = self._update(loss)
+            losses = self._gradients_within_memory()
+            finite = self._update(losses.sum())
         except BaseException:
             self._rewind()
             raise
         self.step += 1
         self._mark()
-        return StepReport(self.step, loss.item(), rate, self.optimizer.stage, not finite)
+        loss, *prior = losses.tolist()
+        return StepReport(
+            self.step, loss, rate, self.optimizer.stage, not finite, prior[0] if prior else None
+        )
 
     def _gradients_within_memory(self) -> Tensor:
         try:
@@ -196,33 +244,46 @@ class TrainingRun:
         return self._gradients()
 
     def _gradients(self) -> Tensor:
-        """Add up the gradient of one update and return its loss, a scalar."""
-        losses = []
-        for _ in range(self.config.accumulation):
-            draw = self._draw(next(self._order))
-            count = len(draw[0])
-            size = -(-count // self._num_parts)
-            for start in range(0, count, size):
-                loss = self._loss(*(part[start : start + size] for part in draw))
-                share = min(size, count - start) / count / self.config.accumulation
-                scaled = loss * share
-                (scaled if self.scaler is None else self.scaler.scale(scaled)).backward()
-                losses.append(loss.detach() * share)
-        return torch.stack(losses).sum()
+        """Add up the gradient of one update.
 
-    def _draw(self, pictures: list[int]) -> tuple:
+        Returns:
+            The loss on the training pictures, and that on the regularisation pictures if there are
+            any, shape `(1,)` or `(2,)`.
+        """
+        weights = (1.0, self.config.regularisation_weight)
+        losses = [[] for _ in self._orders]
+        for _ in range(self.config.accumulation):
+            for order, weight, sums in zip(self._orders, weights, losses, strict=False):
+                sums.append(self._backward(next(order), weight / self.config.accumulation))
+        return torch.stack([torch.stack(sums).mean() for sums in losses])
+
+    def _backward(self, pictures: list[int], weight: float) -> Tensor:
+        """Add the gradient of a batch's mean loss times a weight; returns the loss."""
+        draw = self._draw(pictures, self._generator, self.config.caption_dropout)
+        count, total = len(pictures), 0.0
+        size = -(-count // self._num_parts)
+        for start in range(0, count, size):
+            loss = self._loss(*(part[start : start + size] for part in draw))
+            share = min(size, count - start) / count
+            scaled = loss * (share * weight)
+            (scaled if self.scaler is None else self.scaler.scale(scaled)).backward()
+            total = total + loss.detach() * share
+        return total
+
+    def _draw(self, pictures: list[int], generator: torch.Generator, dropout: float) -> tuple:
         latents = self.task.latents(pictures)
-        count, generator = len(pictures), self._generator
+        count = len(pictures)
         sigma = self.task.schedule.draw_sigma(count, generator).to(latents.device)
         noise = torch.randn(latents.shape, generator=generator).to(latents.device)
-        dropped = torch.rand(count, generator=generator) < self.config.caption_dropout
+        dropped = torch.rand(count, generator=generator) < dropout
         return pictures, latents, sigma, noise, dropped.tolist()
 
     def _loss(self, pictures, latents, sigma, noise, dropped) -> Tensor:
         schedule = self.task.schedule
         noisy = schedule.add_noise(latents, noise, sigma)
         x0 = self.task.predict(noisy, sigma, pictures, dropped)
-        return schedule.loss(x0, latents, sigma, self.config.loss).mean()
+        mask = self.task.mask(pictures)
+        return schedule.loss(x0, latents, sigma, self.config.loss, mask).mean()
 
     def _update(self, loss: Tensor) -> bool:
         """Make the update unless it is not finite; returns whether it was."""

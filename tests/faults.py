@@ -85,7 +85,7 @@ def check_files(folder, up_to=None):
     if (folder / "loss.csv").is_file():
         with open(folder / "loss.csv", newline="") as file:
             done = max(
-                (int(r[0]) for r in csv.reader(file) if len(r) == 5 and r[0].isdigit()), default=0
+                (int(r[0]) for r in csv.reader(file) if len(r) == 6 and r[0].isdigit()), default=0
             )
     kept = 0
     for path in folder.glob("*.safetensors"):
@@ -177,7 +177,8 @@ def run_kills(dev, base, kills, seed=0, say=print):
         finished += 1
         assert_same_delta(straight, folder / f"killed{number}_{STEPS}_steps.safetensors")
     say(
-        f"{finished} killed runs were resumed to their end, with the bits of one that was not killed"
+        f"{finished} runs came to their end, most of them resumed, with the bits of one that nothing "
+        "happened to"
     )
     return tried, survived, most_lost
 

@@ -76,7 +76,11 @@ class Task:
         generator = torch.Generator().manual_seed(5)
         self.pictures = [torch.randn(1, 6 if i < 4 else 3, generator=generator) for i in range(6)]
         self.keys = [p.shape for p in self.pictures]
+        self.training, self.regularisation, self.validation = range(6), (), ()
         self.calls = []
+
+    def mask(self, pictures):
+        return None
 
     def latents(self, pictures):
         return torch.cat([self.pictures[i] for i in pictures])
@@ -174,3 +178,110 @@ def test_loss_scaling_gives_the_same_result():
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     list(TrainingRun(optimizer, Task(net), TrainConfig(steps=3, batch_size=2), scaler))
     assert torch.equal(net.weight, plain)
+
+
+def losses_of(task, call, net=None):
+    """Squared errors of a recorded call, by the untrained net."""
+    torch.manual_seed(0)
+    net = net or nn.Linear(6, 6)
+    noisy, sigma, pictures, _ = call
+    width = noisy.shape[1]
+    x0 = net(nn.functional.pad(noisy, (0, 6 - width)))[:, :width]
+    return ((x0 - task.latents(pictures)) / sigma[:, None]).square()
+
+
+def dense_gradient(task, call):
+    torch.manual_seed(0)
+    net = nn.Linear(6, 6)
+    losses_of(task, call, net).mean().backward()
+    return net.weight.grad.flatten()
+
+
+def make(net_seed=0, **settings):
+    torch.manual_seed(net_seed)
+    net = nn.Linear(6, 6)
+    task = Task(net)
+    optimizer = SaraAdamW(net, fraction=0.5, lr=1e-2, low_rank_weight=0)
+    config = {"steps": 1, "batch_size": 2, "max_grad_norm": 0, **settings}
+    return net, task, optimizer, TrainConfig(**config)
+
+
+def test_masked_areas_do_not_count():
+    net, task, optimizer, config = make()
+    masks = torch.rand(6, 6, generator=torch.Generator().manual_seed(1)).round()
+    masks[2] = 0
+    task.mask = lambda pictures: masks[pictures][:, : task.pictures[pictures[0]].shape[1]]
+    for seed in range(5):
+        net, task_, optimizer, config = make(seed=seed, batch_size=4)
+        task_.mask = task.mask
+        training = TrainingRun(optimizer, task_, config)
+        (report,) = list(training)
+        (call,) = task_.calls
+        mask = task.mask(call[2])
+        expected = (losses_of(task_, call) * mask).sum(1) / mask.sum(1).clamp(min=1e-6)
+        assert report.loss == pytest.approx(expected.mean().item(), rel=1e-5)
+        assert 2 not in call[2] or expected[call[2].index(2)] == 0
+
+
+def test_a_batch_in_parts_counts_masks_the_same():
+    masks = torch.rand(6, 6, generator=torch.Generator().manual_seed(1))
+    nets = []
+    for parts in (1, 2, 4):
+        net, task, optimizer, config = make(steps=3, batch_size=4)
+        task.mask = lambda p, t=task: masks[p][:, : t.pictures[p[0]].shape[1]]
+        training = TrainingRun(optimizer, task, config)
+        training._num_parts = parts
+        list(training)
+        nets.append(net.weight)
+    assert torch.allclose(nets[0], nets[1], atol=1e-6)
+    assert torch.allclose(nets[0], nets[2], atol=1e-6)
+
+
+def test_regularisation_pictures_have_their_own_batches_and_weight():
+    _, task, optimizer, config = make(steps=40)
+    task.training, task.regularisation = [0, 1, 4], [2, 3, 5]
+    reports = list(TrainingRun(optimizer, task, config))
+    assert all(set(c[2]) <= {0, 1, 4} for c in task.calls[::2])
+    assert all(set(c[2]) <= {2, 3, 5} for c in task.calls[1::2])
+    seen = Counter(i for call in task.calls for i in call[2])
+    assert set(seen.values()) == {20}  # two batches make an epoch of either set
+    first, prior = task.calls[:2]
+    assert reports[0].loss == pytest.approx(losses_of(task, first).mean().item(), rel=1e-5)
+    assert reports[0].regularisation_loss == pytest.approx(
+        losses_of(task, prior).mean().item(), rel=1e-5
+    )
+
+    for weight in (0.0, 0.5, 2.0):
+        _, task, optimizer, config = make(regularisation_weight=weight)
+        task.training, task.regularisation = [0, 1, 4], [2, 3, 5]
+        TrainingRun(optimizer, task, config)._gradients()
+        dense = torch.zeros(36)
+        for call, share in zip(task.calls, (1.0, weight), strict=False):
+            dense += share * dense_gradient(task, call)
+        (entry,) = optimizer.delta().entries.values()
+        found = torch.cat([p.grad.flatten() for p in optimizer.parameters()])
+        assert torch.allclose(found, dense[entry.index.long()], atol=1e-6)
+
+
+def test_validation_is_the_same_every_time_and_touches_nothing():
+    net, task, optimizer, config = make(steps=6, caption_dropout=0.5)
+    task.training, task.validation = [0, 1, 4], [2, 3, 5]
+    training = TrainingRun(optimizer, task, config)
+    before = training.validate()
+    calls = list(task.calls)
+    assert Counter(i for call in calls for i in call[2]) == {2: 4, 3: 4, 5: 4}
+    assert not any(flag for call in calls for flag in call[3])
+    expected = sum(losses_of(task, call).mean(1).sum().item() for call in calls) / 12
+    assert before == pytest.approx(expected, rel=1e-5)
+    assert training.validate() == before
+    assert all(p.grad is None for p in net.parameters())
+
+    with_validation = []
+    for report in training:
+        with_validation.append(report)
+        training.validate()
+    _, task2, optimizer2, _ = make()
+    task2.training = [0, 1, 4]
+    assert list(TrainingRun(optimizer2, task2, config)) == with_validation
+    _, task3, optimizer3, _ = make()
+    assert TrainingRun(optimizer3, task3, config).validate() is None

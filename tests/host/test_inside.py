@@ -72,7 +72,7 @@ def train(sara, patcher, latents, captions, settings, resume=None, new=None):
     parent = tempfile.mkdtemp()
     folder = resume or new or sara.folder.RunFolder.create(parent, "run", settings)
     path, losses = sara.run.run(patcher, examples, folder, None, resume is not None)
-    return sara.core.SparseDelta.load(path), losses
+    return sara.core.SparseDelta.load(path), losses["loss"]
 
 
 def bits(patcher):

@@ -14,18 +14,22 @@ from sara_core import SparseDelta
 pytest.importorskip("comfy.sd", reason="set COMFYUI_PATH")
 
 INPUTS = {  # public: saved workflows depend on every name
+    "SaraImageFolder": "vae clip folder size max_buckets divisible_by crop crops max_upscale flip "
+    "alpha background trigger default_caption repeats problems seed cache_gb",
     "SaraAnalyze": "model threshold fraction count include exclude zeros",
     "SaraTrain": "model latents positive threshold fraction steps batch_size "
     "grad_accumulation_steps learning_rate lr_schedule warmup_steps progressive low_rank_weight "
     "max_grad_norm loss_function caption_dropout weight_decay seed gradient_checkpointing "
     "training_dtype save_dtype output_name save_every_steps keep_checkpoints resume include exclude "
-    "zeros empty",
+    "zeros regularisation_weight validation_split validate_every_steps empty masks "
+    "regularisation_latents regularisation_positive",
     "SaraLoadDelta": "delta_name",
     "SaraSaveDelta": "delta filename_prefix dtype",
     "SaraMergeDeltas": "delta_1 delta_2 strength_1 strength_2",
     "SaraApply": "model delta strength",
 }
 OUTPUTS = {
+    "SaraImageFolder": ["LATENT", "CONDITIONING", "MASK", "CONDITIONING", "IMAGE", "STRING"],
     "SaraAnalyze": ["MODEL", "FLOAT", "STRING", "IMAGE", "MODEL"],
     "SaraTrain": ["MODEL", "SARA_DELTA", "LOSS_MAP", "STRING"],
     "SaraLoadDelta": ["SARA_DELTA", "STRING"],

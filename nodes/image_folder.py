@@ -1,0 +1,268 @@
+"""Turn a folder of pictures into a training set."""
+
+from collections import Counter
+from pathlib import Path
+
+from comfy_api.latest import io, ui
+
+from ..sara_core.buckets import CROPS, SizeRule
+from ..sara_core.encoding_cache import EncodingCache
+from ..sara_core.picture_folder import describe_files
+from . import host
+from .contact_sheet import contact_sheet
+from .encoded_folder import (
+    EncodedFolder,
+    FolderOptions,
+    Variant,
+    count_sizes,
+    encode_folder,
+    mask_of,
+)
+from .training_set import PICTURE
+
+PATCH = 2  # latent values a transformer's patch spans per side; U-Nets take it as well
+BATCH_SIZES = (1, 2, 4, 8)
+MAX_NAMES = 20
+GIGABYTE = 1 << 30
+
+
+def report(
+    name: str, folder: EncodedFolder, epoch: list[Variant], cached: tuple[int, int], limit: int
+) -> str:
+    """Tell what a folder holds, what was made of it and what was left out."""
+    files = {v.file.name: v.file for v in folder.variants}
+    sources = Counter(file.source or "none" for file in files.values())
+    sizes = count_sizes(epoch)
+    lines = [
+        f"{name}: {len(files)} pictures, {len(epoch)} entries in an epoch",
+        "captions: " + ", ".join(f"{count} from {source}" for source, count in sources.items()),
+        "",
+        *(f"  {w}x{h}: {count} entries" for (w, h), count in sizes.items()),
+        "",
+        "steps in an epoch: "
+        + ", ".join(
+            f"{sum(-(-count // size) for count in sizes.values())} at batch size {size}"
+            for size in BATCH_SIZES
+        ),
+        f"cache: {folder.read} of {len(folder.variants)} encodings were in it; it holds {cached[0]} "
+        f"files, {cached[1] / 1e6:.1f} MB of at most {limit / 1e6:.0f} MB",
+    ]
+    repeated = {f.repeats for f in files.values()} - {1}
+    if repeated:
+        lines.append(f"repeats by folder name: {', '.join(map(str, sorted(repeated)))}")
+    for title, names in (
+        ("without a caption of their own", [n for n in folder.missing if n in files]),
+        ("at a smaller size, as they would have to be enlarged too much", folder.reduced),
+        ("left out or incomplete", list(map(str, folder.problems))),
+    ):
+        if names:
+            lines += ["", f"{len(names)} {title}:", *(f"  {n}" for n in names[:MAX_NAMES])]
+            lines += [f"  and {len(names) - MAX_NAMES} more"] * (len(names) > MAX_NAMES)
+    return "\n".join(lines)
+
+
+class SaraImageFolder(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="SaraImageFolder",
+            display_name="SaRA Image Folder",
+            category="SaRA",
+            description="Reads a folder of pictures with captions, turns them upright, crops them to "
+            "a few sizes and encodes them for SaRA Train. What is encoded once is kept on disk.",
+            hidden=[io.Hidden.unique_id],
+            inputs=[
+                io.Vae.Input("vae", tooltip="VAE of the model to train."),
+                io.Clip.Input("clip", tooltip="CLIP of the model to train."),
+                io.Combo.Input(
+                    "folder",
+                    options=list(host.picture_folders()),
+                    tooltip="A folder in ComfyUI's input or datasets folder. Captions are .txt or "
+                    ".caption files beside the pictures, metadata.jsonl or captions.json; folders "
+                    "in it such as 10_name repeat their pictures ten times. Press R to refresh.",
+                ),
+                *_size_inputs(),
+                *_content_inputs(),
+            ],
+            outputs=[
+                io.Latent.Output(
+                    display_name="latents", is_output_list=True, tooltip="One per entry."
+                ),
+                io.Conditioning.Output(
+                    display_name="positive", is_output_list=True, tooltip="Caption of each entry."
+                ),
+                io.Mask.Output(
+                    display_name="masks",
+                    is_output_list=True,
+                    tooltip="What counts in the loss, at the latents' resolution.",
+                ),
+                io.Conditioning.Output(
+                    display_name="empty", tooltip="The empty caption, for caption dropout."
+                ),
+                io.Image.Output(
+                    display_name="contact_sheet", tooltip="The entries with size and caption."
+                ),
+                io.String.Output(display_name="report", tooltip="Counts, and what was left out."),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, folder, **_) -> list:
+        path = host.picture_folders().get(folder)
+        return describe_files(Path(path)) if path else []
+
+    @classmethod
+    def execute(cls, vae, clip, folder, **widgets) -> io.NodeOutput:
+        unit = host.compression(vae) * PATCH
+        options, limit = _options(unit, **widgets)
+        cache = EncodingCache(host.cache_folder(), limit)
+        found = encode_folder(
+            Path(host.picture_folder(folder)), vae, clip, options, cache, cls.hidden.unique_id
+        )
+        epoch = found.repeated(options.repeats)
+        text = report(folder, found, epoch, cache.trim(), limit)
+        sheet = contact_sheet(found, found.variants)
+        encodings = [found.encodings[v.key] for v in epoch]
+        return io.NodeOutput(
+            [
+                {"samples": encoding["latent"][None], PICTURE: v.file.name}
+                for v, encoding in zip(epoch, encodings, strict=True)
+            ],
+            [found.captions[found.texts[v.file.name]] for v in epoch],
+            [mask_of(encoding, options.use_alpha) for encoding in encodings],
+            found.captions[""],
+            sheet,
+            text,
+            ui={**ui.PreviewImage(sheet, cls=cls).as_dict(), **ui.PreviewText(text).as_dict()},
+        )
+
+
+def _size_inputs() -> list:
+    return [
+        io.Int.Input(
+            "size",
+            default=512,
+            min=16,
+            max=4096,
+            tooltip="Pictures are trained at the area of a square with this side: 512 for Stable "
+            "Diffusion 1.5, 1024 for SDXL, SD3 and newer.",
+        ),
+        io.Int.Input(
+            "max_buckets",
+            default=5,
+            min=1,
+            max=64,
+            tooltip="Number of different sizes. Fewer fill batches better, more crop off less.",
+        ),
+        io.Int.Input(
+            "divisible_by",
+            default=0,
+            min=0,
+            max=512,
+            tooltip="Widths and heights are multiples of this. 0 takes an eighth of the size, at "
+            "most 64.",
+        ),
+        io.Combo.Input(
+            "crop",
+            options=list(CROPS),
+            default="centre",
+            tooltip="Which part is kept where a picture does not have the shape of its size. none "
+            "gives every picture a size of its own shape, at the price of smaller batches.",
+        ),
+        io.Int.Input(
+            "crops",
+            default=1,
+            min=1,
+            max=16,
+            tooltip="Windows taken of each picture, each an entry of its own.",
+        ),
+        io.Float.Input(
+            "max_upscale",
+            default=1.25,
+            min=0.1,
+            max=8.0,
+            step=0.05,
+            tooltip="Pictures are enlarged up to this factor. Smaller ones are trained at a smaller "
+            "area, and left out if even a quarter of the size is too much.",
+        ),
+        io.Boolean.Input(
+            "flip",
+            default=False,
+            tooltip="Add every picture mirrored as well. Not for faces, writing or anything with a "
+            "left and a right.",
+        ),
+    ]
+
+
+def _content_inputs() -> list:
+    return [
+        io.Combo.Input(
+            "alpha",
+            options=["background", "mask"],
+            default="background",
+            tooltip="Transparent areas are filled with the background. With mask they also do not "
+            "count in the loss; connect masks to SaRA Train.",
+        ),
+        io.String.Input(
+            "background",
+            default="white",
+            tooltip="Colour under transparent areas, such as white or #808080.",
+        ),
+        io.String.Input(
+            "trigger", default="", tooltip="Put before every caption that does not hold it yet."
+        ),
+        io.String.Input(
+            "default_caption", default="", tooltip="For pictures without a caption of their own."
+        ),
+        io.Int.Input(
+            "repeats",
+            default=1,
+            min=1,
+            max=1000,
+            tooltip="Times every picture comes in an epoch, on top of repeats in folder names.",
+        ),
+        io.Combo.Input(
+            "problems",
+            options=["skip", "refuse"],
+            default="skip",
+            tooltip="Files that cannot be used are left out and told of in the report, or the node "
+            "fails and names them all.",
+        ),
+        io.Int.Input(
+            "seed",
+            default=0,
+            min=0,
+            max=0xFFFFFFFFFFFFFFFF,
+            control_after_generate=False,
+            tooltip="Of random crops.",
+        ),
+        io.Float.Input(
+            "cache_gb",
+            default=4.0,
+            min=0.0,
+            max=1000.0,
+            step=0.5,
+            tooltip="Encoded pictures and captions are kept on disk up to this size; those used "
+            "longest ago go first. 0 keeps none.",
+        ),
+    ]
+
+
+def _options(unit: int, **widgets) -> tuple[FolderOptions, int]:
+    """Turn the widgets into options, and the size of the cache in bytes."""
+    size = SizeRule(
+        side=widgets["size"],
+        unit=unit,
+        step=widgets["divisible_by"],
+        max_buckets=widgets["max_buckets"],
+        max_upscale=widgets["max_upscale"],
+        crop=widgets["crop"],
+    )
+    same = ("crops", "flip", "background", "trigger", "default_caption", "repeats", "seed")
+    options = FolderOptions(
+        size,
+        use_alpha=widgets["alpha"] == "mask",
+        refuse=widgets["problems"] == "refuse",
+        **{name: widgets[name] for name in same},
+    )
+    return options, int(widgets["cache_gb"] * GIGABYTE)

@@ -1,0 +1,159 @@
+"""Pictures and captions in the layouts people have; nothing outside the folder is read."""
+
+import json
+import os
+
+import pytest
+
+from sara_core.picture_folder import describe_files, find_pictures, with_trigger
+
+
+def put(folder, **files):
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def captions(folder):
+    found, problems = find_pictures(folder)
+    return {f.name: (f.caption, f.source) for f in found}, [str(p) for p in problems]
+
+
+def test_text_files_beside_pictures(tmp_path):
+    put(tmp_path, **{
+        "a.png": "x", "a.txt": "\ufeffa cat,\r\n on a mat \r\n",
+        "B.JPEG": "x", "B.caption": "a dog",
+        "c.webp": "x", "c.webp.txt": "named after the whole file",
+        "d.GIF": "x", "e.tif": "x", "e.txt": b"\xff\xfe" + "zwei Bäume".encode("utf-16-le"),
+        "notes.md": "no picture", "._a.png": "x", ".hidden.png": "x", "empty.png": "x",
+        "empty.txt": "",
+    })  # fmt: skip
+    found, problems = captions(tmp_path)
+    assert found == {
+        "a.png": ("a cat, on a mat", ".txt"), "B.JPEG": ("a dog", ".caption"),
+        "c.webp": ("named after the whole file", ".txt"), "d.GIF": (None, ""),
+        "e.tif": ("zwei Bäume", ".txt"), "empty.png": ("", ".txt"),
+    }  # fmt: skip
+    assert not problems
+
+
+def test_order_is_natural():
+    import tempfile
+    from pathlib import Path
+
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        put(folder, **{f"p{i}.png": "x" for i in (10, 2, 1, 33, 4)})
+        assert [f.name for f in find_pictures(folder)[0]] == [
+            "p1.png", "p2.png", "p4.png", "p10.png", "p33.png",
+        ]  # fmt: skip
+
+
+def test_metadata_jsonl_as_hugging_face_writes_it(tmp_path):
+    rows = [
+        {"file_name": "a.png", "text": "from the table"},
+        {"file_name": "train/b.jpg", "text": "below"},
+        {"file_name": "c.png", "text": "loses"},
+        {"file_name": "gone.png", "text": "no file"},
+        {"file_name": "x.png"},
+    ]
+    lines = "\r\n".join(json.dumps(row) for row in rows) + "\n{broken\n"
+    put(tmp_path, **{"metadata.jsonl": lines, "a.png": "x", "train/b.jpg": "x", "c.png": "x",
+                     "c.txt": "wins", "other/d.png": "x"})  # fmt: skip
+    found, problems = captions(tmp_path)
+    assert found == {
+        "a.png": ("from the table", "metadata.jsonl"),
+        "c.png": ("wins", ".txt"),
+        "train/b.jpg": ("below", "metadata.jsonl"),
+    }
+    assert problems == [
+        "metadata.jsonl: line 5 has no file_name and text of a picture in the folder",
+        "metadata.jsonl: line 6 has no file_name and text of a picture in the folder",
+        "gone.png: named in metadata.jsonl, but there is no such picture",
+    ]
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        {"a.png": "one", "b.png": "two"},
+        {"a.png": {"caption": "one"}, "b.png": {"text": "two"}},
+        [{"file_name": "a.png", "text": "one"}, {"image": "b.png", "caption": "two"}],
+    ],
+)
+def test_captions_json_in_its_usual_shapes(tmp_path, table):
+    put(tmp_path, **{"captions.json": json.dumps(table), "a.png": "x", "b.png": "x"})
+    found, problems = captions(tmp_path)
+    assert {k: v[0] for k, v in found.items()} == {"a.png": "one", "b.png": "two"}
+    assert not problems
+
+
+def test_repeat_folders(tmp_path):
+    put(tmp_path, **{"10_sks dog/a.png": "x", "10_sks dog/b.png": "x", "10_sks dog/b.txt": "b",
+                     "2_my_cat/c.png": "x", "plain/d.png": "x", "e.png": "x"})  # fmt: skip
+    found, _ = find_pictures(tmp_path)
+    assert {(f.name, f.caption, f.source, f.repeats) for f in found} == {
+        ("10_sks dog/a.png", "sks dog", "folder name", 10),
+        ("10_sks dog/b.png", "b", ".txt", 10),
+        ("2_my_cat/c.png", "my cat", "folder name", 2),
+        ("e.png", None, "", 1),
+    }
+
+
+def test_nothing_outside_the_folder_is_read(tmp_path):
+    put(tmp_path, **{"secret.png": "x", "secret.txt": "secret"})
+    folder = tmp_path / "folder"
+    rows = [
+        {"file_name": name, "text": "t"}
+        for name in ("../secret.png", str(tmp_path / "secret.png"), "C:\\secret.png",
+                     "a\\..\\..\\secret.png", "a\0.png", "\\\\host\\share.png", "..", "")
+    ]  # fmt: skip
+    put(folder, **{"metadata.jsonl": "\n".join(map(json.dumps, rows)), "ok.png": "x",
+                   "captioned.png": "x"})  # fmt: skip
+    os.symlink(tmp_path / "secret.png", folder / "link.png")
+    os.symlink(tmp_path / "secret.txt", folder / "captioned.txt")
+    os.symlink(tmp_path, folder / "5_outside")
+    found, problems = captions(folder)
+    assert found == {"ok.png": (None, "")}
+    assert "link.png: a link that leads out of the folder" in problems
+    assert "5_outside/secret.png: a link that leads out of the folder" in problems
+    assert "captioned.png: its caption cannot be read: captioned.txt is a link that leads out of " \
+        "the folder" in problems  # fmt: skip
+    assert sum("metadata.jsonl: line" in p for p in problems) == len(rows)
+
+
+def test_a_table_that_leads_out_is_not_read(tmp_path):
+    put(tmp_path, **{"real.jsonl": '{"file_name": "a.png", "text": "secret"}'})
+    folder = tmp_path / "folder"
+    put(folder, **{"a.png": "x", "captions.json": "[1, {", "b.png": "x", "b.txt": b"\xe4\xf6"})
+    os.symlink(tmp_path / "real.jsonl", folder / "metadata.jsonl")
+    found, problems = captions(folder)
+    assert found == {"a.png": (None, "")}
+    assert any(p.startswith("metadata.jsonl: cannot be read: a link") for p in problems)
+    assert any(p.startswith("captions.json: cannot be read") for p in problems)
+    assert "b.png: its caption cannot be read: b.txt is not in UTF-8; save it as UTF-8" in problems
+
+
+def test_any_change_is_noticed_and_nothing_else(tmp_path):
+    put(tmp_path, **{"a.png": "x", "a.txt": "t", "5_b/c.png": "y", "other.bin": "z"})
+    before = describe_files(tmp_path)
+    assert describe_files(tmp_path) == before
+    put(tmp_path, **{"other.bin": "changed"})
+    assert describe_files(tmp_path) == before
+    for change in ({"a.txt": "u"}, {"a.png": "w"}, {"5_b/c.txt": "new"}, {"metadata.jsonl": "{}"}):
+        put(tmp_path, **change)
+        after = describe_files(tmp_path)
+        assert after != before
+        before = after
+    (tmp_path / "a.txt").unlink()
+    assert describe_files(tmp_path) != before
+
+
+def test_trigger_is_put_before_captions_that_lack_it():
+    assert with_trigger("a cat", "sks") == "sks, a cat"
+    assert with_trigger("sks, a cat", "sks") == "sks, a cat"
+    assert with_trigger("photo of sks cat", "sks") == "photo of sks cat"
+    assert with_trigger("asks why", "sks") == "sks, asks why"
+    assert with_trigger("", "sks") == "sks"
+    assert with_trigger("a cat", " ") == "a cat"

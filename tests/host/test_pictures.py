@@ -1,0 +1,196 @@
+"""Awkward picture files, as phones, scanners and scrapers make them."""
+
+import importlib
+import io
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms, ImageFile, ImageOps
+
+pytest.importorskip("comfy.sd", reason="set COMFYUI_PATH")
+
+COLOUR = (200, 100, 50)
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return importlib.import_module("sara_pack.nodes.pictures")
+
+
+def gradient(width=48, height=32):
+    x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
+    return Image.fromarray(np.stack([x, y, 255 - x], axis=-1).astype(np.uint8))
+
+
+def pixels(image):
+    return np.asarray(image).astype(int)
+
+
+@pytest.mark.parametrize("ending", ["jpg", "png", "webp", "tiff"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_turned_upright(pictures, tmp_path, orientation, ending):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"p.{ending}"
+    options = {"quality": 95} if ending == "jpg" else {}
+    gradient().save(path, exif=exif, **options)
+    with Image.open(path) as image:
+        expected = ImageOps.exif_transpose(image).convert("RGB")
+    found = pictures.read_picture(path)
+    assert np.array_equal(pixels(found.colour), pixels(expected))
+    assert pictures.picture_size(path) == expected.size
+    assert expected.size == ((48, 32) if orientation < 5 else (32, 48))
+    if ending == "png":  # by hand: 6 is a quarter turn
+        stored = pixels(gradient())
+        by_hand = {1: stored, 3: stored[::-1, ::-1], 6: np.rot90(stored, -1), 8: np.rot90(stored)}
+        if orientation in by_hand:
+            assert np.array_equal(pixels(found.colour), by_hand[orientation])
+
+
+@pytest.mark.parametrize(
+    ("mode", "ending", "expected", "tolerance"),
+    [
+        ("RGB", "PNG", COLOUR, 0),
+        ("RGB", "BMP", COLOUR, 0),
+        ("RGB", "jpeg", COLOUR, 2),
+        ("RGB", "WEBP", COLOUR, 3),
+        ("RGB", "avif", COLOUR, 4),
+        ("P", "gif", COLOUR, 0),
+        ("P", "png", COLOUR, 0),
+        ("L", "png", (124,) * 3, 0),
+        ("LA", "png", (124,) * 3, 0),
+        ("1", "png", (0,) * 3, 0),
+        ("CMYK", "jpg", COLOUR, 2),
+        ("CMYK", "tif", COLOUR, 0),
+        ("YCbCr", "tif", COLOUR, 1),
+    ],
+)
+def test_every_mode_becomes_rgb(pictures, tmp_path, mode, ending, expected, tolerance):
+    image = Image.new("RGB", (32, 24), COLOUR)
+    image = image.point(lambda v: 0) if mode == "1" else image
+    path = tmp_path / f"p.{ending}"
+    (image.quantize(4) if mode == "P" else image.convert(mode)).save(path)
+    found = pictures.read_picture(path)
+    assert found.colour.mode == "RGB"
+    assert found.opacity is None
+    assert np.abs(pixels(found.colour) - expected).max() <= tolerance
+
+
+def test_sixteen_bits_and_floats_keep_their_range(pictures, tmp_path):
+    ramp = np.linspace(0, 65535, 64).astype(np.uint16).reshape(1, 64).repeat(20, axis=0)
+    for ending in ("png", "tif"):
+        Image.fromarray(ramp).save(tmp_path / f"deep.{ending}")
+        found = pixels(pictures.read_picture(tmp_path / f"deep.{ending}").colour)
+        assert np.abs(found[0, :, 0] - ramp[0] / 257).max() <= 0.51
+    light = (ramp / 65535).astype(np.float32)
+    Image.fromarray(light).save(tmp_path / "light.tif")
+    found = pixels(pictures.read_picture(tmp_path / "light.tif").colour)
+    assert np.abs(found[0, :, 1] - light[0] * 255).max() <= 0.51
+
+
+def test_transparency_lies_on_the_background_and_is_the_mask(pictures, tmp_path):
+    image = np.zeros((20, 30, 4), np.uint8)
+    image[..., :3], image[:, 10:20, 3], image[:, 20:, 3] = COLOUR, 128, 255
+    Image.fromarray(image).save(tmp_path / "a.png")
+    for background, ground in (("white", 255), ("#000000", 0), ("#808080", 128)):
+        found = pictures.read_picture(tmp_path / "a.png", background)
+        assert np.array_equal(pixels(found.opacity)[0], [0] * 10 + [128] * 10 + [255] * 10)
+        expected = np.array(COLOUR) * (128 / 255) + ground * (127 / 255)
+        assert (pixels(found.colour)[:, :10] == ground).all()
+        assert np.abs(pixels(found.colour)[0, 15] - expected).max() <= 1
+        assert (pixels(found.colour)[0, 25] == COLOUR).all()
+    solid = Image.new("RGBA", (20, 20), (*COLOUR, 255))
+    solid.save(tmp_path / "solid.png")
+    assert pictures.read_picture(tmp_path / "solid.png").opacity is None
+
+
+def test_palettes_and_key_colours_are_transparent_too(pictures, tmp_path):
+    image = Image.new("P", (20, 20), 1)
+    image.putpalette([255, 0, 0, *COLOUR])
+    image.paste(0, (0, 0, 10, 20))
+    image.save(tmp_path / "p.gif", transparency=0)
+    image.save(tmp_path / "p.png", transparency=0)
+    image.convert("RGB").save(tmp_path / "key.png", transparency=(255, 0, 0))
+    for name in ("p.gif", "p.png", "key.png"):
+        found = pictures.read_picture(tmp_path / name, "black")
+        assert (pixels(found.opacity)[:, :10] == 0).all(), name
+        assert (pixels(found.colour)[:, :10] == 0).all(), name
+        assert (pixels(found.colour)[:, 10:] == COLOUR).all(), name
+
+
+def test_colour_profiles_are_turned_into_srgb(pictures, tmp_path):
+    lab = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB"))
+    srgb = ImageCms.createProfile("sRGB")
+    picture = gradient()
+    in_lab = ImageCms.profileToProfile(picture, srgb, lab, outputMode="LAB")
+    in_lab.save(tmp_path / "lab.tif", icc_profile=lab.tobytes())
+    found = pixels(pictures.read_picture(tmp_path / "lab.tif").colour)
+    assert np.abs(found - pixels(picture)).mean() < 4
+
+    picture.save(tmp_path / "s.png", icc_profile=ImageCms.ImageCmsProfile(srgb).tobytes())
+    assert np.array_equal(pixels(pictures.read_picture(tmp_path / "s.png").colour), pixels(picture))
+    picture.save(tmp_path / "broken.png", icc_profile=b"no profile")
+    found = pictures.read_picture(tmp_path / "broken.png")
+    assert np.array_equal(pixels(found.colour), pixels(picture))
+
+
+def test_a_profile_decides_what_the_numbers_mean(pictures, tmp_path):
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    profile = bytearray(srgb.replace("sRGB".encode("utf-16-be"), "grbs".encode("utf-16-be")))
+    red, green = profile.index(b"rXYZ"), profile.index(b"gXYZ")
+    profile[red : red + 4], profile[green : green + 4] = b"gXYZ", b"rXYZ"  # exchanged
+    picture = gradient()
+    picture.save(tmp_path / "swapped.png", icc_profile=bytes(profile))
+    found = pixels(pictures.read_picture(tmp_path / "swapped.png").colour)
+    assert np.abs(found - pixels(picture)[..., [1, 0, 2]]).max() <= 2
+
+
+def test_the_first_frame_counts(pictures, tmp_path):
+    frames = [Image.new("RGB", (20, 20), c) for c in (COLOUR, (0, 255, 0), (0, 0, 255))]
+    for name in ("a.gif", "a.webp", "a.tiff"):
+        options = {"lossless": True} if name == "a.webp" else {}
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], **options)
+        found = pixels(pictures.read_picture(tmp_path / name).colour)
+        assert np.abs(found - COLOUR).max() <= 8, name
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg", "webp", "tif", "bmp", "gif", "avif"])
+@pytest.mark.parametrize("tolerant", [False, True])
+def test_a_cut_off_file_is_refused_wherever_it_ends(pictures, tmp_path, ending, tolerant):
+    noise = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
+    path = tmp_path / f"p.{ending}"
+    Image.fromarray(noise).save(path)
+    whole = path.read_bytes()
+    before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, tolerant
+    try:  # other packs set this for the whole process
+        pictures.read_picture(path)
+        for share in (0.0, 0.01, 0.3, 0.7, 0.95):
+            path.write_bytes(whole[: int(share * len(whole))])
+            with pytest.raises(ValueError, match="it is"):
+                pictures.read_picture(path)
+        assert ImageFile.LOAD_TRUNCATED_IMAGES is tolerant
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
+
+
+def test_bombs_tiny_and_foreign_files_are_told_apart(pictures, tmp_path):
+    buffer = io.BytesIO()
+    Image.new("1", (40_000, 40_000)).save(buffer, "PNG")
+    (tmp_path / "bomb.png").write_bytes(buffer.getvalue())
+    Image.new("RGB", (300, 9)).save(tmp_path / "tiny.png")
+    (tmp_path / "text.png").write_text("I am not a picture")
+    (tmp_path / "empty.png").write_bytes(b"")
+    (tmp_path / "svg.png").write_text("<svg xmlns='http://www.w3.org/2000/svg'/>")
+    for name, message in (
+        ("bomb.png", "it claims 40000x40000 pixels"),
+        ("tiny.png", "it is tiny, 300x9 pixels"),
+        ("text.png", "its content is of no known format"),
+        ("empty.png", "it is empty"),
+        ("svg.png", "its content is of no known format"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pictures.picture_size(tmp_path / name)
+    limit = Image.MAX_IMAGE_PIXELS
+    with pytest.raises(ValueError, match="it claims"):
+        pictures.read_picture(tmp_path / "bomb.png")
+    assert limit == Image.MAX_IMAGE_PIXELS
