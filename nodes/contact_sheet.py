@@ -11,7 +11,7 @@ from .encoded_folder import EncodedFolder, Variant
 
 CELL, TEXT, COLUMNS = 144, 62, 10
 MAX_CELLS = 120
-INK, FAINT, SKIPPED = "#222222", "#888888", "#c0392b"
+INK, FAINT, FRAME, SKIPPED = "#222222", "#888888", "#dddddd", "#c0392b"
 
 
 def contact_sheet(folder: EncodedFolder, variants: list[Variant]) -> Tensor:
@@ -31,8 +31,8 @@ def contact_sheet(folder: EncodedFolder, variants: list[Variant]) -> Tensor:
     for number, variant in enumerate(shown):
         x, y = 8 + number % columns * CELL, 8 + number // columns * (CELL + TEXT)
         _draw_entry(sheet, draw, font, (x, y), folder, variant)
-    told = [f"{len(folder.problems)} files left out or incomplete"] if folder.problems else []
-    told += [f"and {more} entries more"] if more > 0 else []
+    told = [f"left out or incomplete: {len(folder.problems)}"] if folder.problems else []
+    told += [f"further entries: {more}"] if more > 0 else []
     draw.text((8, sheet.height - 20), ", ".join(told), fill=SKIPPED, font=font)
     return torch.from_numpy(np.asarray(sheet, dtype=np.float32) / 255)[None]
 
@@ -42,7 +42,9 @@ def _draw_entry(sheet, draw, font, corner: tuple[int, int], folder, variant: Var
     x, y = corner
     thumbnail = Image.fromarray(encoding["thumbnail"].numpy())
     size = thumbnail.size
-    sheet.paste(thumbnail, (x, y + (CELL - 16 - size[1]) // 2))
+    top = y + (CELL - 16 - size[1]) // 2
+    sheet.paste(thumbnail, (x, top))
+    draw.rectangle([x - 1, top - 1, x + size[0], top + size[1]], outline=FRAME)
     marks = [f"{variant.size[0]}x{variant.size[1]}"]
     marks += [f"x{variant.file.repeats}"] if variant.file.repeats > 1 else []
     marks += ["mirrored"] if variant.mirrored else []

@@ -69,9 +69,8 @@ class SaraTrain(io.ComfyNode):
                 regularisation_positive=None, **widgets) -> io.NodeOutput:  # fmt: skip
         settings = {name: values[0] for name, values in widgets.items()}
         examples = gather_examples(
-            latents, positive, empty, masks, regularisation_latents, regularisation_positive,
-            settings["validation_split"], settings["seed"],
-        )  # fmt: skip
+            latents, positive, empty, masks, regularisation_latents, regularisation_positive
+        )
         resume = settings.pop("resume")
         if resume == NEW_RUN:
             parent, name = output_folder.split_output_name(settings["output_name"])

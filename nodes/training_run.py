@@ -52,7 +52,7 @@ def run(
     dtype = COMPUTE_DTYPES[settings["training_dtype"]]
     with contextlib.closing(folder), host.trainable(patcher, dtype) as calls:
         config = _config(settings, has_empty=examples.empty is not None)
-        pictures = TrainingSet(calls, examples)
+        pictures = TrainingSet(calls, examples, settings["validation_split"], settings["seed"])
         model = calls.model.diffusion_model
         scaler = None
         if host.needs_loss_scaling(patcher, dtype):
@@ -82,7 +82,7 @@ class Session:
         self._identity = {
             "model": host.architecture(patcher),
             "sampling": host.sampling_summary(patcher),
-            "examples": describe_examples(examples),
+            **describe_examples(examples),
         }
         self._metadata = _metadata(patcher, self.settings, training.optimizer)
 

@@ -1,7 +1,7 @@
 """Latents and captions as ComfyUI's nodes emit them, as a training task of the core."""
 
 from collections.abc import Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -46,36 +46,6 @@ def picture_names(latents: list[dict]) -> list[Hashable]:
     return names
 
 
-def split_validation(
-    names: list[Hashable], samples: list[Tensor], share: float, seed: int
-) -> tuple[list[int], list[int]]:
-    """Divide entries into those to train on and those held out, all of a picture on one side.
-
-    Args:
-        names: Picture of each entry.
-        samples: Latent of each entry; a repeated one is held out once.
-        share: Of the pictures, in `[0, 1)`; at least one is held out if above 0, and one trained on.
-        seed: Of the choice.
-
-    Raises:
-        ValueError: Fewer than two pictures to divide.
-    """
-    pictures = list(dict.fromkeys(names))
-    if share <= 0:
-        return list(range(len(names))), []
-    if len(pictures) < 2:
-        raise ValueError(
-            "validation_split needs at least two pictures, one of them to hold out; connect more or "
-            "set it to 0"
-        )
-    count = min(max(1, round(share * len(pictures))), len(pictures) - 1)
-    order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(seed)).tolist()
-    held_out = {pictures[i] for i in order[:count]}
-    training = [i for i, name in enumerate(names) if name not in held_out]
-    once = {samples[i].data_ptr(): i for i, name in enumerate(names) if name in held_out}
-    return training, sorted(once.values())
-
-
 def flatten_conditioning(conditioning: list[list], count: int) -> list[list]:
     """Give each of `count` pictures its conditioning: one `[cross_attention, options]` pair.
 
@@ -95,25 +65,56 @@ def flatten_conditioning(conditioning: list[list], count: int) -> list[list]:
 
 @dataclass(frozen=True)
 class Examples:
-    """What a run trains on: the pictures to learn first, then the regularisation pictures.
+    """What a run is given: the pictures to learn first, then the regularisation pictures.
 
     Args:
         latents: One per picture, shape `(1, C, ...)`, as the VAE encoded them.
         captions: One conditioning pair per picture.
         empty: Conditioning pair that replaces dropped captions, or None.
         masks: What counts in the loss, one per picture to learn, shape `(1, H, W)`, or None.
-        training: Numbers of the pictures to learn; all if None.
-        validation: Numbers of the pictures held out.
-        regularisation: Numbers of the regularisation pictures.
+        names: Picture that each entry to learn is a window of; each its own if None.
+        num_regularisation: Number of regularisation pictures at the end.
     """
 
     latents: list[Tensor]
     captions: list[list]
     empty: list | None = None
     masks: list[Tensor] | None = None
-    training: list[int] | None = None
-    validation: list[int] = field(default_factory=list)
-    regularisation: list[int] = field(default_factory=list)
+    names: list[Hashable] | None = None
+    num_regularisation: int = 0
+
+    @property
+    def num_to_learn(self) -> int:
+        """Number of entries to learn or hold out."""
+        return len(self.latents) - self.num_regularisation
+
+
+def split_validation(examples: Examples, share: float, seed: int) -> tuple[list[int], list[int]]:
+    """Divide entries into those to train on and those held out, all of a picture on one side.
+
+    Args:
+        examples: The entries; one that is repeated is held out once.
+        share: Of the pictures, in `[0, 1)`; at least one is held out if above 0, and one trained on.
+        seed: Of the choice.
+
+    Raises:
+        ValueError: Fewer than two pictures to divide.
+    """
+    names = examples.names or list(range(examples.num_to_learn))
+    pictures = list(dict.fromkeys(names))
+    if share <= 0:
+        return list(range(len(names))), []
+    if len(pictures) < 2:
+        raise ValueError(
+            "validation_split needs at least two pictures, one of them to hold out; connect more or "
+            "set it to 0"
+        )
+    count = min(max(1, round(share * len(pictures))), len(pictures) - 1)
+    order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(seed)).tolist()
+    held_out = {pictures[i] for i in order[:count]}
+    training = [i for i, name in enumerate(names) if name not in held_out]
+    once = {examples.latents[i].data_ptr(): i for i, name in enumerate(names) if name in held_out}
+    return training, sorted(once.values())
 
 
 def gather_examples(
@@ -123,8 +124,6 @@ def gather_examples(
     masks: list[Tensor] | None,
     regularisation_latents: list[dict] | None,
     regularisation_positive: list[list] | None,
-    validation_split: float,
-    seed: int,
 ) -> Examples:
     """Bring the inputs of SaRA Train, lists or batches, into one set.
 
@@ -133,9 +132,6 @@ def gather_examples(
     """
     pictures = flatten_latents(latents)
     captions = flatten_conditioning(positive, len(pictures))
-    training, validation = split_validation(
-        picture_names(latents), pictures, validation_split, seed
-    )
     if (regularisation_latents is None) != (regularisation_positive is None):
         raise ValueError(
             "regularisation pictures need their captions: connect both regularisation_latents and "
@@ -148,13 +144,12 @@ def gather_examples(
         captions + prior_captions,
         empty[0][0] if empty else None,
         flatten_masks(masks, len(pictures)),
-        training,
-        validation,
-        list(range(len(pictures), len(pictures) + len(prior))),
+        picture_names(latents),
+        len(prior),
     )
 
 
-def describe_examples(examples: Examples) -> list:
+def describe_examples(examples: Examples) -> dict:
     """Summarise pictures and captions, to recognise them when a run is resumed.
 
     Mean and deviation of each tensor: encoding again on a GPU does not give the same bits.
@@ -163,10 +158,17 @@ def describe_examples(examples: Examples) -> list:
     for pair in (*examples.captions, examples.empty):
         cross_attention, options = pair or (None, {})
         captions += [t for t in (cross_attention, options.get("pooled_output")) if t is not None]
-    return [
-        [list(t.shape), t.nan_to_num().float().mean().item(), t.nan_to_num().float().std().item()]
-        for t in (*examples.latents, *captions, *(examples.masks or ()))
-    ]
+    masks = examples.masks or ()
+    return {
+        "examples": [_moments(tensor) for tensor in (*examples.latents, *captions, *masks)],
+        "regularisation pictures": examples.num_regularisation,
+        "masks": len(masks),
+    }
+
+
+def _moments(tensor: Tensor) -> list:
+    values = tensor.nan_to_num().float()
+    return [list(tensor.shape), values.mean().item(), values.std(correction=0).item()]
 
 
 def differences(saved: dict, now: dict) -> list[str]:
@@ -174,6 +176,9 @@ def differences(saved: dict, now: dict) -> list[str]:
     wrong = []
     if saved["model"] != now["model"]:
         wrong.append(f"the model is of the family {now['model']}, the run's {saved['model']}")
+    for kind in ("regularisation pictures", "masks"):
+        if saved[kind] != now[kind]:
+            wrong.append(f"there are {now[kind]} {kind}, the run had {saved[kind]}")
     if saved["sampling"] != now["sampling"]:
         wrong.append(f"the sampling is {now['sampling']}, the run's {saved['sampling']}")
     old, new = saved["examples"], now["examples"]
@@ -199,9 +204,17 @@ class TrainingSet:
     Args:
         encoder: Turns latents and captions into what the model takes.
         examples: Pictures and captions.
+        validation_split: Share of the pictures to hold out.
+        seed: Of that choice.
     """
 
-    def __init__(self, encoder: "host.ModelCalls", examples: Examples):
+    def __init__(
+        self,
+        encoder: "host.ModelCalls",
+        examples: Examples,
+        validation_split: float = 0.0,
+        seed: int = 0,
+    ):
         empty = examples.empty
         self.encoder = encoder
         self.schedule: NoiseSchedule = encoder.schedule
@@ -212,9 +225,8 @@ class TrainingSet:
             if latent.shape not in self._empty:
                 self._empty[latent.shape] = encoder.encode_captions([empty], [latent])[0]
         self.keys = [tuple(latent.shape) for latent in self._latents]
-        everything = range(len(self._latents))
-        self.training = everything if examples.training is None else examples.training
-        self.validation, self.regularisation = examples.validation, examples.regularisation
+        self.training, self.validation = split_validation(examples, validation_split, seed)
+        self.regularisation = range(examples.num_to_learn, len(self._latents))
         self._masks = [
             _at_size(mask, latent)
             for mask, latent in zip(examples.masks or (), self._latents, strict=False)

@@ -42,7 +42,7 @@ def training_prompt(server, dev, name, resume):
         steps=STEPS, save_every_steps=SAVE_EVERY, keep_checkpoints=2, output_name=name,
         resume=resume, save_dtype="fp32", seed=4,
     )  # fmt: skip
-    prompt[dev.node_of(prompt, "LoadImageTextDataSetFromFolder")]["inputs"]["folder"] = "few"
+    prompt[dev.node_of(prompt, "SaraImageFolder")]["inputs"]["folder"] = "input/few"
     needed, todo = {}, [train]
     while todo:
         key = todo.pop()

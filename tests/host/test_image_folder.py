@@ -4,15 +4,18 @@ import csv
 import io
 import json
 import os
+import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
-from .test_server import Graph, emoji64, train_graph  # noqa: F401
+from .test_server import Graph, cancel_at, emoji64
 
 pytest.importorskip("comfy.sd", reason="set COMFYUI_PATH")
 
@@ -236,6 +239,76 @@ def test_training_on_a_folder_with_masks_regularisation_and_validation(server):
     assert [int(r["step"]) for r in validation] == [0, 5, 10, 12]
     assert len({r["loss"] for r in validation}) == 4
     assert all(0 < float(r["loss"]) < 10 for r in validation)
+
+
+def peak_memory(server):
+    """Bytes the server process has held at most since `forget_peak`."""
+    status = (Path("/proc") / str(server.process.pid) / "status").read_text()
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status)[1])
+
+
+def forget_peak(server):
+    (Path("/proc") / str(server.process.pid) / "clear_refs").write_text("5")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux' /proc")
+def test_four_hundred_mixed_pictures_fit_in_little_memory(server):
+    folder = make(server, "many")
+    shapes = [(1600, 1200), (1200, 1600), (1500, 1500), (1920, 1080), (900, 1400)]
+    for i, (w, h) in enumerate(shapes):
+        noise(w // 8, h // 8, i).resize((w, h)).save(folder / f"0_{i}.jpg")
+    for i in range(395):
+        data = (folder / f"0_{i % 5}.jpg").read_bytes()
+        (folder / f"{i + 1}.jpg").write_bytes(data + i.to_bytes(2, "big"))  # another content
+    run_folder(server, "input/fluent3d", "warm", crop="random")
+    forget_peak(server)
+    before = peak_memory(server)
+    outputs, _ = run_folder(server, "input/many")
+    assert "input/many: 400 pictures, 400 entries" in outputs["text"][0]
+    assert "cache: 0 of 400" in outputs["text"][0]
+    grown = peak_memory(server) - before
+    assert grown < 400e6, f"{grown / 1e6:.0f} MB"  # decoded, they are 2.2 GB; as floats 9 GB
+    again, _ = run_folder(server, "input/many", "again", trigger="sks")
+    assert "cache: 400 of 400" in again["text"][0]
+
+
+@pytest.mark.slow
+def test_cores_train_lora_takes_the_outputs_in_one_prompt(server, dev):
+    """In half precision: core's node fails on float32 checkpoints in 0.3.75."""
+    half = server.base / "models" / "checkpoints" / "half.safetensors"
+    with safe_open(dev.checkpoint(), "pt") as file:
+        weights = {
+            k: file.get_tensor(k).half() if "diffusion_model" in k else file.get_tensor(k)
+            for k in file.keys()  # noqa: SIM118
+        }
+        save_file(weights, half, metadata=file.metadata())
+    make(server, "two_sizes", **{f"{i}.png": noise(64 + 32 * i, 64, i) for i in range(3)})
+    graph = Graph(server)
+    checkpoint = graph("CheckpointLoaderSimple", ckpt_name="half.safetensors")
+    data = folder_node(graph, checkpoint, "input/two_sizes")
+    lora = graph(
+        "TrainLoraNode", model=checkpoint, latents=data, positive=data.out(1), steps=2,
+        batch_size=1, rank=1, gradient_checkpointing=False,
+    )  # fmt: skip
+    ours = graph(
+        "SaraTrain", model=checkpoint, latents=data, positive=data.out(1), masks=data.out(2),
+        empty=data.out(3), steps=1, batch_size=1, output_name="beside_lora", training_dtype="fp32",
+    )  # fmt: skip
+    plot = graph("LossGraphNode", loss=lora.out(2))
+    outputs = graph.run()
+    assert outputs[plot]["images"]
+    assert "saved beside_lora_00001" in outputs[ours]["text"][0]
+
+
+def test_cancel_ends_the_encoding_and_what_is_encoded_is_kept(server, dev):
+    make(server, "long", **{f"{i}.png": noise(64, 64, 1000 + i) for i in range(60)})
+    cancel_at(server, 10)
+    with pytest.raises(dev.PromptError, match="execution_interrupted"):
+        run_folder(server, "input/long")
+    outputs, _ = run_folder(server, "input/long", "long_again")
+    kept = int(re.search(r"cache: (\d+) of 60", outputs["text"][0])[1])
+    assert 10 <= kept < 60
 
 
 def test_bad_combinations_are_explained(server, dev):

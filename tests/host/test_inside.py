@@ -376,8 +376,8 @@ def test_resuming_with_other_pictures_or_model_says_what_differs(sd15, emoji64, 
     other, _ = pairs(4, seed=7)
     wide, long = pairs(4, 16, 8, 4096, pooled=2048)
     for patcher, examples, message in (
-        (sd15, (other, captions), "4 of 8 latents and embeddings have changed"),
-        (sd15, (latents[:3], captions[:3]), "6 latents and embeddings, the run had 8"),
+        (sd15, (other, captions), "4 of 8 latents, embeddings and masks have changed"),
+        (sd15, (latents[:3], captions[:3]), "6 latents, embeddings and masks, the run had 8"),
         (emoji64, (wide, long), "of the family SD3, the run's SD15"),
     ):
         before = bits(patcher)
@@ -619,3 +619,85 @@ def test_training_leaves_the_callers_patcher_alone(sd15, sara):
     assert sd15.model_options == options
     assert sd15.patches == {}
     assert sd15.object_patches == {}
+
+
+def test_windows_of_a_picture_are_held_out_together(sara):
+    latents = [
+        {"samples": torch.randn(1, 4, 8, 8), "sara_picture": f"p{i // 3}"} for i in range(30)
+    ]
+    latents += latents[:6]  # repeats
+    captions = [[[torch.randn(1, 5, 7), {}]] for _ in latents]
+    examples = sara.sets.gather_examples(latents, captions, None, None, None, None)
+    training, held_out = sara.sets.split_validation(examples, 0.3, seed=4)
+    names = [examples.names[i] for i in training]
+    kept_back = [examples.names[i] for i in held_out]
+    assert len(set(kept_back)) == 3
+    assert len(held_out) == 9  # each window once
+    assert not set(names) & set(kept_back)
+    assert set(names) | set(kept_back) == {f"p{i}" for i in range(10)}
+    assert sara.sets.split_validation(examples, 0.3, seed=4) == (training, held_out)
+    assert sara.sets.split_validation(examples, 0.3, seed=5)[1] != held_out
+    assert sara.sets.split_validation(examples, 0.0, seed=4) == (list(range(36)), [])
+    one = sara.sets.gather_examples(latents[:3], captions[:3], None, None, None, None)
+    with pytest.raises(ValueError, match="at least two pictures"):
+        sara.sets.split_validation(one, 0.5, 0)
+
+
+def test_masks_reach_the_loss_at_the_latents_size(sd15, sara):
+    latents, captions = pairs(3)
+    masks = [torch.zeros(1, 64, 64), torch.ones(1, 8, 8), torch.rand(1, 16, 16)]
+    masks[0][:, :32] = 1
+    with sara.host.trainable(sd15, None) as calls:
+        pictures = sara.sets.TrainingSet(calls, sara.sets.Examples(latents, captions, masks=masks))
+        mask = pictures.mask([0, 1, 2])
+    assert mask.shape == (3, 1, 8, 8)
+    assert torch.equal(mask[0, 0], torch.tensor([[1.0] * 8] * 4 + [[0.0] * 8] * 4))
+    assert torch.equal(mask[1, 0], torch.ones(8, 8))
+    by_hand = masks[2][0].reshape(8, 2, 8, 2).mean((1, 3))
+    assert torch.allclose(mask[2, 0], by_hand)
+    with pytest.raises(ValueError, match="3 pictures but 2 masks"):
+        sara.sets.flatten_masks(masks[:2], 3)
+
+
+def test_a_run_with_everything_resumes_exactly(sd15, sara, tmp_path):
+    """Held-out pictures, masks and regularisation pictures, stopped in the middle."""
+    latents, captions = pairs(10)
+    masks = [torch.rand(1, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(7)]
+    examples = sara.sets.Examples(latents, captions, None, masks, num_regularisation=3)
+    options = settings(
+        sara, steps=8, validation_split=0.3, validate_every_steps=2, output_name="x",
+        regularisation_weight=0.7,
+    )  # fmt: skip
+
+    def run(parent, resume=None, stop=None):
+        folder = resume or sara.folder.RunFolder.create(tmp_path / parent, "run", options)
+        add_loss = folder.add_loss
+
+        def add(report):
+            add_loss(report)
+            if report.step == stop:
+                raise KeyboardInterrupt
+
+        folder.add_loss = add
+        path, losses = sara.run.run(sd15, examples, folder, None, resume is not None)
+        return sara.core.SparseDelta.load(path), losses
+
+    expected, losses = run("straight")
+    assert losses["validation_step"] == [0, 2, 4, 6, 8]
+    with pytest.raises(KeyboardInterrupt):
+        run("stopped", stop=5)
+    path = tmp_path / "stopped" / "run_00001"
+    found, losses_too = run("stopped", resume=sara.folder.RunFolder(path))
+    assert losses == losses_too
+    for name, entry in expected.entries.items():
+        assert torch.equal(entry.values, found.entries[name].values), name
+    for file in ("loss.csv", "validation.csv"):
+        straight = (tmp_path / "straight" / "run_00001" / file).read_text()
+        assert (path / file).read_text() == straight
+
+    with pytest.raises(KeyboardInterrupt):
+        run("other", stop=3)
+    fewer = sara.sets.Examples(latents, captions, None, masks[:6], num_regularisation=4)
+    folder = sara.folder.RunFolder(tmp_path / "other" / "run_00001")
+    with pytest.raises(ValueError, match="there are 4 regularisation pictures, the run had 3"):
+        sara.run.run(sd15, fewer, folder, None, True)
