@@ -1,5 +1,6 @@
 """A folder of pictures, encoded: find, choose sizes, decode, encode what is not known yet."""
 
+import hashlib
 import logging
 from collections import Counter
 from collections.abc import Iterator
@@ -13,14 +14,15 @@ from PIL import Image, ImageColor
 from torch import Tensor
 
 from ..sara_core.buckets import SizeRule, choose_sizes, crop_windows
-from ..sara_core.encoding_cache import EncodingCache, content_key, file_digest
+from ..sara_core.encoding_cache import EncodingCache, content_key
 from ..sara_core.picture_folder import PictureFile, Problem, find_pictures, with_trigger
 from . import host
-from .pictures import picture_size, read_picture
+from .pictures import Picture, picture_size, read_file, read_picture
 
 logger = logging.getLogger("comfyui-sara")
 
 CACHE_VERSION = 1
+EMBEDDING = "embedding:"
 THUMBNAIL = 128
 
 
@@ -63,9 +65,19 @@ class FolderOptions:
 
 @dataclass(frozen=True)
 class Variant:
-    """One window of one picture at its training size."""
+    """One window of one picture at its training size.
+
+    Args:
+        file: The picture.
+        digest: SHA-256 of the file's content.
+        size: Width and height it is resized to.
+        window: Left, top, right and bottom in the picture.
+        mirrored: Exchange left and right.
+        key: Of the encoding.
+    """
 
     file: PictureFile
+    digest: str
     size: tuple[int, int]
     window: tuple[float, float, float, float]
     mirrored: bool
@@ -119,13 +131,13 @@ def encode_folder(
     """
     files, problems = find_pictures(folder)
     result = EncodedFolder(problems=problems)
-    sizes = _sizes(files, result)
+    looks = _look_at(files, result)
     facts = host.vae_facts(vae)
-    _plan(sizes, options, facts, result)
+    _plan(looks, options, facts, result)
     pictures_cache = cache if facts is not None else cache.off()
     missing = [v for v in result.variants if not _look_up(v, pictures_cache, result)]
     result.read = len(result.variants) - len(missing)
-    texts = _texts(list(sizes), options, result)
+    texts = _texts(list(looks), options, result)
     progress = host.Progress(len(missing) + len(texts), node_id)
     for done, (variant, *parts) in enumerate(_decoded(missing, options, result.problems), 1):
         entry = result.encodings[variant.key] = _encode(*parts, vae)
@@ -151,21 +163,24 @@ def _list(problems: list[Problem]) -> str:
     return "\n".join(f"  {problem}" for problem in problems)
 
 
-def _sizes(files: list[PictureFile], result: EncodedFolder) -> dict[PictureFile, tuple[int, int]]:
-    sizes = {}
+def _look_at(files: list[PictureFile], result: EncodedFolder) -> dict[PictureFile, tuple]:
+    """Return size and digest of every file that is a picture."""
+    looks = {}
     for file in files:
+        host.check_cancelled()
         try:
-            sizes[file] = picture_size(file.path)
+            data = read_file(file.path)
+            looks[file] = picture_size(data, file.name), hashlib.sha256(data).hexdigest()
         except (OSError, ValueError) as error:
             result.problems.append(Problem(file.name, str(error)))
-    return sizes
+    return looks
 
 
-def _plan(sizes: dict, options: FolderOptions, vae_facts: list | None, result) -> None:
+def _plan(looks: dict, options: FolderOptions, vae_facts: list | None, result) -> None:
     """List the windows of every picture, and what each one's encoding depends on."""
     rule = options.size
-    chosen = choose_sizes(list(sizes.values()), rule)
-    for (file, own), size in zip(sizes.items(), chosen, strict=True):
+    chosen = choose_sizes([own for own, _ in looks.values()], rule)
+    for (file, (own, digest)), size in zip(looks.items(), chosen, strict=True):
         if size is None:
             result.problems.append(
                 Problem(file.name, f"it is too small, {own[0]}x{own[1]} pixels, for {rule.side}")
@@ -173,8 +188,6 @@ def _plan(sizes: dict, options: FolderOptions, vae_facts: list | None, result) -
             continue
         if size[0] * size[1] < 0.6 * rule.side**2:
             result.reduced.append(file.name)
-        host.check_cancelled()
-        digest = file_digest(file.path)
         seed = options.seed ^ int(digest[:12], 16)
         for window in crop_windows(own, size, rule.crop, options.crops, seed):
             for mirrored in (False, True) if options.flip else (False,):
@@ -183,10 +196,11 @@ def _plan(sizes: dict, options: FolderOptions, vae_facts: list | None, result) -
                     window=[round(edge, 3) for edge in window], mirrored=mirrored,
                     background=options.background,
                 )  # fmt: skip
-                result.variants.append(Variant(file, size, window, mirrored, key))
+                result.variants.append(Variant(file, digest, size, window, mirrored, key))
 
 
 def _look_up(variant: Variant, cache: EncodingCache, result: EncodedFolder) -> bool:
+    host.check_cancelled()
     if variant.key not in result.encodings:  # the same picture may be there twice
         entry = cache.get(variant.key)
         if entry is not None:
@@ -198,20 +212,27 @@ def _decoded(
     variants: list[Variant], options: FolderOptions, problems: list[Problem]
 ) -> Iterator[tuple[Variant, Image.Image, Image.Image | None]]:
     """Yield windows at their training size, holding one decoded picture at a time."""
-    for file, windows in groupby(variants, key=lambda variant: variant.file):
+    for (file, digest), windows in groupby(variants, key=lambda v: (v.file, v.digest)):
         try:
-            picture = read_picture(file.path, options.background)
+            data = read_file(file.path)
+            if hashlib.sha256(data).hexdigest() != digest:
+                raise ValueError("it has changed while the folder was read; run the node again")
+            picture = read_picture(data, options.background, file.name)
+            parts = [(variant, *_cut(picture, variant)) for variant in windows]
         except (OSError, ValueError) as error:
             problems.append(Problem(file.name, str(error)))
             continue
-        for variant in windows:
-            parts = [
-                part and part.resize(variant.size, Image.Resampling.LANCZOS, variant.window)
-                for part in (picture.colour, picture.opacity)
-            ]
-            if variant.mirrored:
-                parts = [part and part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for part in parts]
-            yield variant, *parts
+        yield from parts
+
+
+def _cut(picture: Picture, variant: Variant) -> list[Image.Image | None]:
+    parts = [
+        part and part.resize(variant.size, Image.Resampling.LANCZOS, variant.window)
+        for part in (picture.colour, picture.opacity)
+    ]
+    if variant.mirrored:
+        parts = [part and part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for part in parts]
+    return parts
 
 
 def _encode(colour: Image.Image, opacity: Image.Image | None, vae) -> dict:
@@ -242,6 +263,8 @@ def _texts(files: list[PictureFile], options: FolderOptions, result: EncodedFold
 
 
 def _encode_caption(text: str, clip, facts: list | None, cache: EncodingCache) -> list:
+    if EMBEDDING in text:  # a file's content takes its place
+        cache = cache.off()
     key = content_key(version=CACHE_VERSION, caption=text, clip=facts)
     entry = cache.get(key)
     if entry is not None:

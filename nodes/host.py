@@ -8,6 +8,7 @@ import gc
 import logging
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import comfy.conds
 import comfy.model_management
@@ -18,6 +19,7 @@ import comfy.utils
 import folder_paths
 import torch
 from comfy.weight_adapter import WeightAdapterBase
+from comfyui_version import __version__
 from server import PromptServer
 from torch import Tensor
 
@@ -89,7 +91,7 @@ def picture_folders() -> dict[str, str]:
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             for name in folders:
                 path = os.path.join(parent, name)
-                if os.path.commonpath((real, os.path.realpath(path))) == real:
+                if Path(os.path.realpath(path)).is_relative_to(real):
                     relative = os.path.relpath(path, root).replace(os.sep, "/")
                     found.setdefault(f"{label}/{relative}", path)
     return found
@@ -126,16 +128,23 @@ def vae_facts(vae) -> list | None:
     model = vae.first_stage_model
     if vae.patcher.patches:
         return None
-    return [type(model).__name__, str(vae.vae_dtype), weights_digest(model.state_dict())]
+    comfy.model_management.load_models_gpu([vae.patcher])
+    return [
+        __version__,
+        type(model).__name__,
+        str(vae.vae_dtype),
+        weights_digest(model.state_dict()),
+    ]
 
 
 def clip_facts(clip) -> list | None:
     """Say what an encoding by this CLIP depends on; None if it carries patches or hooks."""
     if clip.patcher.patches or clip.patcher.forced_hooks is not None:
         return None
+    clip.load_model()  # puts back what a patched clone may have left in the weights
     model, tokenizer = clip.cond_stage_model, clip.tokenizer
     options = sorted((str(k), str(v)) for k, v in clip.tokenizer_options.items())
-    names = [type(model).__name__, type(tokenizer).__name__]
+    names = [__version__, type(model).__name__, type(tokenizer).__name__]
     return [*names, str(clip.layer_idx), options, weights_digest(model.state_dict())]
 
 
@@ -408,6 +417,7 @@ class ModelCalls:
             ValueError: A conditioning that carries a ControlNet or a mask.
         """
         encoded = []
+        copies: dict[tuple, list] = {}  # repeats and windows of a picture share their caption
         for (cross_attention, options), latent in zip(captions, latents, strict=True):
             unusable = {"control", "mask", "area", "hooks", "gligen"} & options.keys()
             if unusable:
@@ -415,7 +425,10 @@ class ModelCalls:
                     f"a caption's conditioning carries {', '.join(sorted(unusable))}, which SaRA "
                     "Train cannot use; connect it straight from CLIP Text Encode"
                 )
-            pair = [trackable_copy(cross_attention), trackable_copy(options)]
+            which = id(cross_attention), id(options)
+            if which not in copies:
+                copies[which] = [trackable_copy(cross_attention), trackable_copy(options)]
+            pair = copies[which]
             conds = comfy.sampler_helpers.convert_cond([pair])
             conds = comfy.samplers.encode_model_conds(
                 self.model.extra_conds, conds, latent, torch.device("cpu"), "positive",

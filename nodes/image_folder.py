@@ -116,16 +116,18 @@ class SaraImageFolder(io.ComfyNode):
         unit = host.compression(vae) * PATCH
         options, limit = _options(unit, **widgets)
         cache = EncodingCache(host.cache_folder(), limit)
-        found = encode_folder(
-            Path(host.picture_folder(folder)), vae, clip, options, cache, cls.hidden.unique_id
-        )
+        path = Path(host.picture_folder(folder))
+        try:
+            found = encode_folder(path, vae, clip, options, cache, cls.hidden.unique_id)
+        finally:
+            cached = cache.trim()
         epoch = found.repeated(options.repeats)
-        text = report(folder, found, epoch, cache.trim(), limit)
+        text = report(folder, found, epoch, cached, limit)
         sheet = contact_sheet(found, found.variants)
         encodings = [found.encodings[v.key] for v in epoch]
         return io.NodeOutput(
             [
-                {"samples": encoding["latent"][None], PICTURE: v.file.name}
+                {"samples": encoding["latent"][None], PICTURE: v.digest}
                 for v, encoding in zip(epoch, encodings, strict=True)
             ],
             [found.captions[found.texts[v.file.name]] for v in epoch],

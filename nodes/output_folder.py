@@ -1,6 +1,7 @@
 """Names of runs and files below output/sara."""
 
 import os
+from pathlib import Path
 
 from ..sara_core.run_folder import STATE
 from . import host
@@ -16,7 +17,7 @@ def split_output_name(name: str) -> tuple[str, str]:
     """
     root = host.output_root()
     path = os.path.abspath(os.path.join(root, name.strip()))
-    if "\0" in name or path == root or os.path.commonpath((root, path)) != root:
+    if "\0" in name or path == root or not Path(path).is_relative_to(root):
         raise ValueError(
             f"the name {name!r} is empty or leads out of the output folder {root}; give a plain "
             "name such as style"

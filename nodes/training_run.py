@@ -82,6 +82,7 @@ class Session:
         self._identity = {
             "model": host.architecture(patcher),
             "sampling": host.sampling_summary(patcher),
+            "held out": list(training.task.validation),
             **describe_examples(examples),
         }
         self._metadata = _metadata(patcher, self.settings, training.optimizer)

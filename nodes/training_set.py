@@ -179,6 +179,8 @@ def differences(saved: dict, now: dict) -> list[str]:
     for kind in ("regularisation pictures", "masks"):
         if saved[kind] != now[kind]:
             wrong.append(f"there are {now[kind]} {kind}, the run had {saved[kind]}")
+    if saved["held out"] != now["held out"]:
+        wrong.append("other pictures would be held out for validation")
     if saved["sampling"] != now["sampling"]:
         wrong.append(f"the sampling is {now['sampling']}, the run's {saved['sampling']}")
     old, new = saved["examples"], now["examples"]
@@ -218,7 +220,12 @@ class TrainingSet:
         empty = examples.empty
         self.encoder = encoder
         self.schedule: NoiseSchedule = encoder.schedule
-        self._latents = [encoder.prepare_latent(latent) for latent in examples.latents]
+        prepared: dict[tuple, Tensor] = {}  # repeats share theirs
+        for latent in examples.latents:
+            which = latent.data_ptr(), latent.shape
+            if which not in prepared:
+                prepared[which] = encoder.prepare_latent(latent)
+        self._latents = [prepared[latent.data_ptr(), latent.shape] for latent in examples.latents]
         self._captions = encoder.encode_captions(examples.captions, self._latents)
         self._empty: dict[Hashable, dict] = {}
         for latent in self._latents if empty is not None else ():
@@ -249,7 +256,12 @@ class TrainingSet:
     def predict(
         self, noisy: Tensor, sigma: Tensor, pictures: list[int], dropped: list[bool]
     ) -> Tensor:
-        """Estimate the clean latents, each picture with its own caption and noise level."""
+        """Estimate the clean latents, each picture with its own caption and noise level.
+
+        Raises:
+            Exception: ComfyUI's interrupt, if the user has pressed Cancel.
+        """
+        host.check_cancelled()
         captions = [
             self._empty[self._latents[i].shape] if drop else self._captions[i]
             for i, drop in zip(pictures, dropped, strict=True)

@@ -7,6 +7,8 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 
 def replace_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Have `write` fill a temporary file in the same folder, flush it to disk and rename it.
@@ -24,7 +26,10 @@ def replace_atomically(path: Path, write: Callable[[Path], None]) -> None:
     try:
         with open(temporary, "wb") as file:
             mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
-        write(temporary)
+        try:
+            write(temporary)
+        except SafetensorError as error:  # its name for a full disk, too
+            raise OSError(str(error)) from error
         with contextlib.suppress(OSError):  # some network folders have no permissions
             os.chmod(temporary, mode)  # safetensors leaves files that only their owner can read
         with open(temporary, "rb+") as file:

@@ -3,11 +3,14 @@
 import math
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 CROPS = ("centre", "random", "none")
 TIERS = (1.0, 0.75, 0.5, 0.35, 0.25)  # of the side, for pictures too small for the full size
+ROUNDING = 1.001
 SMALLEST_WINDOW = 0.75  # of a further random crop, as a share of the first one's side
 
 
@@ -18,8 +21,8 @@ class SizeRule:
     Args:
         side: Side in pixels of a square of the area to train at.
         unit: Width and height are multiples of it; the VAE's downscaling times the patch size.
-        step: Distance between bucket sides, a multiple of `unit`; 0 takes an eighth of the side,
-            at most 64.
+        step: Widths and heights are multiples of it, itself a multiple of `unit`; 0 takes an eighth
+            of the side, at most 64, or the unit where nothing is cropped.
         max_buckets: Number of different sizes of one area, at least 1.
         max_upscale: A picture is enlarged up to this factor; one that would need more is trained at
             a smaller area, one of TIERS.
@@ -51,6 +54,11 @@ class SizeRule:
                 f"sides are to be divisible by {self.step}, but this VAE needs multiples of "
                 f"{self.unit}"
             )
+        if self.step > self.side:
+            raise ValueError(
+                f"sides are to be divisible by {self.step}, more than the size of {self.side}; lower "
+                "it, or 0 for a fitting one"
+            )
         if self.max_buckets < 1 or self.max_upscale <= 0 or self.max_aspect < 1:
             raise ValueError("max_buckets and max_aspect are at least 1, max_upscale above 0")
 
@@ -65,17 +73,21 @@ def choose_sizes(pictures: Sequence[tuple[int, int]], rule: SizeRule) -> list[tu
     Returns:
         Width and height for each, or None where a picture is too small even for the smallest area.
     """
-    sides = [_tier(picture, rule) for picture in pictures]
     if rule.crop == "none":
-        return [s and _own_size(p, s, rule.unit) for p, s in zip(pictures, sides, strict=True)]
-    sizes: list[tuple[int, int] | None] = [None] * len(pictures)
-    for side in {s for s in sides if s}:
-        members = [i for i, s in enumerate(sides) if s == side]
-        shapes = Counter(pictures[i] for i in members)
-        kept = _few(shapes, _candidates(side, rule), rule.max_buckets)
-        for i in members:
-            sizes[i] = _nearest(pictures[i], kept)
-    return sizes
+        return [_own_size(picture, rule) for picture in pictures]
+    tiers = [
+        (round(rule.side * share), _candidates(round(rule.side * share), rule)) for share in TIERS
+    ]
+    wanted = {picture: _wanted(picture, tiers, rule) for picture in set(pictures)}
+    counts = Counter(pictures)
+    sizes: dict[tuple[int, int], tuple[int, int] | None] = dict.fromkeys(counts)
+    for side, candidates in tiers:
+        members = sorted(p for p in counts if wanted[p] and wanted[p][0] == side)
+        kept = _few({p: counts[p] for p in members}, candidates, rule.max_buckets)
+        for picture in members:
+            fitting = [k for k in kept if _scale(picture, k) <= rule.max_upscale * ROUNDING]
+            sizes[picture] = _nearest(picture, fitting or [wanted[picture][1]])
+    return [sizes[picture] for picture in pictures]
 
 
 def crop_windows(
@@ -107,40 +119,54 @@ def crop_windows(
             x, y = dice.random(), dice.random()
         elif count > 1:
             x = y = number / (count - 1)
-        w, h = size[0] * scale * shrink, size[1] * scale * shrink
+        w = min(size[0] * scale * shrink, float(width))
+        h = min(size[1] * scale * shrink, float(height))
         left, top = (width - w) * x, (height - h) * y
-        window = (left, top, min(left + w, width), min(top + h, height))
+        window = (left, top, min(left + w, float(width)), min(top + h, float(height)))
         if (rounded := tuple(round(edge) for edge in window)) not in seen:
             seen.add(rounded)
             yield window
 
 
-def _tier(picture: tuple[int, int], rule: SizeRule) -> int | None:
-    """Return the largest side whose area the picture fills without too much enlarging."""
-    own = math.sqrt(picture[0] * picture[1])
-    for share in TIERS:
-        side = rule.side * share
-        if side >= rule.unit and side <= own * rule.max_upscale * 1.001:
-            return round(side)
+def _scale(picture: tuple[int, int], size: tuple[int, int]) -> float:
+    """Return the factor by which a picture is enlarged to cover a size."""
+    return max(size[0] / picture[0], size[1] / picture[1])
+
+
+def _wanted(picture: tuple[int, int], tiers: list, rule: SizeRule) -> tuple | None:
+    """Return the largest side, with its best size, that needs no enlarging beyond the limit."""
+    for side, candidates in tiers:
+        if candidates:
+            size = _nearest(picture, candidates)
+            if _scale(picture, size) <= rule.max_upscale * ROUNDING:
+                return side, size
     return None
 
 
 def _candidates(side: int, rule: SizeRule) -> list[tuple[int, int]]:
     """List sizes of about the area `side ** 2` and at most the longest aspect."""
     step = rule.step or max(rule.unit, min(64, side // 8) // rule.unit * rule.unit)
-    found = set()
+    square = side // step * step
+    if not square:
+        return []
+    found = {(square, square)}
     for width in range(step, side * 4, step):
-        height = max(step, int(side * side / width / step + 1e-6) * step)
-        if max(width, height) <= rule.max_aspect * min(width, height):
+        height = int(side * side / width / step + 1e-6) * step
+        long, short = max(width, height), min(width, height)
+        # Rounding down may leave sizes far below the area; they are no use.
+        if short and long <= rule.max_aspect * short and width * height >= 0.75 * square**2:
             found |= {(width, height), (height, width)}
-    square = max(step, side // step * step)
-    # Only sizes that use the area: rounding down may leave some far below it.
-    return [(w, h) for w, h in sorted(found) if w * h >= 0.75 * square * square]
+    return sorted(found)
 
 
-def _own_size(picture: tuple[int, int], side: int, unit: int) -> tuple[int, int]:
-    factor = min(1.0, side / math.sqrt(picture[0] * picture[1]))
-    return tuple(max(unit, int(edge * factor / unit + 0.5) * unit) for edge in picture)
+def _own_size(picture: tuple[int, int], rule: SizeRule) -> tuple[int, int] | None:
+    """Return a picture's own shape at the area, rounded to the step; None if it is too small."""
+    step = rule.step or rule.unit
+    side = math.sqrt(picture[0] * picture[1])
+    if side * rule.max_upscale < rule.side * TIERS[-1] or side < step:
+        return None
+    factor = min(1.0, rule.side / side)
+    return tuple(max(step, int(edge * factor / step + 0.5) * step) for edge in picture)
 
 
 def _cropped(picture: tuple[int, int], size: tuple[int, int]) -> float:
@@ -153,14 +179,22 @@ def _nearest(picture: tuple[int, int], sizes: Sequence[tuple[int, int]]) -> tupl
     return min(sizes, key=lambda size: (_cropped(picture, size), size))
 
 
-def _few(shapes: Counter, sizes: list, max_buckets: int) -> list[tuple[int, int]]:
-    """Drop sizes, those first without which least is cropped off, until few are left."""
+def _few(shapes: Mapping, sizes: list, max_buckets: int) -> list[tuple[int, int]]:
+    """Drop sizes, those first without which least is cropped off, until few are left.
+
+    Args:
+        shapes: Number of pictures of each width and height.
+        sizes: To choose from.
+        max_buckets: How many may be left.
+    """
     kept = sorted({_nearest(picture, sizes) for picture in shapes})
-
-    def cost(gone: tuple[int, int]) -> float:
-        others = [size for size in kept if size != gone]
-        return sum(n * _cropped(p, _nearest(p, others)) for p, n in shapes.items())
-
+    counts = np.array(list(shapes.values()), dtype=float)
+    costs = np.array([[_cropped(picture, size) for size in kept] for picture in shapes])
     while len(kept) > max_buckets:
-        kept.remove(min(kept, key=cost))
+        best = costs.argmin(1)
+        second = np.partition(costs, 1, axis=1)[:, 1]
+        dearer = counts * (second - costs[np.arange(len(best)), best])
+        gone = int(np.bincount(best, dearer, minlength=len(kept)).argmin())
+        kept.pop(gone)
+        costs = np.delete(costs, gone, axis=1)
     return kept

@@ -22,15 +22,6 @@ def content_key(**facts) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def file_digest(path: str | os.PathLike) -> str:
-    """Return the SHA-256 of a file's content."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def weights_digest(weights: Mapping[str, Tensor]) -> str:
     """Return a digest of a model's weights, from samples spread over every tensor.
 
@@ -57,11 +48,13 @@ class EncodingCache:
 
     Args:
         folder: Made when something is kept.
-        max_bytes: `trim` deletes the entries used longest ago beyond this; 0 keeps nothing.
+        max_bytes: The entries used longest ago are deleted beyond this, now and then while entries
+            are added and by `trim`; 0 finds, keeps and deletes nothing.
     """
 
     def __init__(self, folder: str | os.PathLike, max_bytes: int):
         self.folder, self.max_bytes = Path(folder), max_bytes
+        self._written = 0  # bytes since the last trim
 
     def off(self) -> "EncodingCache":
         """Return a cache of the same folder that finds and keeps nothing."""
@@ -91,12 +84,18 @@ class EncodingCache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_state(self._path(key), snapshot(entry))
+            self._written += self._path(key).stat().st_size
         except OSError:  # a full disk costs time later, not the result
             return False
+        if self._written > self.max_bytes / 8:
+            self.trim()
         return True
 
     def trim(self) -> tuple[int, int]:
         """Delete the entries used longest ago. Returns number and bytes of those that are left."""
+        self._written = 0
+        if not self.max_bytes:
+            return 0, 0
         entries = []
         for path in self.folder.glob(".*.tmp"):
             with contextlib.suppress(OSError):  # of a process that was killed

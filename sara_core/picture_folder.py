@@ -1,6 +1,7 @@
 """Find the pictures of a folder and their captions, as people and older trainers lay them out."""
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +13,8 @@ ENDINGS = frozenset(
 CAPTION_ENDINGS = (".txt", ".caption")
 TABLES = ("metadata.jsonl", "captions.json")
 NAME_KEYS, TEXT_KEYS = ("file_name", "image", "image_path", "file"), ("text", "caption", "prompt")
-REPEATS = re.compile(r"(\d{1,4})_(.*)")
+REPEATS = re.compile(r"(\d+)_(.*)")
+MOST_REPEATS = 500
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,8 @@ def find_pictures(folder: Path) -> tuple[list[PictureFile], list[Problem]]:
     root = folder.resolve()
     table, problems = _read_tables(folder, root)
     found, listed = [], set()
-    for path, repeats, label in _candidates(folder, table):
+    beside: dict[Path, dict[str, Path]] = {}
+    for path, repeats, label in _candidates(folder, table, problems):
         name = path.relative_to(folder).as_posix()
         if name in listed:
             continue
@@ -70,7 +73,7 @@ def find_pictures(folder: Path) -> tuple[list[PictureFile], list[Problem]]:
             problems.append(Problem(name, "a link that leads out of the folder"))
             continue
         try:
-            caption, source = _caption_beside(path, root)
+            caption, source = _caption_beside(path, root, beside)
         except (OSError, ValueError) as error:
             problems.append(Problem(name, f"its caption cannot be read: {error}"))
             continue
@@ -106,22 +109,31 @@ def describe_files(folder: Path) -> list[tuple]:
 
 
 def with_trigger(caption: str, trigger: str) -> str:
-    """Put a trigger before a caption that does not hold it yet."""
+    """Put a trigger before a caption that does not hold it yet, as words of its own."""
     trigger = trigger.strip()
-    words = [part.strip().casefold() for part in caption.split(",")]
-    if not trigger or trigger.casefold() in words or f" {trigger} " in f" {caption} ":
+    if not trigger or re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", caption, re.IGNORECASE):
         return caption
     return f"{trigger}, {caption}" if caption else trigger
 
 
-def _candidates(folder: Path, table: dict) -> Iterator[tuple[Path, int, str]]:
+def _candidates(
+    folder: Path, table: dict, problems: list[Problem]
+) -> Iterator[tuple[Path, int, str]]:
     """Yield paths with repeats and the caption their folder stands for."""
-    for path in sorted(folder.iterdir()):
-        if path.is_dir() and (match := REPEATS.fullmatch(path.name)):
+    for path in _listed(folder, folder, problems):
+        match = REPEATS.fullmatch(path.name)
+        if match and path.is_dir():
+            repeats = int(match[1])
+            if not 0 < repeats <= MOST_REPEATS:
+                reason = (
+                    f"its name asks for {repeats} repeats, so it is left out; rename the folder"
+                )
+                problems.append(Problem(path.name, reason))
+                continue
             label = match[2].replace("_", " ").strip()
-            for inner in sorted(path.iterdir()):
+            for inner in _listed(path, folder, problems):
                 if _is_picture(inner):
-                    yield inner, int(match[1]), label
+                    yield inner, repeats, label
         elif _is_picture(path):
             yield path, 1, ""
     for name in table:
@@ -130,15 +142,32 @@ def _candidates(folder: Path, table: dict) -> Iterator[tuple[Path, int, str]]:
             yield path, 1, ""
 
 
+def _listed(path: Path, folder: Path, problems: list[Problem]) -> list[Path]:
+    try:
+        return sorted(path.iterdir())
+    except OSError as error:
+        problems.append(Problem(path.relative_to(folder).as_posix(), f"cannot be read: {error}"))
+        return []
+
+
 def _is_picture(path: Path) -> bool:
     hidden = path.name.startswith(".")  # such as macOS' ._ companions
-    return not hidden and path.suffix.lower() in ENDINGS and path.is_file()
+    return not hidden and path.suffix.lower() in ENDINGS and os.path.isfile(path)
 
 
-def _caption_beside(picture: Path, root: Path) -> tuple[str | None, str]:
+def _caption_beside(picture: Path, root: Path, beside: dict) -> tuple[str | None, str]:
+    """Read the text file of a picture's name; `beside` remembers such files by folder."""
+    parent = picture.parent
+    if parent not in beside:
+        beside[parent] = {
+            path.stem.casefold() + path.suffix.lower(): path
+            for path in sorted(parent.iterdir(), reverse=True)
+            if path.suffix.lower() in CAPTION_ENDINGS
+        }
     for ending in CAPTION_ENDINGS:
-        for path in (picture.with_suffix(ending), picture.with_name(picture.name + ending)):
-            if path.is_file():
+        for stem in (picture.stem, picture.name):
+            path = beside[parent].get(stem.casefold() + ending)
+            if path is not None:
                 if not path.resolve().is_relative_to(root):
                     raise ValueError(f"{path.name} is a link that leads out of the folder")
                 return _one_line(_read_text(path)), ending
@@ -151,7 +180,7 @@ def _read_tables(folder: Path, root: Path) -> tuple[dict[str, tuple[str, str]], 
     problems = []
     for file in reversed(TABLES):  # the first one wins
         path = folder / file
-        if not path.is_file():
+        if not os.path.isfile(path):
             continue
         try:
             if not path.resolve().is_relative_to(root):
@@ -174,7 +203,7 @@ def _read_tables(folder: Path, root: Path) -> tuple[dict[str, tuple[str, str]], 
 def _rows(text: str, file: str) -> Iterator[tuple[str, object]]:
     """Yield where each entry of a table is, and the entry."""
     if file.endswith(".jsonl"):
-        for number, line in enumerate(text.splitlines(), 1):
+        for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
                 try:
                     yield f"line {number}", json.loads(line)

@@ -103,3 +103,37 @@ def test_random_windows_follow_the_seed_and_never_enlarge_more():
 def test_rules_that_cannot_be_followed_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
         SizeRule(**settings)
+
+
+def test_windows_never_stick_out_by_rounding():
+    for side in (512, 1024, 1280):
+        for picture in [(1200, 900), (5184, 3456), (4032, 3024), *mixed(400, side)]:
+            (size,) = choose_sizes([picture], SizeRule(side))
+            for crop in ("centre", "random"):
+                for window in crop_windows(picture, size, crop, 2, 0) if size else ():
+                    assert window[0] >= 0
+                    assert window[1] >= 0
+                    assert window[2] <= picture[0]
+                    assert window[3] <= picture[1]
+
+
+def test_the_limit_holds_for_elongated_pictures_too():
+    for picture in [(2000, 200), (4000, 200), (200, 3000), *mixed(300)]:
+        (size,) = choose_sizes([picture], SizeRule(1024, max_upscale=1.25))
+        if size is not None:
+            assert max(size[0] / picture[0], size[1] / picture[1]) <= 1.26
+    pictures = mixed(100) + [(2000, 200)]
+    for picture, size in zip(pictures, choose_sizes(pictures, SizeRule(512)), strict=True):
+        assert size is None or max(size[0] / picture[0], size[1] / picture[1]) <= 1.26
+
+
+def test_sides_are_divisible_as_asked():
+    for crop in ("centre", "none"):
+        for step in (64, 256, 512):
+            for picture in [(130, 130), (200, 200), (500, 333), *mixed(30)]:
+                (size,) = choose_sizes([picture], SizeRule(512, step=step, crop=crop))
+                assert size is None or (size[0] % step, size[1] % step) == (0, 0)
+    assert choose_sizes([(2000, 2000)], SizeRule(640, step=256)) == [(512, 512)]
+    assert choose_sizes([(130, 130), (600, 600)], SizeRule(512, step=512)) == [None, (512, 512)]
+    with pytest.raises(ValueError, match="divisible by 512, more than the size of 256"):
+        SizeRule(256, step=512)

@@ -101,6 +101,34 @@ def test_repeat_folders(tmp_path):
     }
 
 
+def test_repeats_that_cannot_be_meant_are_told(tmp_path):
+    put(tmp_path, **{"0_off/a.png": "x", "2023_holiday/b.png": "x", "c.png": "x"})
+    found, problems = captions(tmp_path)
+    assert list(found) == ["c.png"]
+    assert sorted(problems) == [
+        "0_off: its name asks for 0 repeats, so it is left out; rename the folder",
+        "2023_holiday: its name asks for 2023 repeats, so it is left out; rename the folder",
+    ]
+
+
+def test_endings_in_any_case_and_rare_line_ends(tmp_path):
+    row = json.dumps({"file_name": "b.png", "text": "one\u2028two\x85three"}, ensure_ascii=False)
+    put(tmp_path, **{"a.PNG": "x", "A.TXT": "found", "b.png": "x", "metadata.jsonl": row + "\n"})
+    found, problems = captions(tmp_path)
+    assert found == {"a.PNG": ("found", ".txt"), "b.png": ("one two three", "metadata.jsonl")}
+    assert not problems
+
+
+def test_names_longer_than_a_file_can_have(tmp_path):
+    long = "p" * 245 + ".png"
+    rows = json.dumps({"file_name": "q" * 300 + ".png", "text": "t"})
+    put(tmp_path, **{long: "x", "metadata.jsonl": rows})
+    found, problems = captions(tmp_path)
+    assert found == {long: (None, "")}
+    assert len(problems) == 1
+    assert problems[0].endswith("named in metadata.jsonl, but there is no such picture")
+
+
 def test_nothing_outside_the_folder_is_read(tmp_path):
     put(tmp_path, **{"secret.png": "x", "secret.txt": "secret"})
     folder = tmp_path / "folder"
@@ -154,6 +182,7 @@ def test_trigger_is_put_before_captions_that_lack_it():
     assert with_trigger("a cat", "sks") == "sks, a cat"
     assert with_trigger("sks, a cat", "sks") == "sks, a cat"
     assert with_trigger("photo of sks cat", "sks") == "photo of sks cat"
+    assert with_trigger("a photo of SKS, dog", "sks") == "a photo of SKS, dog"
     assert with_trigger("asks why", "sks") == "sks, asks why"
     assert with_trigger("", "sks") == "sks"
     assert with_trigger("a cat", " ") == "a cat"
