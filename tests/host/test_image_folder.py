@@ -295,7 +295,8 @@ def test_cores_train_lora_takes_the_outputs_in_one_prompt(server, dev):
         "SaraTrain", model=checkpoint, latents=data, positive=data.out(1), masks=data.out(2),
         empty=data.out(3), steps=1, batch_size=1, output_name="beside_lora", training_dtype="fp32",
     )  # fmt: skip
-    plot = graph("LossGraphNode", loss=lora.out(2))
+    slot = graph.info["TrainLoraNode"]["output"].index("LOSS_MAP")  # moved in 0.33
+    plot = graph("LossGraphNode", loss=lora.out(slot))
     outputs = graph.run()
     assert outputs[plot]["images"]
     assert "saved beside_lora_00001" in outputs[ours]["text"][0]
