@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .magnitudes import NON_FINITE_BIN, bin_edges, magnitudes
+from .magnitudes import NON_FINITE_BIN, bin_edges, count_small
 from .selection import Cutoff, parse_count, solve_cutoff
 
 SUGGESTED_COUNTS = ("5M", "20M", "50M")
@@ -73,7 +73,9 @@ def analyze(
     )
     result = Analysis(cutoff, suggestions=_suggestions(cutoff))
     for name, weight in parameters.items():
-        tally = _tally(weight, cutoff)
+        zeros = cutoff.zeros[name]
+        small = count_small(weight, cutoff.threshold)
+        tally = Tally(weight.numel(), small - zeros if cutoff.skip_zeros else small, zeros)
         kind = KIND_BY_DIMS.get(weight.dim(), f"{weight.dim()}-dimensional")
         for group in (
             result.total,
@@ -88,16 +90,6 @@ def block_of(name: str) -> str:
     """Return the part of a parameter name up to its first number: "joint_blocks.3"."""
     found = re.match(r"(.*?\.\d+)(?:\.|$)", name)
     return found.group(1) if found else name.split(".")[0]
-
-
-def _tally(weight: Tensor, cutoff: Cutoff) -> Tally:
-    tally = Tally(num_weights=weight.numel())
-    for chunk in magnitudes(weight):
-        tally.num_zeros += chunk.numel() - int(torch.count_nonzero(chunk))
-        tally.num_selected += int((chunk < cutoff.threshold).sum())
-    if cutoff.skip_zeros:
-        tally.num_selected -= tally.num_zeros
-    return tally
 
 
 def _suggestions(cutoff: Cutoff) -> dict[str, float]:

@@ -52,7 +52,7 @@ def bin_edges() -> Tensor:
 
 def count_small(weight: Tensor, threshold: float) -> int:
     """Count the weights with `|w| < threshold`, exact zeros included."""
-    return sum(int((chunk < threshold).sum()) for chunk in magnitudes(weight))
+    return sum(int(torch.count_nonzero(chunk < threshold)) for chunk in magnitudes(weight))
 
 
 def kth_magnitude(parameters: Mapping[str, Tensor], histogram: Tensor, k: int) -> float:

@@ -76,15 +76,20 @@ class Cutoff:
         threshold: Absolute weight value; weights strictly closer to zero are selected.
         skip_zeros: Whether exact zeros are passed by.
         num_considered: Weights in all the parameters looked at.
-        num_zeros: Exact zeros among them.
+        zeros: Exact zeros in each parameter, by name.
         histogram: Sum of the parameters' `magnitude_histogram` counts.
     """
 
     threshold: float
     skip_zeros: bool
     num_considered: int
-    num_zeros: int
+    zeros: dict[str, int]
     histogram: Tensor
+
+    @property
+    def num_zeros(self) -> int:
+        """Exact zeros in all parameters."""
+        return sum(self.zeros.values())
 
 
 def solve_cutoff(
@@ -100,14 +105,14 @@ def solve_cutoff(
     No more than a chunk of the weights is copied at a time.
     """
     _refuse_rules(threshold, fraction, num_trainable, zeros)
-    histogram, num_zeros = _histogram_of_finite(parameters)
-    total = int(histogram.sum())
+    histogram, zero_counts = _histogram_of_finite(parameters)
+    total, num_zeros = int(histogram.sum()), sum(zero_counts.values())
     skip = zeros == "skip"
     if threshold is not None:
         skip = skip or (
             zeros == "auto" and _mostly_zeros(parameters, histogram, num_zeros, threshold)
         )
-        return Cutoff(threshold, skip, total, num_zeros, histogram)
+        return Cutoff(threshold, skip, total, zero_counts, histogram)
     budget = parse_count(num_trainable) if fraction is None else max(1, round(fraction * total))
     skip = skip or (zeros == "auto" and num_zeros > budget / 2)
     live = total - num_zeros if skip else total
@@ -124,7 +129,7 @@ def solve_cutoff(
     else:
         largest = torch.tensor(kth_magnitude(parameters, histogram, total - 1))
         threshold = torch.nextafter(largest, torch.tensor(float("inf"))).item()
-    return Cutoff(threshold, skip, total, num_zeros, histogram)
+    return Cutoff(threshold, skip, total, zero_counts, histogram)
 
 
 def select(
@@ -209,20 +214,19 @@ def _mostly_zeros(
     return num_zeros > sum(count_small(weight, threshold) for weight in parameters.values()) / 2
 
 
-def _histogram_of_finite(parameters: Mapping[str, Tensor]) -> tuple[Tensor, int]:
+def _histogram_of_finite(parameters: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, int]]:
     total = torch.zeros(NUM_BINS, dtype=torch.int64)
-    num_zeros = 0
+    zeros = {}
     broken = []
     for name, weight in parameters.items():
-        counts, zeros = magnitude_histogram(weight)
+        counts, zeros[name] = magnitude_histogram(weight)
         if int(counts[NON_FINITE_BIN:].sum()):
             broken.append(f"{name} ({int(counts[NON_FINITE_BIN:].sum())})")
         total += counts
-        num_zeros += zeros
     if broken:
         more = f" and {len(broken) - 10} more" if len(broken) > 10 else ""
         raise ValueError(
             f"the base holds NaN or infinite weights in {', '.join(broken[:10])}{more}; every "
             "loss would be NaN. Load an intact checkpoint"
         )
-    return total, num_zeros
+    return total, zeros

@@ -19,7 +19,8 @@ def exact_factor(matrix):
 @pytest.mark.parametrize(
     ("rows", "columns", "density", "bound"),
     [(80, 80, 0.1, 0.05), (320, 320, 0.1, 0.05), (64, 300, 0.05, 1e-4), (300, 64, 0.05, 1e-4),
-     (320, 36, 0.1, 1e-4), (1, 50, 0.5, 1e-4)],
+     (320, 36, 0.1, 1e-4), (1, 50, 0.5, 1e-4), (64, 512, 0.1, 1e-5), (512, 64, 0.1, 1e-5),
+     (100, 200, 0.1, 1e-4), (100, 199, 0.1, 1e-4)],
 )  # fmt: skip
 def test_polar_factor_is_near_the_svd(rows, columns, density, bound):
     for seed in range(3):
@@ -35,6 +36,9 @@ def test_rank_deficient_and_zero_matrices_stay_finite():
     expected = matrix / matrix.norm()
     assert torch.allclose(polar_factor(matrix), expected, atol=1e-3)
     assert torch.equal(polar_factor(torch.zeros(5, 7)), torch.zeros(5, 7))
+    elongated = torch.outer(vector[:8], vector)
+    assert torch.allclose(polar_factor(elongated), elongated / elongated.norm(), atol=1e-3)
+    assert torch.equal(polar_factor(torch.zeros(5, 70)), torch.zeros(5, 70))
 
 
 def test_gradient_and_norm_agree_with_torchs_nuclear_norm():
