@@ -6,7 +6,7 @@ usage: python dev.py COMMAND
   test [ARGS]   run the test suite in a real ComfyUI; ARGS go to pytest
   demo          fine-tune a small model on CPU inside ComfyUI, leave pictures in output/demo/
   faults        break trainings in every way, kills above all, and go on (--kills 50 --rounds 3)
-  bench         measure memory and time beside other methods (--quick; minutes to an hour)
+  bench         measure memory and time beside other methods (--quick, --executor)
   server        start the same ComfyUI with the pack and the small model, to click through
   setup         only do the set-up of the above
 
@@ -477,7 +477,9 @@ def bench(arguments):
         pip("install", "--no-deps", "--target", peers, *PEERS)  # apart: the tests do without
         (peers / "ready").touch()
     environment = os.environ | {"COMFYUI_PATH": str(host), "PYTHONPATH": str(peers)}
-    command = [python(), "-u", "-m", "tests.benchmark.run", *arguments]
+    module = "executor" if "--executor" in arguments else "run"
+    arguments = [argument for argument in arguments if argument != "--executor"]
+    command = [python(), "-u", "-m", f"tests.benchmark.{module}", *arguments]
     return subprocess.run(list(map(str, command)), cwd=ROOT, env=environment).returncode
 
 

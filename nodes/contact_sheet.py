@@ -7,7 +7,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from .encoded_folder import EncodedFolder, Variant
+from .folder_plan import EncodedFolder, Variant
 
 CELL, TEXT, COLUMNS = 144, 62, 10
 MAX_CELLS = 120

@@ -5,10 +5,10 @@ from comfy_api.latest import io, ui
 from ..sara_core import SparseDelta
 from ..sara_core.run_folder import RunFolder
 from . import host, output_folder
+from .examples import gather_examples
 from .sockets import LossMap, SaraDelta
 from .training_inputs import FREE_TO_CHANGE, NEW_RUN, training_inputs
 from .training_run import run
-from .training_set import gather_examples
 
 
 class SaraTrain(io.ComfyNode):

@@ -15,11 +15,13 @@ from ..sara_core.config import TrainConfig
 from ..sara_core.fingerprint import take_fingerprint
 from ..sara_core.out_of_memory import is_out_of_memory
 from ..sara_core.run_folder import RunFolder
-from ..sara_core.trainer import StepReport, TrainingRun
+from ..sara_core.trainer import TrainingRun
+from ..sara_core.training_task import StepReport
 from . import host, output_folder
+from .examples import Examples, describe_examples, differences
 from .inputs import SAVE_DTYPES, selection_rule
 from .training_inputs import COMPUTE_DTYPES
-from .training_set import Examples, TrainingSet, describe_examples, differences
+from .training_set import TrainingSet
 
 logger = logging.getLogger("comfyui-sara")
 

@@ -17,7 +17,7 @@ from .delta import SparseDelta
 from .lock import hold
 from .sparse_model import entries_of
 from .state_file import read_state, snapshot, write_state
-from .trainer import StepReport
+from .training_task import StepReport
 
 STATE, SETTINGS, LOSSES, LOG = "state.safetensors", "settings.json", "loss.csv", "log.txt"
 LOCK = "lock"

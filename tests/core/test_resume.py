@@ -15,7 +15,8 @@ from sara_core.objective import NoiseSchedule
 from sara_core.out_of_memory import is_out_of_memory
 from sara_core.run_folder import RunFolder
 from sara_core.state_file import read_state, snapshot, write_state
-from sara_core.trainer import MAX_BAD_STEPS, StepReport, TrainingRun
+from sara_core.trainer import MAX_BAD_STEPS, TrainingRun
+from sara_core.training_task import StepReport
 
 
 class Task:

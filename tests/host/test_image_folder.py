@@ -315,7 +315,7 @@ def test_cancel_ends_the_encoding_and_what_is_encoded_is_kept(server, dev):
 @pytest.fixture
 def encoding(monkeypatch):
     """The pipeline with an 'encoder' that averages eight pixels to one."""
-    from sara_pack.nodes import encoded_folder, host
+    from sara_pack.nodes import encoded_folder, folder_plan, host
     from sara_pack.sara_core.buckets import SizeRule
 
     def encode(vae, pixels):
@@ -330,7 +330,7 @@ def encoding(monkeypatch):
 
     def run(folder, cache, **options):
         rule = SizeRule(options.pop("side", 64))
-        chosen = encoded_folder.FolderOptions(rule, **options)
+        chosen = folder_plan.FolderOptions(rule, **options)
         return encoded_folder.encode_folder(folder, None, None, chosen, cache, None)
 
     run.encode, run.module = encode, encoded_folder

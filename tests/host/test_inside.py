@@ -17,11 +17,11 @@ def sara():
     import types
 
     from sara_pack import sara_core
-    from sara_pack.nodes import host, training_inputs, training_run, training_set
+    from sara_pack.nodes import examples, host, training_inputs, training_run, training_set
     from sara_pack.sara_core import learning_rate, run_folder
 
     return types.SimpleNamespace(
-        host=host, run=training_run, sets=training_set, core=sara_core, rate=learning_rate,
+        host=host, run=training_run, sets=training_set, examples=examples, core=sara_core, rate=learning_rate,
         inputs=training_inputs, folder=run_folder,
     )  # fmt: skip
 
@@ -68,7 +68,7 @@ def settings(sara, **changes):
 
 def train(sara, patcher, latents, captions, settings, resume=None, new=None):
     """Run a training in a folder of its own; returns the delta and the losses."""
-    examples = sara.sets.Examples(latents, captions)
+    examples = sara.examples.Examples(latents, captions)
     parent = tempfile.mkdtemp()
     folder = resume or new or sara.folder.RunFolder.create(parent, "run", settings)
     path, losses = sara.run.run(patcher, examples, folder, None, resume is not None)
@@ -104,7 +104,7 @@ def test_loads_as_the_family_it_stands_for(sd15, emoji64, sara):
 def test_epsilon_loss_is_the_error_of_the_predicted_noise(sd15, sara):
     latents, captions = pairs(3)
     with sara.host.trainable(sd15, None) as calls, torch.no_grad():
-        data = sara.sets.TrainingSet(calls, sara.sets.Examples(latents, captions))
+        data = sara.sets.TrainingSet(calls, sara.examples.Examples(latents, captions))
         assert calls.schedule.prediction == "epsilon"
         clean = data.latents([0, 1, 2])
         scale = sd15.model.latent_format.scale_factor
@@ -125,7 +125,7 @@ def test_epsilon_loss_is_the_error_of_the_predicted_noise(sd15, sara):
 def test_flow_loss_is_the_error_of_the_velocity_at_the_models_shift(emoji64, sara):
     latents, captions = pairs(2, 16, 8, 4096, pooled=2048)
     with sara.host.trainable(emoji64, None) as calls, torch.no_grad():
-        data = sara.sets.TrainingSet(calls, sara.sets.Examples(latents, captions))
+        data = sara.sets.TrainingSet(calls, sara.examples.Examples(latents, captions))
         assert (calls.schedule.prediction, calls.schedule.distribution) == ("flow", "logit_normal")
         t = torch.sigmoid(torch.randn(2, generator=torch.Generator().manual_seed(1)))
         sigma = calls.schedule.draw_sigma(2, torch.Generator().manual_seed(1))
@@ -199,7 +199,7 @@ def test_a_batch_is_each_picture_with_its_own_caption_and_noise_level(sd15, sara
     captions[1] = pairs(1, length=154, seed=5)[1][0]  # a longer caption in the same batch
     empty = pairs(1, seed=9)[1][0]
     with sara.host.trainable(sd15, None) as calls, torch.no_grad():
-        data = sara.sets.TrainingSet(calls, sara.sets.Examples(latents, captions, empty))
+        data = sara.sets.TrainingSet(calls, sara.examples.Examples(latents, captions, empty))
         clean, sigma = data.latents([0, 1, 2]), torch.tensor([0.5, 2.0, 8.0])
         together = data.predict(clean, sigma, [0, 1, 2], [False, False, True])
         model = calls.model
@@ -345,7 +345,7 @@ def test_any_ending_is_saved_explained_and_resumed_exactly(sd15, sara, ending, t
     folder = sara.folder.RunFolder.create(tmp_path, "run", options)
     hook = sd15.model.diffusion_model.register_forward_hook(fail)
     with pytest.raises(type(error)) as caught:
-        sara.run.run(sd15, sara.sets.Examples(latents, captions), folder, None)
+        sara.run.run(sd15, sara.examples.Examples(latents, captions), folder, None)
     hook.remove()
     assert caught.value is error
     text = str(error.args[0])
@@ -371,7 +371,7 @@ def test_resuming_with_other_pictures_or_model_says_what_differs(sd15, emoji64, 
     folder = sara.folder.RunFolder.create(tmp_path, "run", options)
     hook = sd15.model.diffusion_model.register_forward_hook(fail_at(3))
     with pytest.raises(KeyboardInterrupt):
-        sara.run.run(sd15, sara.sets.Examples(latents, captions), folder, None)
+        sara.run.run(sd15, sara.examples.Examples(latents, captions), folder, None)
     hook.remove()
     other, _ = pairs(4, seed=7)
     wide, long = pairs(4, 16, 8, 4096, pooled=2048)
@@ -563,7 +563,7 @@ def test_wrong_inputs_are_explained(sd15, sara):
     with pytest.raises(ValueError, match=r"16 channels but this SD15\s+model takes 4"):
         train(sara, sd15, bad, captions, settings(sara))
     with pytest.raises(ValueError, match="3 pictures but 2 captions"):
-        sara.sets.flatten_conditioning([captions], 3)
+        sara.examples.flatten_conditioning([captions], 3)
     masked = [[captions[0][0], {"mask": torch.ones(1, 8, 8)}], captions[1]]
     with pytest.raises(ValueError, match="carries mask"):
         train(sara, sd15, latents, masked, settings(sara))
@@ -573,12 +573,12 @@ def test_wrong_inputs_are_explained(sd15, sara):
 
 def test_lists_batches_and_single_captions_are_flattened(sara):
     latents = [{"samples": torch.zeros(3, 4, 8, 8)}, {"samples": torch.ones(1, 4, 8, 16)}]
-    flat = sara.sets.flatten_latents(latents)
+    flat = sara.examples.flatten_latents(latents)
     assert [tuple(t.shape) for t in flat] == [(1, 4, 8, 8)] * 3 + [(1, 4, 8, 16)]
     _, captions = pairs(2)
-    assert sara.sets.flatten_conditioning([[captions[0]], [captions[1]]], 2) == captions
-    assert sara.sets.flatten_conditioning([captions], 2) == captions
-    assert sara.sets.flatten_conditioning([[captions[0]]], 2) == [captions[0]] * 2
+    assert sara.examples.flatten_conditioning([[captions[0]], [captions[1]]], 2) == captions
+    assert sara.examples.flatten_conditioning([captions], 2) == captions
+    assert sara.examples.flatten_conditioning([[captions[0]]], 2) == [captions[0]] * 2
 
 
 def test_zeroing_zeroes_exactly_the_selected_weights(sd15, sara):
@@ -627,20 +627,20 @@ def test_windows_of_a_picture_are_held_out_together(sara):
     ]
     latents += latents[:6]  # repeats
     captions = [[[torch.randn(1, 5, 7), {}]] for _ in latents]
-    examples = sara.sets.gather_examples(latents, captions, None, None, None, None)
-    training, held_out = sara.sets.split_validation(examples, 0.3, seed=4)
+    examples = sara.examples.gather_examples(latents, captions, None, None, None, None)
+    training, held_out = sara.examples.split_validation(examples, 0.3, seed=4)
     names = [examples.names[i] for i in training]
     kept_back = [examples.names[i] for i in held_out]
     assert len(set(kept_back)) == 3
     assert len(held_out) == 9  # each window once
     assert not set(names) & set(kept_back)
     assert set(names) | set(kept_back) == {f"p{i}" for i in range(10)}
-    assert sara.sets.split_validation(examples, 0.3, seed=4) == (training, held_out)
-    assert sara.sets.split_validation(examples, 0.3, seed=5)[1] != held_out
-    assert sara.sets.split_validation(examples, 0.0, seed=4) == (list(range(36)), [])
-    one = sara.sets.gather_examples(latents[:3], captions[:3], None, None, None, None)
+    assert sara.examples.split_validation(examples, 0.3, seed=4) == (training, held_out)
+    assert sara.examples.split_validation(examples, 0.3, seed=5)[1] != held_out
+    assert sara.examples.split_validation(examples, 0.0, seed=4) == (list(range(36)), [])
+    one = sara.examples.gather_examples(latents[:3], captions[:3], None, None, None, None)
     with pytest.raises(ValueError, match="at least two pictures"):
-        sara.sets.split_validation(one, 0.5, 0)
+        sara.examples.split_validation(one, 0.5, 0)
 
 
 def test_masks_reach_the_loss_at_the_latents_size(sd15, sara):
@@ -648,7 +648,9 @@ def test_masks_reach_the_loss_at_the_latents_size(sd15, sara):
     masks = [torch.zeros(1, 64, 64), torch.ones(1, 8, 8), torch.rand(1, 16, 16)]
     masks[0][:, :32] = 1
     with sara.host.trainable(sd15, None) as calls:
-        pictures = sara.sets.TrainingSet(calls, sara.sets.Examples(latents, captions, masks=masks))
+        pictures = sara.sets.TrainingSet(
+            calls, sara.examples.Examples(latents, captions, masks=masks)
+        )
         mask = pictures.mask([0, 1, 2])
     assert mask.shape == (3, 1, 8, 8)
     assert torch.equal(mask[0, 0], torch.tensor([[1.0] * 8] * 4 + [[0.0] * 8] * 4))
@@ -656,14 +658,14 @@ def test_masks_reach_the_loss_at_the_latents_size(sd15, sara):
     by_hand = masks[2][0].reshape(8, 2, 8, 2).mean((1, 3))
     assert torch.allclose(mask[2, 0], by_hand)
     with pytest.raises(ValueError, match="3 pictures but 2 masks"):
-        sara.sets.flatten_masks(masks[:2], 3)
+        sara.examples.flatten_masks(masks[:2], 3)
 
 
 def test_a_run_with_everything_resumes_exactly(sd15, sara, tmp_path):
     """Held-out pictures, masks and regularisation pictures, stopped in the middle."""
     latents, captions = pairs(10)
     masks = [torch.rand(1, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(7)]
-    examples = sara.sets.Examples(latents, captions, None, masks, num_regularisation=3)
+    examples = sara.examples.Examples(latents, captions, None, masks, num_regularisation=3)
     options = settings(
         sara, steps=8, validation_split=0.3, validate_every_steps=2, output_name="x",
         regularisation_weight=0.7,
@@ -697,7 +699,7 @@ def test_a_run_with_everything_resumes_exactly(sd15, sara, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         run("other", stop=3)
-    fewer = sara.sets.Examples(latents, captions, None, masks[:6], num_regularisation=4)
+    fewer = sara.examples.Examples(latents, captions, None, masks[:6], num_regularisation=4)
     folder = sara.folder.RunFolder(tmp_path / "other" / "run_00001")
     with pytest.raises(ValueError, match="there are 4 regularisation pictures, the run had 3"):
         sara.run.run(sd15, fewer, folder, None, True)

@@ -1,0 +1,196 @@
+"""What SaRA Train is given: latents, captions and masks as ComfyUI's nodes emit them."""
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+PICTURE = "sara_picture"  # key in a LATENT by which windows of one picture are known as such
+
+
+def flatten_latents(latents: list[dict]) -> list[Tensor]:
+    """Split LATENT inputs, single or batched, into latents of shape `(1, C, ...)`."""
+    return [sample[None] for latent in latents for sample in latent["samples"]]
+
+
+def flatten_masks(masks: list[Tensor] | None, count: int) -> list[Tensor] | None:
+    """Split MASK inputs, single or batched, into `count` masks of shape `(1, H, W)`.
+
+    Raises:
+        ValueError: Neither one mask in all nor one per picture.
+    """
+    if masks is None:
+        return None
+    flat = [mask[None] for entry in masks for mask in entry.reshape(-1, *entry.shape[-2:])]
+    if len(flat) == 1:
+        flat = flat * count
+    if len(flat) != count:
+        raise ValueError(
+            f"{count} pictures but {len(flat)} masks are connected; SaRA Train needs one mask for "
+            "each picture, or a single one for all"
+        )
+    return flat
+
+
+def picture_names(latents: list[dict]) -> list[Hashable]:
+    """Name the picture each latent is of; unnamed latents that share memory are of one."""
+    names: list[Hashable] = []
+    for latent in latents:
+        for sample in latent["samples"]:
+            names.append(latent.get(PICTURE, sample.data_ptr()))
+    return names
+
+
+def flatten_conditioning(conditioning: list[list], count: int) -> list[list]:
+    """Give each of `count` pictures its conditioning: one `[cross_attention, options]` pair.
+
+    Raises:
+        ValueError: Neither one conditioning in all nor one per picture.
+    """
+    pairs = [pair for entry in conditioning for pair in entry]
+    if len(pairs) == 1:
+        pairs = pairs * count
+    if len(pairs) != count:
+        raise ValueError(
+            f"{count} pictures but {len(pairs)} captions are connected; SaRA Train needs one "
+            "caption for each picture, or a single one for all"
+        )
+    return pairs
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What a run is given: the pictures to learn first, then the regularisation pictures.
+
+    Args:
+        latents: One per picture, shape `(1, C, ...)`, as the VAE encoded them.
+        captions: One conditioning pair per picture.
+        empty: Conditioning pair that replaces dropped captions, or None.
+        masks: What counts in the loss, one per picture to learn, shape `(1, H, W)`, or None.
+        names: Picture that each entry to learn is a window of; each its own if None.
+        num_regularisation: Number of regularisation pictures at the end.
+    """
+
+    latents: list[Tensor]
+    captions: list[list]
+    empty: list | None = None
+    masks: list[Tensor] | None = None
+    names: list[Hashable] | None = None
+    num_regularisation: int = 0
+
+    @property
+    def num_to_learn(self) -> int:
+        """Number of entries to learn or hold out."""
+        return len(self.latents) - self.num_regularisation
+
+
+def split_validation(examples: Examples, share: float, seed: int) -> tuple[list[int], list[int]]:
+    """Divide entries into those to train on and those held out, all of a picture on one side.
+
+    Args:
+        examples: The entries; one that is repeated is held out once.
+        share: Of the pictures, in `[0, 1)`; at least one is held out if above 0, and one trained on.
+        seed: Of the choice.
+
+    Raises:
+        ValueError: Fewer than two pictures to divide.
+    """
+    names = examples.names or list(range(examples.num_to_learn))
+    pictures = list(dict.fromkeys(names))
+    if share <= 0:
+        return list(range(len(names))), []
+    if len(pictures) < 2:
+        raise ValueError(
+            "validation_split needs at least two pictures, one of them to hold out; connect more or "
+            "set it to 0"
+        )
+    count = min(max(1, round(share * len(pictures))), len(pictures) - 1)
+    order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(seed)).tolist()
+    held_out = {pictures[i] for i in order[:count]}
+    training = [i for i, name in enumerate(names) if name not in held_out]
+    once = {examples.latents[i].data_ptr(): i for i, name in enumerate(names) if name in held_out}
+    return training, sorted(once.values())
+
+
+def gather_examples(
+    latents: list[dict],
+    positive: list[list],
+    empty: list[list] | None,
+    masks: list[Tensor] | None,
+    regularisation_latents: list[dict] | None,
+    regularisation_positive: list[list] | None,
+) -> Examples:
+    """Bring the inputs of SaRA Train, lists or batches, into one set.
+
+    Raises:
+        ValueError: Numbers of pictures, captions or masks that do not fit each other.
+    """
+    pictures = flatten_latents(latents)
+    captions = flatten_conditioning(positive, len(pictures))
+    if (regularisation_latents is None) != (regularisation_positive is None):
+        raise ValueError(
+            "regularisation pictures need their captions: connect both regularisation_latents and "
+            "regularisation_positive, or neither"
+        )
+    prior = flatten_latents(regularisation_latents or [])
+    prior_captions = flatten_conditioning(regularisation_positive, len(prior)) if prior else []
+    return Examples(
+        pictures + prior,
+        captions + prior_captions,
+        empty[0][0] if empty else None,
+        flatten_masks(masks, len(pictures)),
+        picture_names(latents),
+        len(prior),
+    )
+
+
+def describe_examples(examples: Examples) -> dict:
+    """Summarise pictures and captions, to recognise them when a run is resumed.
+
+    Mean and deviation of each tensor: encoding again on a GPU does not give the same bits.
+    """
+    captions = []
+    for pair in (*examples.captions, examples.empty):
+        cross_attention, options = pair or (None, {})
+        captions += [t for t in (cross_attention, options.get("pooled_output")) if t is not None]
+    masks = examples.masks or ()
+    return {
+        "examples": [_moments(tensor) for tensor in (*examples.latents, *captions, *masks)],
+        "regularisation pictures": examples.num_regularisation,
+        "masks": len(masks),
+    }
+
+
+def _moments(tensor: Tensor) -> list:
+    values = tensor.nan_to_num().float()
+    return [list(tensor.shape), values.mean().item(), values.std(correction=0).item()]
+
+
+def differences(saved: dict, now: dict) -> list[str]:
+    """Tell what a saved run's model and examples differ in from those at hand."""
+    wrong = []
+    if saved["model"] != now["model"]:
+        wrong.append(f"the model is of the family {now['model']}, the run's {saved['model']}")
+    for kind in ("regularisation pictures", "masks"):
+        if saved[kind] != now[kind]:
+            wrong.append(f"there are {now[kind]} {kind}, the run had {saved[kind]}")
+    if saved["held out"] != now["held out"]:
+        wrong.append("other pictures would be held out for validation")
+    if saved["sampling"] != now["sampling"]:
+        wrong.append(f"the sampling is {now['sampling']}, the run's {saved['sampling']}")
+    old, new = saved["examples"], now["examples"]
+    if len(old) != len(new):
+        wrong.append(f"there are {len(new)} latents, embeddings and masks, the run had {len(old)}")
+    else:
+        changed = [i for i, (a, b) in enumerate(zip(old, new, strict=True)) if not _alike(a, b)]
+        if changed:
+            wrong.append(f"{len(changed)} of {len(new)} latents, embeddings and masks have changed")
+    return wrong
+
+
+def _alike(one: list, two: list) -> bool:
+    (shape, *numbers), (shape2, *numbers2) = one, two
+    scale = max(abs(numbers[1]), 1e-6)
+    near = all(abs(a - b) <= 0.01 * scale for a, b in zip(numbers, numbers2, strict=True))
+    return list(shape) == list(shape2) and near

@@ -1,0 +1,144 @@
+"""The widgets of SaRA Image Folder."""
+
+from comfy_api.latest import io
+
+from ..sara_core.buckets import CROPS, SizeRule
+from .folder_plan import FolderOptions
+
+GIGABYTE = 1 << 30
+
+
+def folder_inputs() -> list:
+    """Widgets of SaRA Image Folder, in the order people think of them."""
+    return [*_size_inputs(), *_content_inputs()]
+
+
+def _size_inputs() -> list:
+    return [
+        io.Int.Input(
+            "size",
+            default=512,
+            min=16,
+            max=4096,
+            tooltip="Pictures are trained at the area of a square with this side: 512 for Stable "
+            "Diffusion 1.5, 1024 for SDXL, SD3 and newer.",
+        ),
+        io.Int.Input(
+            "max_buckets",
+            default=5,
+            min=1,
+            max=64,
+            tooltip="Number of different sizes. Fewer fill batches better, more crop off less.",
+        ),
+        io.Int.Input(
+            "divisible_by",
+            default=0,
+            min=0,
+            max=512,
+            tooltip="Widths and heights are multiples of this. 0 takes an eighth of the size, at "
+            "most 64.",
+        ),
+        io.Combo.Input(
+            "crop",
+            options=list(CROPS),
+            default="centre",
+            tooltip="Which part is kept where a picture does not have the shape of its size. none "
+            "gives every picture a size of its own shape, at the price of smaller batches.",
+        ),
+        io.Int.Input(
+            "crops",
+            default=1,
+            min=1,
+            max=16,
+            tooltip="Windows taken of each picture, each an entry of its own.",
+        ),
+        io.Float.Input(
+            "max_upscale",
+            default=1.25,
+            min=0.1,
+            max=8.0,
+            step=0.05,
+            tooltip="Pictures are enlarged up to this factor. Smaller ones are trained at a smaller "
+            "area, and left out if even a quarter of the size is too much.",
+        ),
+        io.Boolean.Input(
+            "flip",
+            default=False,
+            tooltip="Add every picture mirrored as well. Not for faces, writing or anything with a "
+            "left and a right.",
+        ),
+    ]
+
+
+def _content_inputs() -> list:
+    return [
+        io.Combo.Input(
+            "alpha",
+            options=["background", "mask"],
+            default="background",
+            tooltip="Transparent areas are filled with the background. With mask they also do not "
+            "count in the loss; connect masks to SaRA Train.",
+        ),
+        io.String.Input(
+            "background",
+            default="white",
+            tooltip="Colour under transparent areas, such as white or #808080.",
+        ),
+        io.String.Input(
+            "trigger", default="", tooltip="Put before every caption that does not hold it yet."
+        ),
+        io.String.Input(
+            "default_caption", default="", tooltip="For pictures without a caption of their own."
+        ),
+        io.Int.Input(
+            "repeats",
+            default=1,
+            min=1,
+            max=1000,
+            tooltip="Times every picture comes in an epoch, on top of repeats in folder names.",
+        ),
+        io.Combo.Input(
+            "problems",
+            options=["skip", "refuse"],
+            default="skip",
+            tooltip="Files that cannot be used are left out and told of in the report, or the node "
+            "fails and names them all.",
+        ),
+        io.Int.Input(
+            "seed",
+            default=0,
+            min=0,
+            max=0xFFFFFFFFFFFFFFFF,
+            control_after_generate=False,
+            tooltip="Of random crops.",
+        ),
+        io.Float.Input(
+            "cache_gb",
+            default=4.0,
+            min=0.0,
+            max=1000.0,
+            step=0.5,
+            tooltip="Encoded pictures and captions are kept on disk up to this size; those used "
+            "longest ago go first. 0 keeps none.",
+        ),
+    ]
+
+
+def folder_options(unit: int, **widgets) -> tuple[FolderOptions, int]:
+    """Turn the widgets into options, and the size of the cache in bytes."""
+    size = SizeRule(
+        side=widgets["size"],
+        unit=unit,
+        step=widgets["divisible_by"],
+        max_buckets=widgets["max_buckets"],
+        max_upscale=widgets["max_upscale"],
+        crop=widgets["crop"],
+    )
+    same = ("crops", "flip", "background", "trigger", "default_caption", "repeats", "seed")
+    options = FolderOptions(
+        size,
+        use_alpha=widgets["alpha"] == "mask",
+        refuse=widgets["problems"] == "refuse",
+        **{name: widgets[name] for name in same},
+    )
+    return options, int(widgets["cache_gb"] * GIGABYTE)
