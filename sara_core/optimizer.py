@@ -1,7 +1,7 @@
 """AdamW over the smallest weights of a model: SaRA in one line of an ordinary training script."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +14,13 @@ from .low_rank import as_matrix_shape, nuclear_norm_gradient
 from .parameters import choose_parameters
 from .selection import select
 from .sparse_model import SparseModel
+from .sparse_weight import SparseWeight
 
 logger = logging.getLogger("comfyui-sara")
 
 TRAINABLE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 STATE_FORMAT = 1
+BATCH = 1 << 23  # trained values updated in one go
 LOW_RANK_WEIGHT = 5e-4  # measured in docs/low-rank.md
 PLAIN_STATE = (
     "threshold",
@@ -40,8 +42,8 @@ class SaraAdamW(torch.optim.Optimizer):
     `num_trainable` says which weights train; all others stay bit-identical. The model keeps its
     parameters: each selected one sheds its dense gradient as soon as backward has made it
     (unstructural backpropagation, eq. 6-7 of the paper), and only the selected entries go on to a
-    flat float32 gradient. `param_groups` and `parameters()` hold the flat float32 trained values;
-    clip those, not the model's parameters.
+    flat float32 gradient. `param_groups` and `parameters()` hold the leaves of these gradients; clip
+    those, not the model's parameters.
 
     Weight decay pulls the learned change towards zero, not the weight: decaying a weight that is
     small already works against its becoming useful, and for a fine-tuned model "no effect" means
@@ -140,8 +142,11 @@ class SaraAdamW(torch.optim.Optimizer):
         return sum(map(len, self._weights.active))
 
     def parameters(self) -> list[nn.Parameter]:
-        """Return the flat float32 trained values that carry the gradients; clip these."""
-        return [weight.values for weight in self._weights.active]
+        """Return one flat leaf per trained parameter, whose `grad` is its gradient; clip these.
+
+        They do not hold the trained values, which are in the model.
+        """
+        return [weight.leaf for weight in self._weights.active]
 
     def names(self) -> list[str]:
         """Return the names of the model's parameters in which weights have been trained."""
@@ -167,16 +172,16 @@ class SaraAdamW(torch.optim.Optimizer):
         eligible = [
             weight
             for weight in self._weights.active
-            if min(as_matrix_shape(weight.parameter.shape)) > 1 and weight.values.grad is not None
+            if min(as_matrix_shape(weight.parameter.shape)) > 1 and weight.leaf.grad is not None
         ]
         order = torch.randperm(len(eligible), generator=self.generator).tolist()
         norms = []
         for i in order[: self.low_rank_matrices]:
             weight = eligible[i]
             norm, gradient = nuclear_norm_gradient(
-                weight.values.detach(), weight.index, weight.parameter.shape
+                weight.trained, weight.index, weight.parameter.shape
             )
-            weight.values.grad.add_(gradient, alpha=self.low_rank_weight)
+            weight.leaf.grad.add_(gradient, alpha=self.low_rank_weight)
             norms.append(norm * self.low_rank_weight)
         self.low_rank_loss = sum(norms) if norms else None
 
@@ -202,36 +207,40 @@ class SaraAdamW(torch.optim.Optimizer):
         return loss
 
     def _update(self) -> None:
-        group = self.param_groups[0]
-        updated = [weight for weight in self._weights.active if weight.values.grad is not None]
+        updated = [weight for weight in self._weights.active if weight.leaf.grad is not None]
         for weight in updated:
-            state = self.state[weight.values]
+            state = self.state[weight.leaf]
             if not state:
                 state["step"] = torch.zeros((), dtype=torch.float32)
-                state["exp_avg"] = torch.zeros_like(weight.values)
-                state["exp_avg_sq"] = torch.zeros_like(weight.values)
-            if group["weight_decay"]:
-                base = weight.base.to(weight.dtype)
-                weight.values.lerp_(base, group["lr"] * group["weight_decay"])
-        if updated:
-            states = [self.state[weight.values] for weight in updated]
-            adamw(
-                [weight.values for weight in updated],
-                [weight.values.grad for weight in updated],
-                [state["exp_avg"] for state in states],
-                [state["exp_avg_sq"] for state in states],
-                [],
-                [state["step"] for state in states],
-                amsgrad=False,
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                lr=group["lr"],
-                weight_decay=0.0,
-                eps=group["eps"],
-                maximize=False,
-            )
-        for weight in updated:
-            weight.write_()
+                state["exp_avg"] = torch.zeros_like(weight.leaf.grad)
+                state["exp_avg_sq"] = torch.zeros_like(weight.leaf.grad)
+        for batch in _batches(updated):
+            self._update_batch(batch)
+
+    def _update_batch(self, batch: list[SparseWeight]) -> None:
+        group = self.param_groups[0]
+        values = [weight.trained for weight in batch]
+        states = [self.state[weight.leaf] for weight in batch]
+        if group["weight_decay"]:
+            for weight, trained in zip(batch, values, strict=True):
+                trained.lerp_(weight.base.to(weight.dtype), group["lr"] * group["weight_decay"])
+        adamw(
+            values,
+            [weight.leaf.grad for weight in batch],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [state["step"] for state in states],
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=0.0,
+            eps=group["eps"],
+            maximize=False,
+        )
+        for weight, trained in zip(batch, values, strict=True):
+            weight.write_(trained)
 
     @torch.no_grad()
     def reselect(self) -> None:
@@ -241,7 +250,7 @@ class SaraAdamW(torch.optim.Optimizer):
         adjustment, section 4.3 of the paper). If none is left under the threshold, all go on and a
         warning says so. `step` calls this by itself at `progressive_step`.
         """
-        marks = [weight.values.detach().abs() < self.threshold for weight in self._weights.active]
+        marks = [weight.trained.abs() < self.threshold for weight in self._weights.active]
         num_left, num_before = int(sum(mark.sum() for mark in marks)), self.num_trainable
         if not num_left:
             logger.warning(
@@ -252,10 +261,10 @@ class SaraAdamW(torch.optim.Optimizer):
             )
             return
         for mark, (weight, kept) in zip(marks, self._weights.freeze(marks), strict=True):
-            state = self.state.pop(weight.values, None)
+            state = self.state.pop(weight.leaf, None)
             if kept is not None and state:
                 is_moment = {key: value.shape == mark.shape for key, value in state.items()}
-                self.state[kept.values] = {
+                self.state[kept.leaf] = {
                     key: value[mark] if is_moment[key] else value for key, value in state.items()
                 }
         self.param_groups[0]["params"] = self.parameters()
@@ -334,6 +343,19 @@ class SaraAdamW(torch.optim.Optimizer):
             setattr(self, name, saved[name])
         self.generator.set_state(saved["generator"].cpu())
         self._low_rank_added = False
+
+
+def _batches(weights: list[SparseWeight]) -> Iterator[list[SparseWeight]]:
+    """Yield weights in groups that are updated in one go; bounds the copies of trained values."""
+    batch, size = [], 0
+    for weight in weights:
+        if batch and size + len(weight) > BATCH:
+            yield batch
+            batch, size = [], 0
+        batch.append(weight)
+        size += len(weight)
+    if batch:
+        yield batch
 
 
 def _refuse_unsound_moments(state_dict: dict) -> None:

@@ -62,6 +62,8 @@ class SparseModel:
     def detach(self) -> None:
         """Let go of the module as it is: remove the hooks, give `requires_grad` back."""
         self._unhook()
+        for weight in (*self.active, *self.frozen):
+            weight.keep()
         for name, parameter in self.parameters.items():
             parameter.requires_grad_(self._requires_grad[name])
             if getattr(parameter, "sara_owner", lambda: None)() is self:
@@ -102,7 +104,7 @@ class SparseModel:
                 changes.append((weight, weight))
                 continue
             stopped = weight.part(~mark)
-            stopped.values.grad = None
+            stopped.leaf.grad = None
             self.frozen.append(stopped)
             changes.append((weight, weight.part(mark) if bool(mark.any()) else None))
         self.active = [kept for _, kept in changes if kept is not None]
@@ -122,7 +124,7 @@ class SparseModel:
                 "shape": tuple(weight.parameter.shape),
                 "index": weight.stored_index,
                 "base": weight.base,
-                "values": weight.values.detach(),
+                "values": weight.trained,
                 "frozen": frozen,
             }
             for frozen, group in ((False, self.active), (True, self.frozen))

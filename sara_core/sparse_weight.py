@@ -13,7 +13,8 @@ class SparseWeight:
 
     The parameter itself goes on holding all its weights; nothing dense is kept here. Per selected
     weight: the gap to the position before (one byte where weights lie densely), base value (the
-    parameter's dtype), trained value (float32).
+    parameter's dtype), and the trained value in float32 where the parameter's own dtype is coarser.
+    A float32 parameter holds the trained values itself, until `restore_` or `keep` copies them.
 
     Args:
         name: Parameter name.
@@ -21,8 +22,12 @@ class SparseWeight:
             `restore_`.
         index: Shape `(k,)`, sorted flat row-major positions.
         base: Shape `(k,)`, base values in the parameter's dtype; read from it if left out.
-        values: Shape `(k,)`, trained values, float32 (float64 for a float64 parameter); the base's
-            if left out.
+        values: Shape `(k,)`, trained values, float32 (float64 for a float64 parameter), for `write_`
+            to put into the parameter; what it holds if left out.
+
+    Attributes:
+        leaf: Shape `(k,)`; its `grad` is the gradient of the trained values. What it holds itself
+            does not matter.
     """
 
     def __init__(
@@ -38,9 +43,11 @@ class SparseWeight:
         self._gaps = _gaps(index)
         self.base = self.gather(parameter.detach()) if base is None else base
         self.dtype = torch.promote_types(torch.float32, parameter.dtype)
-        self.values = nn.Parameter(
-            self.base.to(self.dtype, copy=True) if values is None else values
-        )
+        self._values = values
+        if values is None and parameter.dtype != self.dtype:
+            self._values = self.gather(parameter.detach()).to(self.dtype)
+        nothing = torch.zeros((), dtype=self.dtype, device=self._gaps.device)
+        self.leaf = nn.Parameter(nothing.expand(len(self._gaps)))
 
     def __len__(self) -> int:
         return len(self._gaps)
@@ -60,8 +67,16 @@ class SparseWeight:
         """Read the selected positions of a tensor of the parameter's shape. Returns `(k,)`."""
         return torch.take(dense, self.index)
 
+    @property
+    def trained(self) -> Tensor:
+        """Trained values, `(k,)`, `dtype`; a copy where the parameter holds them."""
+        if self._values is not None:
+            return self._values
+        self._refuse_other_parameter()
+        return self.gather(self.parameter.detach())
+
     def capture_gradient(self, parameter: Tensor) -> None:
-        """Move the parameter's dense gradient, at the selected positions, to `values.grad`.
+        """Move the parameter's dense gradient, at the selected positions, to `leaf.grad`.
 
         The hook for `register_post_accumulate_grad_hook`: it runs once per backward pass as soon as
         this parameter's gradient is complete, so no two dense gradients need exist at a time.
@@ -77,37 +92,49 @@ class SparseWeight:
                 "model first, then make the optimizer"
             )
         gathered = self.gather(gradient).to(self.dtype)
-        if self.values.grad is None:
-            self.values.grad = gathered
+        if self.leaf.grad is None:
+            self.leaf.grad = gathered
         else:
-            self.values.grad.add_(gathered)
+            self.leaf.grad.add_(gathered)
 
     @torch.no_grad()
-    def write_(self) -> None:
-        """Put the trained values into the parameter, rounded to its dtype."""
-        self._put(self.values)
+    def write_(self, values: Tensor | None = None) -> None:
+        """Put trained values into the parameter, rounded to its dtype; those it has by default."""
+        values = self.trained if values is None else values
+        self._put(values)
+        self._values = None if self.parameter.dtype == self.dtype else values
 
     @torch.no_grad()
     def restore_(self) -> None:
-        """Put the base values back into the parameter, bit for bit."""
+        """Put the base values back into the parameter, bit for bit, and keep the trained ones."""
+        self.keep()
         self._put(self.base)
 
+    def keep(self) -> None:
+        """Hold the trained values, whatever happens to the parameter from now on."""
+        self._values = self.trained
+
     def _put(self, values: Tensor) -> None:
+        self._refuse_other_parameter()
+        self.parameter.data.put_(self.index, values.detach().to(self.base.dtype))
+
+    def _refuse_other_parameter(self) -> None:
         if self.parameter.dtype != self.base.dtype or self.parameter.device != self.base.device:
             raise RuntimeError(
                 f"parameter {self.name!r} is now {self.parameter.dtype} on "
                 f"{self.parameter.device}, but was {self.base.dtype} on {self.base.device} when "
                 "SaraAdamW was made. Convert or move the model first, then make the optimizer"
             )
-        self.parameter.data.put_(self.index, values.detach().to(self.base.dtype))
 
-    def part(self, keep: Tensor) -> "SparseWeight":
-        """Copy the entries marked in `keep`, bool `(k,)`, with their gradient."""
-        values = self.values.detach()[keep]
-        kept = SparseWeight(self.name, self.parameter, self.index[keep], self.base[keep], values)
-        if self.values.grad is not None:
-            kept.values.grad = self.values.grad[keep]
-        return kept
+    def part(self, marked: Tensor) -> "SparseWeight":
+        """Copy the entries marked, bool `(k,)`, with their gradient."""
+        values = None if self._values is None else self._values[marked]
+        part = SparseWeight(
+            self.name, self.parameter, self.index[marked], self.base[marked], values
+        )
+        if self.leaf.grad is not None:
+            part.leaf.grad = self.leaf.grad[marked]
+        return part
 
 
 def _gaps(index: Tensor) -> Tensor:

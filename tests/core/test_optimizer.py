@@ -546,3 +546,53 @@ def test_a_tenth_of_the_weights_costs_one_byte_a_position():
     weight = SparseWeight("w", parameter, index)
     kept = [t for t in vars(weight).values() if isinstance(t, torch.Tensor) and t is not parameter]
     assert sum(t.numel() * t.element_size() for t in kept) == (1 + 4 + 4) * len(index)
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [(torch.float32, 17), (torch.float16, 19)])
+def test_bytes_per_trained_weight(dtype, expected):
+    """Gradient 4, moments 8, base 2 or 4, gap 1; the trained value 4 where the model cannot hold it."""
+    torch.manual_seed(0)
+    net = nn.Linear(500, 400, bias=False).to(dtype)
+    optimizer = SaraAdamW(net, fraction=0.1, lr=1e-3, low_rank_weight=0)
+    for _ in range(2):
+        net(torch.randn(3, 500, dtype=dtype)).square().sum().backward()
+        optimizer.step()
+    held, seen, todo = 0, set(), [optimizer._weights.active, dict(optimizer.state)]
+    while todo:
+        item = todo.pop()
+        if isinstance(item, torch.Tensor):
+            if item is net.weight:
+                continue
+            if item.grad is not None:
+                todo.append(item.grad)
+            storage = item.untyped_storage()
+            if storage.data_ptr() not in seen:
+                seen.add(storage.data_ptr())
+                held += storage.nbytes()
+        elif isinstance(item, dict):
+            todo += [*item.keys(), *item.values()]
+        elif isinstance(item, (list, tuple)):
+            todo += item
+        elif hasattr(item, "__dict__"):
+            todo.append(vars(item))
+    assert optimizer.num_trainable == pytest.approx(20_000, rel=0.001)  # equal magnitudes in half
+    assert held / optimizer.num_trainable == pytest.approx(expected, abs=0.01)
+
+
+def test_what_was_learned_outlasts_restore_and_later_changes():
+    for ending in ("restore", "detach"):
+        torch.manual_seed(0)
+        net = nn.Linear(20, 20)
+        optimizer = SaraAdamW(net, fraction=0.3, lr=1e-2)
+        for _ in range(3):
+            net(torch.randn(5, 20)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        before = optimizer.delta().entries["weight"].values.clone()
+        state = optimizer.state_dict()["sara"]["weights"][0]["values"].clone()
+        getattr(optimizer, ending)()
+        with torch.no_grad():
+            net.weight.fill_(3.0)
+        assert torch.equal(optimizer.delta().entries["weight"].values, before)
+        assert torch.equal(optimizer.state_dict()["sara"]["weights"][0]["values"], state)
+        assert before.abs().min() > 0
