@@ -14,6 +14,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from .plot import draw_benchmark
+
 ROOT = Path(__file__).resolve().parents[2]
 FLOOR = "floor-dense-backward"
 PARTS = ("step_seconds", "forward_seconds", "backward_seconds", "optimizer_seconds",
@@ -161,6 +163,8 @@ def write(rows, path, options):
     """Write benchmark.json and benchmark.md."""
     data = {"machine": machine(), "size": options.size, "steps": options.steps, "rows": rows}
     path.with_suffix(".json").write_text(json.dumps(data, indent=1) + "\n")
+    (path.parent / "images").mkdir(exist_ok=True)
+    draw_benchmark(rows).save(path.parent / "images" / f"{path.name}.png")
     text = [
         "# What training costs",
         "",
@@ -180,6 +184,10 @@ def write(rows, path, options):
         "- **peft-shira** and **peft-supertuning** (`select_top=False`, the smallest weights) train "
         "linear layers only; peft-shira at rank 8, which is fewer weights.",
         "- **peft-lora**: rank 8 on all linear and convolution layers.",
+        "",
+        f"![peak memory and time](images/{path.name}.png)",
+        "",
+        "What the figures are made of is in [cost.md](cost.md).",
         "",
         "## Claims",
         "",
