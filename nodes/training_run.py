@@ -96,20 +96,20 @@ class Session:
             ValueError: The model or the pictures are others, or the state is damaged.
         """
         state = self.folder.read_state()
-        wrong = differences(state["identity"], self._identity)
-        if wrong:
-            raise ValueError(
-                f"{self.folder.path.name} cannot be resumed with what is connected: "
-                f"{'; '.join(wrong)}. Connect the model and pictures it was started with"
-            )
         try:
+            wrong = differences(state["identity"], self._identity)
+            if wrong:
+                raise ValueError(
+                    f"{self.folder.path.name} cannot be resumed with what is connected: "
+                    f"{'; '.join(wrong)}. Connect the model and pictures it was started with"
+                )
             self.training.load_state(state["run"])
+            self.losses = state["losses"].tolist()
+            self.validation = [tuple(entry) for entry in state["validation"]]
         except (KeyError, IndexError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"the state of {self.folder.path.name} is damaged: {error!r}"
             ) from error
-        self.losses = state["losses"].tolist()
-        self.validation = [tuple(entry) for entry in state["validation"]]
         self.folder.read_losses(self.training.step)
         self._tell(f"resumed after step {self.training.step}")
 
@@ -123,14 +123,11 @@ class Session:
         )
         stage = optimizer.stage
         try:
-            if self.training.step == 0:
-                self._validate()
+            self._validate()
             for report in self.training:
                 self.losses.append(report.loss)
                 self.folder.add_loss(report)
-                is_last = report.step == self.training.config.steps
-                if is_last or report.step % self.settings["validate_every_steps"] == 0:
-                    self._validate()
+                self._validate()
                 self._show(report)
                 every = self.settings["save_every_steps"]
                 if report.stage != stage or (every and report.step % every == 0):
@@ -145,12 +142,15 @@ class Session:
             raise
 
     def _validate(self) -> None:
-        """Measure the loss on the pictures held out, if there are any."""
-        loss = self.training.validate()
+        """Measure the loss on the pictures held out, if it is time and was not done before a stop."""
+        step, every = self.training.step, self.settings["validate_every_steps"]
+        is_due = step % every == 0 or step == self.training.config.steps
+        is_done = bool(self.validation) and self.validation[-1][0] == step
+        loss = self.training.validate() if is_due and not is_done else None
         if loss is not None:
-            self.validation.append((self.training.step, loss))
-            self.folder.add_validation(self.training.step, loss)
-            self._tell(f"step {self.training.step}: validation loss {loss:.4f}")
+            self.validation.append((step, loss))
+            self.folder.add_validation(step, loss)
+            self._tell(f"step {step}: validation loss {loss:.4f}")
 
     def finish(self) -> Path:
         """Save the final delta and return its path."""

@@ -661,7 +661,7 @@ def test_masks_reach_the_loss_at_the_latents_size(sd15, sara):
         sara.examples.flatten_masks(masks[:2], 3)
 
 
-def test_a_run_with_everything_resumes_exactly(sd15, sara, tmp_path):
+def test_a_run_with_everything_resumes_exactly(sd15, sara, tmp_path, monkeypatch):
     """Held-out pictures, masks and regularisation pictures, stopped in the middle."""
     latents, captions = pairs(10)
     masks = [torch.rand(1, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(7)]
@@ -696,6 +696,22 @@ def test_a_run_with_everything_resumes_exactly(sd15, sara, tmp_path):
     for file in ("loss.csv", "validation.csv"):
         straight = (tmp_path / "straight" / "run_00001" / file).read_text()
         assert (path / file).read_text() == straight
+
+    validate, calls = sara.run.TrainingRun.validate, []
+
+    def stopped(training):
+        calls.append(training.step)
+        if training.step == 4:
+            raise KeyboardInterrupt
+        return validate(training)
+
+    monkeypatch.setattr(sara.run.TrainingRun, "validate", stopped)
+    with pytest.raises(KeyboardInterrupt):  # within a validation
+        run("within")
+    monkeypatch.setattr(sara.run.TrainingRun, "validate", validate)
+    _, losses_too = run("within", resume=sara.folder.RunFolder(tmp_path / "within" / "run_00001"))
+    assert calls == [0, 2, 4]
+    assert losses == losses_too
 
     with pytest.raises(KeyboardInterrupt):
         run("other", stop=3)
