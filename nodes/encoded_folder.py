@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-from collections import Counter
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
@@ -149,11 +148,6 @@ def _encode_caption(text: str, clip, facts: list | None, cache: EncodingCache) -
     except TypeError as error:  # a text encoder that adds more than tensors and plain values
         logger.info("SaRA Image Folder: captions are not cached, %s", error)
     return conditioning
-
-
-def count_sizes(variants: list[Variant]) -> Counter:
-    """Count the entries of each size, the most frequent first."""
-    return Counter(dict(Counter(v.size for v in variants).most_common()))
 
 
 def mask_of(encoding: dict, use_alpha: bool) -> Tensor:

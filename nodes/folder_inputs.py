@@ -28,7 +28,7 @@ def _size_inputs() -> list:
             default=5,
             min=1,
             max=64,
-            tooltip="Number of different sizes. Fewer fill batches better, more crop off less.",
+            tooltip="Number of different sizes of one area. Fewer fill batches better, more crop off less.",
         ),
         io.Int.Input(
             "divisible_by",

@@ -9,7 +9,7 @@ from ..sara_core.encoding_cache import EncodingCache
 from ..sara_core.picture_folder import describe_files
 from . import host
 from .contact_sheet import contact_sheet
-from .encoded_folder import count_sizes, encode_folder, mask_of
+from .encoded_folder import encode_folder, mask_of
 from .examples import PICTURE
 from .folder_inputs import folder_inputs, folder_options
 from .folder_plan import EncodedFolder, Variant
@@ -25,12 +25,12 @@ def report(
     """Tell what a folder holds, what was made of it and what was left out."""
     files = {v.file.name: v.file for v in folder.variants}
     sources = Counter(file.source or "none" for file in files.values())
-    sizes = count_sizes(epoch)
+    sizes = Counter(v.size for v in epoch)
     lines = [
         f"{name}: {len(files)} pictures, {len(epoch)} entries in an epoch",
         "captions: " + ", ".join(f"{count} from {source}" for source, count in sources.items()),
         "",
-        *(f"  {w}x{h}: {count} entries" for (w, h), count in sizes.items()),
+        *(f"  {w}x{h}: {count} entries" for (w, h), count in sizes.most_common()),
         "",
         "steps in an epoch: "
         + ", ".join(
