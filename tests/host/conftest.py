@@ -51,6 +51,8 @@ def server(dev, tmp_path_factory):
     save_file(assemble.clip_l(), base / "models" / "text_encoders" / "clip_l.safetensors")
     elsewhere = base / "elsewhere"
     elsewhere.mkdir()
-    (base / "extra.yaml").write_text(f"mine:\n  base_path: {elsewhere}\n  sara: deltas\n")
+    (base / "extra.yaml").write_text(
+        f"mine:\n  base_path: {elsewhere}\n  sara: deltas\n  datasets: sets\n"
+    )
     with dev.Server(base, ["--extra-model-paths-config", base / "extra.yaml"]) as running:
         yield running
