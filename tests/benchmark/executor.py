@@ -6,21 +6,14 @@ its own for each, and the peak of its resident memory since just before the trai
 """
 
 import argparse
-import importlib.util
 import re
 import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from ..faults import load_dev
+
 SHORT, LONG, BATCH = 4, 24, 8
-
-
-def load_dev():
-    spec = importlib.util.spec_from_file_location("sara_dev", ROOT / "dev.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def defaults(info, node):
