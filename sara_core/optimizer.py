@@ -178,8 +178,9 @@ class SaraAdamW(torch.optim.Optimizer):
         norms = []
         for i in order[: self.low_rank_matrices]:
             weight = eligible[i]
+            index = weight.index
             norm, gradient = nuclear_norm_gradient(
-                weight.trained, weight.index, weight.parameter.shape
+                weight.read(index), index, weight.parameter.shape
             )
             weight.leaf.grad.add_(gradient, alpha=self.low_rank_weight)
             norms.append(norm * self.low_rank_weight)
@@ -219,7 +220,8 @@ class SaraAdamW(torch.optim.Optimizer):
 
     def _update_batch(self, batch: list[SparseWeight]) -> None:
         group = self.param_groups[0]
-        values = [weight.trained for weight in batch]
+        positions = [weight.index for weight in batch]
+        values = [weight.read(index) for weight, index in zip(batch, positions, strict=True)]
         states = [self.state[weight.leaf] for weight in batch]
         if group["weight_decay"]:
             for weight, trained in zip(batch, values, strict=True):
@@ -239,8 +241,8 @@ class SaraAdamW(torch.optim.Optimizer):
             eps=group["eps"],
             maximize=False,
         )
-        for weight, trained in zip(batch, values, strict=True):
-            weight.write_(trained)
+        for weight, trained, index in zip(batch, values, positions, strict=True):
+            weight.write_(trained, index)
 
     @torch.no_grad()
     def reselect(self) -> None:

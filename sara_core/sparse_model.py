@@ -122,7 +122,7 @@ class SparseModel:
             {
                 "name": weight.name,
                 "shape": tuple(weight.parameter.shape),
-                "index": weight.stored_index,
+                "index": weight.index.cpu(),
                 "base": weight.base,
                 "values": weight.trained,
                 "frozen": frozen,
@@ -154,7 +154,7 @@ class SparseModel:
         self.restore_()
         if not all(self._holds(record) for record in records):
             for weight in (*self.active, *self.frozen):
-                weight.write_()
+                weight.write_(weight.trained, weight.index)
             raise ValueError(
                 "the saved state was trained on another base than this model holds: its smallest "
                 "weights differ, as if a delta or a merge had been part of one of them"
@@ -166,7 +166,7 @@ class SparseModel:
                 record[key].to(parameter.device, copy=True) for key in ("index", "base", "values")
             )
             weight = SparseWeight(record["name"], parameter, index, base, values)
-            weight.write_()
+            weight.write_(values, index)
             (self.frozen if record["frozen"] else self.active).append(weight)
         self.attach()
 

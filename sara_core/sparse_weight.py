@@ -22,8 +22,8 @@ class SparseWeight:
             `restore_`.
         index: Shape `(k,)`, sorted flat row-major positions.
         base: Shape `(k,)`, base values in the parameter's dtype; read from it if left out.
-        values: Shape `(k,)`, trained values, float32 (float64 for a float64 parameter), for `write_`
-            to put into the parameter; what it holds if left out.
+        values: Shape `(k,)`, trained values, float32 (float64 for a float64 parameter), not yet in the
+            parameter; what it holds if left out.
 
     Attributes:
         leaf: Shape `(k,)`; its `grad` is the gradient of the trained values. What it holds itself
@@ -54,26 +54,25 @@ class SparseWeight:
 
     @property
     def index(self) -> Tensor:
-        """Sorted flat positions, `(k,)`, int64; made anew each time."""
-        return torch.cumsum(self._gaps, 0, dtype=torch.int64).sub_(1)
-
-    @property
-    def stored_index(self) -> Tensor:
-        """The positions as they are saved: int32, or int64 for 2**31 weights or more, on the CPU."""
+        """Sorted flat positions, `(k,)`, int32 (int64 for 2**31 weights or more); made anew."""
         dtype = torch.int32 if self.parameter.numel() < INT32_LIMIT else torch.int64
-        return torch.cumsum(self._gaps.cpu(), 0, dtype=dtype).sub_(1)
+        return torch.cumsum(self._gaps, 0, dtype=dtype)
 
-    def gather(self, dense: Tensor) -> Tensor:
+    def gather(self, dense: Tensor, index: Tensor | None = None) -> Tensor:
         """Read the selected positions of a tensor of the parameter's shape. Returns `(k,)`."""
-        return torch.take(dense, self.index)
+        return dense.reshape(-1).index_select(0, self.index if index is None else index)
 
     @property
     def trained(self) -> Tensor:
         """Trained values, `(k,)`, `dtype`; a copy where the parameter holds them."""
+        return self.read(self.index)
+
+    def read(self, index: Tensor) -> Tensor:
+        """Return `trained`, given `index`."""
         if self._values is not None:
             return self._values
         self._refuse_other_parameter()
-        return self.gather(self.parameter.detach())
+        return self.gather(self.parameter.detach(), index)
 
     def capture_gradient(self, parameter: Tensor) -> None:
         """Move the parameter's dense gradient, at the selected positions, to `leaf.grad`.
@@ -98,25 +97,24 @@ class SparseWeight:
             self.leaf.grad.add_(gathered)
 
     @torch.no_grad()
-    def write_(self, values: Tensor | None = None) -> None:
-        """Put trained values into the parameter, rounded to its dtype; those it has by default."""
-        values = self.trained if values is None else values
-        self._put(values)
+    def write_(self, values: Tensor, index: Tensor) -> None:
+        """Put trained values into the parameter, rounded to its dtype, given `index`."""
+        self._put(values, index)
         self._values = None if self.parameter.dtype == self.dtype else values
 
     @torch.no_grad()
     def restore_(self) -> None:
         """Put the base values back into the parameter, bit for bit, and keep the trained ones."""
         self.keep()
-        self._put(self.base)
+        self._put(self.base, self.index)
 
     def keep(self) -> None:
         """Hold the trained values, whatever happens to the parameter from now on."""
         self._values = self.trained
 
-    def _put(self, values: Tensor) -> None:
+    def _put(self, values: Tensor, index: Tensor) -> None:
         self._refuse_other_parameter()
-        self.parameter.data.put_(self.index, values.detach().to(self.base.dtype))
+        self.parameter.data.put_(index.long(), values.detach().to(self.base.dtype))
 
     def _refuse_other_parameter(self) -> None:
         if self.parameter.dtype != self.base.dtype or self.parameter.device != self.base.device:
@@ -138,7 +136,7 @@ class SparseWeight:
 
 
 def _gaps(index: Tensor) -> Tensor:
-    gaps = torch.diff(index.long(), prepend=index.new_full((1,), -1, dtype=torch.int64))
+    gaps = torch.diff(index.long(), prepend=index.new_zeros(1, dtype=torch.int64))
     largest = int(gaps.max()) if len(gaps) else 0
     fitting = (dtype for dtype in GAP_DTYPES if largest <= torch.iinfo(dtype).max)
     return gaps.to(next(fitting, torch.int64))

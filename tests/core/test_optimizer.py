@@ -534,7 +534,7 @@ def test_positions_survive_being_kept_as_gaps(step):
     for index in (torch.arange(0, 5 * step, step), torch.tensor([5 * step + 6]), torch.tensor([0])):
         weight = SparseWeight("w", parameter, index.int())
         assert torch.equal(weight.index, index)
-        assert weight.stored_index.dtype == torch.int32
+        assert weight.index.dtype == torch.int32
         assert torch.equal(weight.base, parameter.detach().flatten()[index])
 
 
