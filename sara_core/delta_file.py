@@ -5,6 +5,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,18 +63,22 @@ def write_entries(
     entries = {name: entry for name, entry in entries.items() if len(entry.index)}
     if not entries:
         raise ValueError("the delta is empty: no weight was changed, so there is nothing to save")
-    table, blocks = [], []
-    for name, entry in entries.items():
-        width, packed = positions.encode(entry.index.cpu().numpy().astype(np.int64))
-        table.append([name, list(entry.shape), len(entry.index), width, len(packed)])
-        blocks.append(packed)
+    with ThreadPoolExecutor() as threads:
+        blocks = list(threads.map(_pack_positions, entries.values()))
+    table = [
+        [name, list(entry.shape), len(entry.index), width, len(packed)]
+        for (name, entry), (width, packed) in zip(entries.items(), blocks, strict=True)
+    ]
     values = torch.cat([entry.values.detach().to("cpu", dtype) for entry in entries.values()])
-    if not bool(torch.isfinite(values).all()):
+    if not _all_finite(values):
         raise ValueError(
             f"the delta holds values that are NaN, infinite or too large for {dtype}: the training "
             "has diverged, or float32 is needed"
         )
-    tensors = {"values": values, "positions": torch.from_numpy(np.concatenate(blocks))}
+    tensors = {
+        "values": values,
+        "positions": torch.from_numpy(np.concatenate([b for _, b in blocks])),
+    }
     text = {
         **metadata,
         "sara.format": FORMAT,
@@ -174,20 +179,34 @@ def _unpack(
     expected = metadata.get("modelspec.hash_sha256")
     if expected is not None and expected != _digest(tensors):
         raise ValueError("its contents do not fit its checksum, the file is damaged")
-    if not bool(torch.isfinite(values).all()):
+    if not _all_finite(values):
         raise ValueError("it holds values that are NaN or infinite")
-    entries, first_value, first_byte = {}, 0, 0
-    for name, shape, count, width, size in table:
-        block = packed[first_byte : first_byte + size].numpy()
-        numel = math.prod(shape)
-        try:
-            index = positions.decode(block, width, count, numel)
-        except ValueError as error:
-            raise ValueError(f"positions of {name!r}: {error}") from error
-        index = torch.from_numpy(index if numel >= INT32_LIMIT else index.astype(np.int32))
-        entries[name] = DeltaEntry(index, values[first_value : first_value + count], shape)
-        first_value, first_byte = first_value + count, first_byte + size
-    return entries
+    blocks = packed.split([row[4] for row in table])
+    parts = values.split([row[2] for row in table])
+    with ThreadPoolExecutor() as threads:
+        indices = list(threads.map(_unpack_positions, table, blocks))
+    return {
+        row[0]: DeltaEntry(index, part, row[1])
+        for row, index, part in zip(table, indices, parts, strict=True)
+    }
+
+
+def _pack_positions(entry: DeltaEntry) -> tuple[int, np.ndarray]:
+    return positions.encode(entry.index.cpu().numpy().astype(np.int64))
+
+
+def _unpack_positions(row, block: Tensor) -> Tensor:
+    name, shape, count, width, _ = row
+    numel = math.prod(shape)
+    try:
+        index = positions.decode(block.numpy(), width, count, numel)
+    except ValueError as error:
+        raise ValueError(f"positions of {name!r}: {error}") from error
+    return torch.from_numpy(index if numel >= INT32_LIMIT else index.astype(np.int32))
+
+
+def _all_finite(values: Tensor) -> bool:
+    return bool(torch.stack(values.aminmax()).isfinite().all())  # NaN comes through as both
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

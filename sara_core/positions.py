@@ -8,7 +8,6 @@ of 20 %, 9.1 at 0.5 %. The layout is specified in docs/delta-format.md.
 import numpy as np
 
 MAX_WIDTH = 40
-ONES_IN_BYTE = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1, np.uint8)
 
 
 def encode(index: np.ndarray) -> tuple[int, np.ndarray]:
@@ -48,16 +47,20 @@ def decode(packed: np.ndarray, width: int, count: int, limit: int) -> np.ndarray
     num_low = (count * width + 7) // 8
     if not 0 <= width <= MAX_WIDTH or num_low >= len(packed) or count << width >= 1 << 62:
         raise ValueError(f"{len(packed)} bytes cannot hold {count} positions of {width} low bits")
-    num_ones = int(ONES_IN_BYTE[packed[num_low:]].sum(dtype=np.int64))
+    unary = np.unpackbits(packed[num_low:], bitorder="little")
+    num_ones = np.count_nonzero(unary)
     if num_ones != count or not packed[-1]:
         raise ValueError(f"{num_ones} positions are packed where {count} were announced")
-    ends = np.flatnonzero(np.unpackbits(packed[num_low:], bitorder="little"))
-    high = np.diff(ends, prepend=-1) - 1
-    low = _unpack_low_bits(packed[:num_low], width, count)
-    last = (int(high.sum()) << width) + int(low.sum()) + count - 1
-    if last >= limit:
-        raise ValueError(f"a position is out of range: {last}, expected less than {limit}")
-    return np.cumsum((high << width) + low + 1) - 1
+    index = np.flatnonzero(unary)
+    number = np.arange(count)
+    index -= number  # the rests, summed up
+    index <<= width
+    index += number
+    if width:
+        index += np.cumsum(_unpack_low_bits(packed[:num_low], width, count), dtype=np.int64)
+    if index[-1] >= limit:
+        raise ValueError(f"a position is out of range: {index[-1]}, expected less than {limit}")
+    return index
 
 
 def _best_width(gaps: np.ndarray) -> int:
@@ -75,7 +78,8 @@ def _pack_low_bits(gaps: np.ndarray, width: int) -> np.ndarray:
 
 def _unpack_low_bits(packed: np.ndarray, width: int, count: int) -> np.ndarray:
     bits = np.unpackbits(packed, count=count * width, bitorder="little").reshape(count, width)
-    low = np.zeros(count, np.int64)
-    for bit in range(width):
-        low |= bits[:, bit].astype(np.int64) << bit
+    dtype = np.uint8 if width <= 8 else np.int64
+    low = bits[:, 0].astype(dtype)
+    for bit in range(1, width):
+        low |= bits[:, bit].astype(dtype, copy=False) << dtype(bit)
     return low
