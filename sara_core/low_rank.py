@@ -102,12 +102,13 @@ def _by_gram(x: Tensor) -> Tensor:
         torch.finfo(x.dtype).tiny
     )  # of the norm's square
     gram = gram / bound
-    product = None
+    product = factor = None
     for a, b, c in quintic_coefficients(SMALLEST_OF_ELONGATED, ITERATIONS_OF_ELONGATED):
+        if factor is not None:
+            gram = (factor @ gram) @ factor
         factor = torch.addmm(gram, gram, gram, beta=b, alpha=c)
         factor.diagonal().add_(a)
         product = factor if product is None else factor @ product
-        gram = (factor @ gram) @ factor
     return (product @ x) / bound.sqrt()
 
 

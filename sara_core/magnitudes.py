@@ -17,9 +17,14 @@ NON_FINITE_BIN = 0x7F80  # bins from here on hold infinity and NaN
 
 
 def magnitudes(weight: Tensor) -> Iterator[Tensor]:
-    """Yield `|weight|` as flat float32 chunks in row-major order, each of at most CHUNK weights."""
-    for chunk in weight.detach().reshape(-1).split(CHUNK):
-        yield chunk.float().abs()
+    """Yield `|weight|` as flat float32 chunks in row-major order, each of at most CHUNK weights.
+
+    A chunk is overwritten by the next; the taker may change it.
+    """
+    flat = weight.detach().reshape(-1)
+    buffer = torch.empty(min(CHUNK, len(flat)), dtype=torch.float32, device=flat.device)
+    for chunk in flat.split(CHUNK):
+        yield buffer[: len(chunk)].copy_(chunk).abs_()
 
 
 def magnitude_histogram(weight: Tensor) -> tuple[Tensor, int]:
@@ -32,12 +37,12 @@ def magnitude_histogram(weight: Tensor) -> tuple[Tensor, int]:
         Counts, shape `(NUM_BINS,)` int64 on the CPU, and the number of exact zeros.
     """
     counts = torch.zeros(NUM_BINS, dtype=torch.int64)
-    num_zeros = 0
     for chunk in magnitudes(weight):
-        found = torch.bincount(chunk.view(torch.int32) >> 16, minlength=NUM_BINS).cpu()
-        counts += found
-        num_zeros += chunk.numel() - int(torch.count_nonzero(chunk)) if found[0] else 0
-    return counts, num_zeros
+        bins = chunk.view(torch.int32).bitwise_right_shift_(16)
+        counts += torch.bincount(bins, minlength=NUM_BINS).cpu()
+    if not counts[0]:
+        return counts, 0
+    return counts, weight.numel() - int(torch.count_nonzero(weight))
 
 
 def bin_of(magnitude: float) -> int:
@@ -70,8 +75,8 @@ def kth_magnitude(parameters: Mapping[str, Tensor], histogram: Tensor, k: int) -
     low_counts = torch.zeros(1 << 16, dtype=torch.int64)
     for weight in parameters.values():
         for chunk in magnitudes(weight):
-            bits = chunk.view(torch.int32)
-            low = bits[(bits >> 16) == high] & 0xFFFF
+            bits = chunk.view(torch.int32).bitwise_xor_(high << 16)
+            low = bits[bits <= 0xFFFF]
             low_counts += torch.bincount(low, minlength=1 << 16).cpu()
     low = int(torch.searchsorted(low_counts.cumsum(0), rank, right=True))
     return torch.tensor((high << 16) | low, dtype=torch.int32).view(torch.float32).item()
