@@ -32,8 +32,15 @@ STD = 0.02  # of the random weights
 ON_THE_WAY = contextlib.ExitStack()  # what stays on for the whole process
 
 
-def make_unet(size):
-    """SD1.5's UNet as ComfyUI builds it, with random weights."""
+def make_unet(size, dtype=torch.float32):
+    """SD1.5's UNet as ComfyUI builds it, with random weights.
+
+    In half precision it computes in float32, as ComfyUI does where the processor is slow in halves:
+    each layer casts its weight when it is used.
+    """
+    operations = comfy.ops.disable_weight_init
+    if dtype != torch.float32:
+        operations = comfy.ops.manual_cast
     channels, multipliers = SIZES[size]
     net = UNetModel(
         image_size=32, in_channels=4, out_channels=4, model_channels=channels,
@@ -42,7 +49,7 @@ def make_unet(size):
         transformer_depth_output=[1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0],
         transformer_depth_middle=1, context_dim=768, num_heads=8, num_head_channels=-1,
         use_spatial_transformer=True, use_linear_in_transformer=False, legacy=False,
-        dtype=torch.float32, device="cpu", operations=comfy.ops.disable_weight_init,
+        dtype=dtype, device="cpu", operations=operations,
     )  # fmt: skip
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -206,7 +213,7 @@ def timed_step(net, optimizer, batch):
 def main():
     method, size, options = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
     torch.manual_seed(0)
-    net = make_unet(size)
+    net = make_unet(size, getattr(torch, options.get("dtype", "float32")))
     total = sum(p.numel() for p in net.parameters())
     count = options.get("batch_size", 1)
     batch = (torch.randn(count, 4, 32, 32), torch.full((count,), 500.0),

@@ -1,0 +1,137 @@
+# ruff: noqa: E402, I001
+"""What surrounds a training step: the plain update, analysing, saving, loading, applying.
+
+Run by `tests/benchmark/run.py` in a process of its own; prints one JSON object, times in seconds.
+"""
+
+import gc
+import json
+import os
+import re
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from .method import ROOT, make_unet  # sets ComfyUI up, so it comes first
+from ..conftest import pack  # noqa: F401  (makes sara_pack importable)
+
+import comfy.model_management
+import comfy.model_patcher
+import torch
+from comfy.weight_adapter import LoRAAdapter
+from sara_pack.nodes import host
+from sara_pack.sara_core import SaraAdamW, SparseDelta
+from sara_pack.sara_core.analysis import analyze
+from sara_pack.sara_core.low_rank import nuclear_norm_gradient
+from sara_pack.sara_core.parameters import choose_parameters
+
+REPEATS = 3
+LARGE = (10240, 1280)
+
+
+def timed(function):
+    started = time.perf_counter()
+    function()
+    return time.perf_counter() - started
+
+
+def median(function):
+    return statistics.median(timed(function) for _ in range(REPEATS))
+
+
+def memory(field):
+    return 1024 * int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+def growth(function):
+    """Return seconds, and how far the peak rises above what was held before."""
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")
+    before = memory("VmRSS")
+    seconds = timed(function)
+    return seconds, memory("VmHWM") - before
+
+
+def plain_update(sizes):
+    """Time torch's AdamW over so many ordinary numbers, first step apart."""
+    leaves = [torch.nn.Parameter(torch.randn(size)) for size in sizes]
+    optimizer = torch.optim.AdamW(leaves, lr=1e-4)
+    for leaf in leaves:
+        leaf.grad = torch.randn_like(leaf)
+    optimizer.step()
+    return median(optimizer.step)
+
+
+def large_low_rank():
+    weight = torch.randn(LARGE)
+    index = torch.nonzero(weight.flatten().abs() < 0.1257)[:, 0]
+    values = weight.flatten()[index]
+    return median(lambda: nuclear_norm_gradient(values, index, LARGE))
+
+
+def files(delta, folder):
+    path, raw = folder / "delta.safetensors", folder / "raw"
+    found = {"save_seconds": median(lambda: delta.save(path)), "file_bytes": path.stat().st_size,
+             "load_seconds": median(lambda: SparseDelta.load(path))}  # fmt: skip
+    data = path.read_bytes()
+
+    def write():
+        with open(raw, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+
+    return {**found, "write_seconds": median(write), "read_seconds": median(raw.read_bytes)}
+
+
+def patched(patcher):
+    comfy.model_management.load_models_gpu([patcher], force_full_load=True)
+
+
+def applying(net, delta):
+    """Patch a model with a delta and with a LoRA of rank 8 on the same layers."""
+    model = torch.nn.Module()
+    model.diffusion_model = net
+    model.model_config = type("SD15", (), {})()
+    cpu = torch.device("cpu")
+    base = comfy.model_patcher.ModelPatcher(model, cpu, cpu)
+    lora = base.clone()
+    patches = {}
+    for name, entry in delta.entries.items():
+        rows, columns = entry.shape[0], torch.Size(entry.shape[1:]).numel()
+        up, down = torch.randn(rows, 8) * 1e-3, torch.randn(8, columns) * 1e-3
+        patches[f"diffusion_model.{name}"] = LoRAAdapter(set(), (up, down, 8.0, None, None, None))
+    lora.add_patches(patches)
+    delta_seconds, delta_growth = growth(lambda: patched(host.apply_delta(base, delta, 1.0)))
+    base.unpatch_model()
+    lora_seconds, lora_growth = growth(lambda: patched(lora))
+    return {"apply_seconds": delta_seconds, "apply_bytes": delta_growth,
+            "apply_lora_seconds": lora_seconds, "apply_lora_bytes": lora_growth}  # fmt: skip
+
+
+def main():
+    net = make_unet(sys.argv[1])
+    parameters = choose_parameters(net)
+    analyze(dict(list(parameters.items())[:3]), fraction=0.1)  # loads what is loaded once
+    analyze_seconds, analyze_bytes = growth(lambda: analyze(parameters, fraction=0.1))
+    optimizer = SaraAdamW(net, fraction=0.1)
+    sizes = [len(leaf) for leaf in optimizer.parameters()]
+    generator = torch.Generator().manual_seed(0)
+    delta = optimizer.delta()
+    optimizer.restore()
+    for entry in delta.entries.values():
+        entry.values.normal_(0, 1e-4, generator=generator)
+    found = {"trained": sum(sizes), "parameters": sum(p.numel() for p in net.parameters()),
+             "largest_layer_bytes": 4 * max(p.numel() for p in net.parameters()),
+             "plain_update_seconds": plain_update(sizes), "analyze_seconds": analyze_seconds,
+             "analyze_bytes": analyze_bytes, "large_low_rank_seconds": large_low_rank()}  # fmt: skip
+    with tempfile.TemporaryDirectory(dir=ROOT) as folder:
+        found |= files(delta, Path(folder))
+    found |= applying(net, delta)
+    print(json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    main()
