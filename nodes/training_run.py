@@ -65,7 +65,8 @@ def run(
             session = Session(patcher, examples, folder, training, node_id)
             if resume:
                 session.resume()
-            with checkpointed(model, settings["gradient_checkpointing"]):
+            training.look_for_in_place_changes()
+            with checkpointed(model, settings["gradient_checkpointing"], training.in_place):
                 session.train()
             return session.finish(), session.loss_map()
         finally:

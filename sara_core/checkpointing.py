@@ -4,8 +4,11 @@ import contextlib
 import functools
 from collections.abc import Iterator
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from .tracking import map_tensors
 
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
@@ -20,7 +23,7 @@ def blocks_of(module: nn.Module) -> Iterator[nn.Module]:
 
 
 @contextlib.contextmanager
-def checkpointed(module: nn.Module, enabled: bool = True) -> Iterator[None]:
+def checkpointed(module: nn.Module, enabled: bool = True, in_place: bool = False) -> Iterator[None]:
     """Recompute each block's activations in backward instead of keeping them.
 
     Results are the same; a forward pass more per step buys the memory of all inner activations.
@@ -29,15 +32,41 @@ def checkpointed(module: nn.Module, enabled: bool = True) -> Iterator[None]:
     Args:
         module: Model whose blocks are checkpointed.
         enabled: False does nothing.
+        in_place: The blocks change tensors that backward needs, as `in_place.changes_saved_tensors`
+            tells; the whole step is then to run under `allow_mutation_on_saved_tensors`.
     """
     changed = []
     try:
         for block in blocks_of(module) if enabled else ():
             changed.append((block, block.__dict__.get("forward")))
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+            block.forward = (
+                functools.partial(_checkpoint_copies, block, block.forward)
+                if in_place
+                else functools.partial(checkpoint, block.forward, use_reentrant=False)
+            )
         yield
     finally:
         for block, replaced in changed:
             del block.forward
             if replaced is not None:  # someone else's patch
                 block.forward = replaced
+
+
+def _checkpoint_copies(block, forward, *args, **kwargs):
+    """Checkpoint a block that may change its inputs: it gets copies, in both of its passes.
+
+    The reentrant kind of checkpoint, as only that builds an ordinary graph when it recomputes. It
+    wants tensors as positional arguments, and one among them that requires a gradient.
+    """
+    tensors: list[Tensor] = []
+    map_tensors((args, kwargs), lambda tensor: tensors.append(tensor) or tensor)
+    if not any(tensor.requires_grad for tensor in (*block.parameters(), *tensors)):
+        return forward(*args, **kwargs)
+
+    def run(_, *given):
+        copies = iter([tensor.clone() for tensor in given])
+        new_args, new_kwargs = map_tensors((args, kwargs), lambda _: next(copies))
+        return forward(*new_args, **new_kwargs)
+
+    anchor = torch.empty(0, requires_grad=True)
+    return checkpoint(run, anchor, *tensors, use_reentrant=True)

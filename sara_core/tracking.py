@@ -1,5 +1,8 @@
 """Turn tensors made in inference mode into ordinary ones that autograd can save."""
 
+import dataclasses
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 
@@ -35,10 +38,19 @@ def make_trackable(module: nn.Module) -> None:
 
 def trackable_copy(value):
     """Copy the tensors in nested lists, tuples and dicts; other values are kept."""
+    return map_tensors(value, Tensor.clone)
+
+
+def map_tensors(value, change: Callable[[Tensor], Tensor]):
+    """Change the tensors in nested lists, tuples, dicts and dataclasses; other values are kept."""
     if isinstance(value, Tensor):
-        return value.clone()
+        return change(value)
     if isinstance(value, dict):
-        return {key: trackable_copy(item) for key, item in value.items()}
+        return {key: map_tensors(item, change) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(trackable_copy(item) for item in value)
+        return type(value)(map_tensors(item, change) for item in value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = [field.name for field in dataclasses.fields(value) if field.init]
+        changed = {name: map_tensors(getattr(value, name), change) for name in fields}
+        return dataclasses.replace(value, **changed)
     return value

@@ -1,13 +1,16 @@
 """The training loop: draw pictures and noise, ask the model, update."""
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import allow_mutation_on_saved_tensors
 
 from .batches import BatchOrder, by_key
 from .config import TrainConfig
+from .in_place import changes_saved_tensors
 from .learning_rate import factor
 from .optimizer import SaraAdamW
 from .out_of_memory import is_out_of_memory
@@ -37,6 +40,9 @@ class TrainingRun:
             a bad step.
         free_memory: Called before a step is tried again after memory has run out.
 
+    Attributes:
+        in_place: The model changes tensors backward needs; see `look_for_in_place_changes`.
+
     Raises:
         FloatingPointError: While iterating: MAX_BAD_STEPS steps in a row were not finite.
     """
@@ -51,6 +57,7 @@ class TrainingRun:
     ):
         self.optimizer, self.task, self.config, self.scaler = optimizer, task, config, scaler
         self.step = 0
+        self.in_place = False
         self._free_memory = free_memory
         self._generator = torch.Generator().manual_seed(config.seed)
         keys, size = task.keys, config.batch_size
@@ -108,6 +115,14 @@ class TrainingRun:
         self._generator.set_state(state["generator"])
         self._set_remaining(state["remaining"])
         self._mark()
+
+    def look_for_in_place_changes(self) -> None:
+        """Set `in_place`, by one forward pass: whether the model changes tensors backward needs.
+
+        Steps are then made so that this does no harm. Call it before blocks are checkpointed.
+        """
+        draw = self._draw([self.task.training[0]], torch.Generator(), 0.0)
+        self.in_place = changes_saved_tensors(lambda: self._loss(*draw))
 
     def validate(self) -> float | None:
         """Return the loss on the pictures held out, at the same noise every time; None without any.
@@ -204,10 +219,11 @@ class TrainingRun:
         count, total = len(pictures), 0.0
         size = -(-count // self._num_parts)
         for start in range(0, count, size):
-            loss = self._loss(*(part[start : start + size] for part in draw))
-            share = min(size, count - start) / count
-            scaled = loss * (share * weight)
-            (scaled if self.scaler is None else self.scaler.scale(scaled)).backward()
+            with allow_mutation_on_saved_tensors() if self.in_place else contextlib.nullcontext():
+                loss = self._loss(*(part[start : start + size] for part in draw))
+                share = min(size, count - start) / count
+                scaled = loss * (share * weight)
+                (scaled if self.scaler is None else self.scaler.scale(scaled)).backward()
             total = total + loss.detach() * share
         return total
 

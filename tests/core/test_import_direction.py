@@ -19,7 +19,7 @@ LAYERS = [
         "batches",
         "low_rank",
         "parameters",
-        "checkpointing",
+        "in_place",
         "tracking",
         "out_of_memory",
         "buckets",
@@ -27,6 +27,7 @@ LAYERS = [
     },
     {
         "picture_folder",
+        "checkpointing",
         "training_task",
         "selection",
         "config",
