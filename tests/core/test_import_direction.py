@@ -36,7 +36,7 @@ LAYERS = [
         "fingerprint",
     },
     {"analysis", "delta", "sparse_weight", "encoding_cache"},
-    {"sparse_model"},
+    {"sparse_model", "export", "authors_format", "block_strengths"},
     {"optimizer"},
     {"trainer"},
     {"run_folder"},
