@@ -5,6 +5,12 @@ from comfy_api.latest import ComfyExtension
 from . import host
 from .analyze import SaraAnalyze
 from .delta_nodes import SaraApply, SaraLoadDelta, SaraMergeDeltas, SaraSaveDelta
+from .delta_tools import (
+    SaraBlockStrengths,
+    SaraCreateHook,
+    SaraExportDelta,
+    SaraImportCheckpoint,
+)
 from .image_folder import SaraImageFolder
 from .train import SaraTrain
 
@@ -16,6 +22,10 @@ NODES = [
     SaraSaveDelta,
     SaraMergeDeltas,
     SaraApply,
+    SaraBlockStrengths,
+    SaraCreateHook,
+    SaraExportDelta,
+    SaraImportCheckpoint,
 ]
 
 

@@ -78,8 +78,10 @@ class SaraAnalyze(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, threshold, fraction, count, include, exclude, zeros) -> io.NodeOutput:
-        weights = filter_parameters(host.base_weights(model), include, exclude)
-        analysis = analyze(weights, **selection_rule(threshold, fraction, count), zeros=zeros)
+        weights = host.trainable_weights(model)
+        weights = weights.only(filter_parameters(weights.stored, include, exclude))
+        rule = selection_rule(threshold, fraction, count)
+        analysis = analyze(weights, **rule, zeros=host.zero_rule(model, zeros))
         value = analysis.cutoff.threshold
         zeroed = host.zero_small_weights(model, list(weights), value)
         text, picture = report(analysis), plots.histogram(analysis)

@@ -4,20 +4,25 @@ The only file that touches ComfyUI's internals. Written against 0.3.75.
 """
 
 import contextlib
+import functools
 import gc
 import logging
 import os
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import comfy.conds
+import comfy.hooks
 import comfy.model_management
 import comfy.model_sampling as sampling
 import comfy.sampler_helpers
 import comfy.samplers
+import comfy.supported_models
 import comfy.utils
 import folder_paths
 import torch
+from comfy.quant_ops import QuantizedTensor
 from comfy.weight_adapter import WeightAdapterBase
 from comfyui_version import __version__
 from server import PromptServer
@@ -33,6 +38,7 @@ logger = logging.getLogger("comfyui-sara")
 FOLDER = "sara"
 DATASETS = "datasets"
 PREFIX = "diffusion_model."
+CASTS = "comfy_cast_weights"  # layers that turn their weight into another dtype when it is used
 
 
 def register_folders() -> None:
@@ -61,6 +67,44 @@ def delta_path(name: str) -> str:
             "press R to refresh the list"
         )
     return folder_paths.get_full_path_or_raise(FOLDER, name)
+
+
+def foreign_checkpoint_names() -> list[str]:
+    """List the .pt files in the folders of deltas."""
+    found = set()
+    for root in folder_paths.get_folder_paths(FOLDER):
+        found |= {path.relative_to(root).as_posix() for path in Path(root).rglob("*.pt")}
+    return sorted(found)
+
+
+def foreign_checkpoint_path(name: str) -> str:
+    """Return the path of a file that `foreign_checkpoint_names` lists.
+
+    Raises:
+        ValueError: Another name.
+    """
+    if name not in foreign_checkpoint_names():
+        raise ValueError(
+            f"there is no {name!r} in {', '.join(folder_paths.get_folder_paths(FOLDER))}; put the "
+            "file there and press R to refresh the list"
+        )
+    return folder_paths.get_full_path_or_raise(FOLDER, name)
+
+
+def diffusers_names(patcher) -> dict[str, str]:
+    """Map the names diffusers gives the parameters of an SD1.x or SD2.x model to ComfyUI's.
+
+    Raises:
+        ValueError: Another kind of model.
+    """
+    config = patcher.model.model_config
+    if not isinstance(config, (comfy.supported_models.SD15, comfy.supported_models.SD20)):
+        raise ValueError(
+            f"this is a model of the kind {architecture(patcher)}; expected SD1.x or SD2.x"
+        )
+    own = {name for name, _ in patcher.model.diffusion_model.named_parameters()}
+    names = comfy.utils.unet_to_diffusers(config.unet_config)
+    return {theirs: ours for theirs, ours in names.items() if ours in own}
 
 
 def output_root() -> str:
@@ -161,11 +205,78 @@ def encode_text(clip, text: str) -> list:
     return clip.encode_from_tokens_scheduled(clip.tokenize(text))
 
 
-def base_weights(patcher) -> dict[str, Tensor]:
-    """Return the unpatched weights of a MODEL's diffusion model by parameter name."""
+class BaseWeights(Mapping):
+    """Weights by parameter name; quantised ones are turned into numbers when they are asked for.
+
+    Attributes:
+        stored: The weights as the model holds them.
+    """
+
+    def __init__(self, stored: dict[str, Tensor], convert: dict[str, Callable]):
+        self.stored = stored
+        self._convert = convert
+
+    def __getitem__(self, name: str) -> Tensor:
+        weight = self.stored[name]
+        if not _is_quantised(weight):
+            return weight
+        with torch.no_grad():
+            return self._convert[name](weight, inplace=False)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.stored)
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+    def only(self, names: Iterable[str]) -> "BaseWeights":
+        """Return those of the names."""
+        return BaseWeights({name: self.stored[name] for name in names}, self._convert)
+
+
+def base_weights(patcher) -> BaseWeights:
+    """Return the unpatched weights of a MODEL's diffusion model."""
     names = {PREFIX + name for name, _ in patcher.model.diffusion_model.named_parameters()}
-    patches = patcher.get_key_patches(PREFIX)
-    return {key.removeprefix(PREFIX): patches[key][0][0] for key in patches if key in names}
+    found = {
+        key.removeprefix(PREFIX): patches[0]
+        for key, patches in patcher.get_key_patches(PREFIX).items()
+        if key in names
+    }
+    return BaseWeights({n: p[0] for n, p in found.items()}, {n: p[1] for n, p in found.items()})
+
+
+def trainable_weights(patcher) -> BaseWeights:
+    """Return those of `base_weights` that may train: those ComfyUI is able to patch."""
+    names = _patchable_names(patcher.model.diffusion_model)
+    weights = base_weights(patcher)
+    return weights.only(name for name in weights if name in names)
+
+
+def zero_rule(patcher, zeros: str) -> str:
+    """Return how exact zeros are to be treated: in an 8-bit model they are rounded small weights."""
+    weights = base_weights(patcher).stored.values()
+    rounded = sum(weight.numel() for weight in weights if _is_quantised(weight))
+    mostly = rounded > sum(weight.numel() for weight in weights) / 2
+    return "train" if zeros == "auto" and mostly else zeros
+
+
+def _is_quantised(weight: Tensor) -> bool:
+    is_float8 = weight.is_floating_point() and weight.element_size() == 1
+    return is_float8 or isinstance(weight, QuantizedTensor)
+
+
+def _patchable_names(model: torch.nn.Module) -> set[str]:
+    """Name the parameters ComfyUI patches: not those beside which a module has further modules.
+
+    It passes over such as Wan's `blocks.0.modulation`, without a word, so what they learned would be
+    gone once loaded.
+    """
+    names = set()
+    for path, module in model.named_modules():
+        own = {name for name, _ in module.named_parameters(recurse=False)}
+        if own == {name for name, _ in module.named_parameters()}:
+            names |= {f"{path}.{name}" if path else name for name in own}
+    return names
 
 
 def architecture(patcher) -> str:
@@ -194,6 +305,46 @@ class SparseAdapter(WeightAdapterBase):
         return weight.put_(index, (old.float() + change).to(weight.dtype))
 
 
+class SparseAddition:
+    """Adds a delta's entry to an 8-bit weight whenever it is used, after it was turned into numbers.
+
+    Patched in, small changes would be lost: float8's steps near zero are as large as they are.
+
+    Args:
+        index: Flat positions, `(k,)`.
+        values: What is added, `(k,)`.
+        module: The layer; where it has a `scale_weight`, the weight comes divided by it.
+    """
+
+    def __init__(self, index: Tensor, values: Tensor, module: torch.nn.Module):
+        self.index, self.values = index, values.float()
+        self._module = weakref.ref(module)
+
+    def move_to(self, device) -> int:
+        """Move to where the weight is; returns the bytes it takes there."""
+        self.index, self.values = self.index.to(device), self.values.to(device)
+        return self.index.nbytes + self.values.nbytes
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        """Return the changed weight; the one given may be the layer's own and is left alone."""
+        self.move_to(weight.device)
+        scale = getattr(self._module(), "scale_weight", None)
+        values = self.values if scale is None else self.values / scale.to(self.values)
+        if weight.element_size() == 1:  # the fast matrix product takes nothing else
+            _warn_of_rounding()
+            flat = weight.reshape(-1).float().index_add(0, self.index, values)
+            return flat.to(weight.dtype).view_as(weight)
+        return weight.reshape(-1).index_add(0, self.index, values.to(weight.dtype)).view_as(weight)
+
+
+@functools.cache
+def _warn_of_rounding() -> None:
+    logger.warning(
+        "Apply SaRA: with fast float8 matrix products the delta is rounded to float8 and loses much "
+        "of its effect; start ComfyUI without --fast fp8_matrix_mult"
+    )
+
+
 class ZeroSmallWeights(WeightAdapterBase):
     """Zeroes the weights below a threshold, to show that they hardly matter."""
 
@@ -219,25 +370,73 @@ def apply_delta(patcher, delta: SparseDelta, strength: float):
     """
     patched = patcher.clone()
     weights = base_weights(patcher)
-    wrong = delta.mismatches({name: tuple(w.shape) for name, w in weights.items()})
+    _refuse_other_shapes(patcher, delta, weights)
+    if not delta.fits_base(weights):
+        logger.warning(
+            "Apply SaRA: this delta was trained on another base than the loaded checkpoint. Shapes "
+            "fit, so it is applied, but the result may differ from what was trained"
+        )
+    lost = delta.entries.keys() - _patchable_names(patcher.model.diffusion_model)
+    if lost:
+        logger.warning(
+            "Apply SaRA: ComfyUI cannot patch %d of this delta's %d layers, such as %s; what they "
+            "learned has no effect",
+            len(lost),
+            len(delta.entries),
+            min(lost),
+        )
+    adapters = {}
+    for name, entry in delta.entries.items() if strength else ():
+        owner, _, kind = name.rpartition(".")
+        module = patcher.model.diffusion_model.get_submodule(owner)
+        if _is_quantised(weights.stored[name]) and kind == "weight" and hasattr(module, CASTS):
+            addition = SparseAddition(entry.index, entry.values * strength, module)
+            patched.add_weight_wrapper(PREFIX + name, addition)
+        else:
+            adapters[PREFIX + name] = SparseAdapter(set(), [entry.index, entry.values])
+    patched.add_patches(adapters, strength)
+    return patched
+
+
+def _refuse_other_shapes(patcher, delta: SparseDelta, weights: BaseWeights) -> None:
+    wrong = delta.mismatches({name: tuple(w.shape) for name, w in weights.stored.items()})
     if wrong:
         more = f"; and {len(wrong) - 10} more" if len(wrong) > 10 else ""
         raise ValueError(
             f"this delta does not fit the {architecture(patcher)} model it is applied to: "
             f"{'; '.join(wrong[:10])}{more}. Load the checkpoint it was trained on"
         )
-    if not delta.fits_base(weights):
-        logger.warning(
-            "Apply SaRA: this delta was trained on another base than the loaded checkpoint. Shapes "
-            "fit, so it is applied, but the result may differ from what was trained"
-        )
-    if strength:
-        adapters = {
-            PREFIX + name: SparseAdapter(set(), [entry.index, entry.values])
-            for name, entry in delta.entries.items()
-        }
-        patched.add_patches(adapters, strength)
-    return patched
+
+
+class DeltaHook(comfy.hooks.WeightHook):
+    """A delta that ComfyUI applies where and when its conditioning is used."""
+
+    delta: SparseDelta | None = None
+
+    def add_hook_patches(self, model, model_options, target_dict, registered):
+        """Register the patches; refuses a model the delta does not fit."""
+        if target_dict.get("target") == comfy.hooks.EnumWeightTarget.Model:
+            _refuse_other_shapes(model, self.delta, base_weights(model))
+        return super().add_hook_patches(model, model_options, target_dict, registered)
+
+    def clone(self):
+        """Copy it, as ComfyUI does before it changes a hook's strength."""
+        copy = super().clone()
+        copy.delta = self.delta
+        return copy
+
+
+def create_hook(delta: SparseDelta, strength: float, previous):
+    """Return a group of hooks: the previous ones, if any, and one for the delta."""
+    hook = DeltaHook(strength_model=strength, strength_clip=0.0)
+    hook.delta, hook.need_weight_init, hook.weights_clip = delta, False, {}
+    hook.weights = {
+        PREFIX + name: SparseAdapter(set(), [entry.index, entry.values])
+        for name, entry in delta.entries.items()
+    }
+    group = comfy.hooks.HookGroup() if previous is None else previous.clone()
+    group.add(hook)
+    return group
 
 
 def zero_small_weights(patcher, names: list[str], threshold: float):
@@ -318,11 +517,14 @@ def trainable(patcher, dtype: torch.dtype | None) -> Iterator["ModelCalls"]:
         )
     model = patcher.model.diffusion_model
     had_flag = getattr(comfy.model_management, "in_training", None)
-    with torch.inference_mode(False), torch.enable_grad():
+    compute_dtype = patcher.model.manual_cast_dtype or torch.float32
+    with torch.inference_mode(False), torch.enable_grad(), _dequantised(model, compute_dtype):
         make_trackable(model)
         flags = {name: p.requires_grad for name, p in model.named_parameters()}
         try:
-            model.requires_grad_(True)
+            patchable = _patchable_names(model)
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(name in patchable)
             patcher.pre_run()
             if had_flag is not None:  # since 0.33; some models branch on it
                 comfy.model_management.in_training = True
@@ -334,6 +536,36 @@ def trainable(patcher, dtype: torch.dtype | None) -> Iterator["ModelCalls"]:
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(flags[name])
                 parameter.grad = None
+
+
+@contextlib.contextmanager
+def _dequantised(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Have numbers in place of 8-bit weights for a while; the very same weights are put back."""
+    replaced = []
+
+    def replace(module, name, value):
+        holder = module._parameters if name in module._parameters else vars(module)
+        replaced.append((holder, name, holder[name]))
+        holder[name] = value
+
+    try:
+        for module in model.modules():
+            for name, weight in list(module._parameters.items()):
+                if weight is None or not _is_quantised(weight):
+                    continue
+                convert = getattr(module, f"convert_{name}", lambda w, **_: w)
+                with torch.no_grad():
+                    number = convert(weight, inplace=False).to(dtype)
+                replace(module, name, torch.nn.Parameter(number, requires_grad=False))
+                if name == "weight" and getattr(module, "scale_weight", None) is not None:
+                    ones = torch.ones_like(module.scale_weight)
+                    replace(module, "scale_weight", torch.nn.Parameter(ones, requires_grad=False))
+                if "_full_precision_mm" in vars(module):
+                    replace(module, "_full_precision_mm", True)
+        yield
+    finally:
+        for holder, name, value in replaced:
+            holder[name] = value
 
 
 def _ordinary_clone(patcher):

@@ -52,6 +52,7 @@ def run(
     """
     settings = folder.settings
     dtype = COMPUTE_DTYPES[settings["training_dtype"]]
+    zeros = host.zero_rule(patcher, settings["zeros"])
     with contextlib.closing(folder), host.trainable(patcher, dtype) as calls:
         config = _config(settings, has_empty=examples.empty is not None)
         pictures = TrainingSet(calls, examples, settings["validation_split"], settings["seed"])
@@ -59,7 +60,7 @@ def run(
         scaler = None
         if host.needs_loss_scaling(patcher, dtype):
             scaler = torch.amp.GradScaler(calls.device.type)
-        optimizer = _optimizer(model, settings)
+        optimizer = _optimizer(model, settings | {"zeros": zeros})
         try:
             training = TrainingRun(optimizer, pictures, config, scaler, host.free_memory)
             session = Session(patcher, examples, folder, training, node_id)

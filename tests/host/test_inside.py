@@ -339,7 +339,7 @@ def test_any_ending_is_saved_explained_and_resumed_exactly(sd15, sara, ending, t
 
     def fail(*_):
         count[0] += 1
-        if count[0] > 4:
+        if count[0] > 5:  # the first pass only looks for changes in place
             raise error
 
     folder = sara.folder.RunFolder.create(tmp_path, "run", options)

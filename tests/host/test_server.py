@@ -27,6 +27,10 @@ INPUTS = {  # public: saved workflows depend on every name
     "SaraSaveDelta": "delta filename_prefix dtype",
     "SaraMergeDeltas": "delta_1 delta_2 strength_1 strength_2",
     "SaraApply": "model delta strength",
+    "SaraBlockStrengths": "delta strengths others",
+    "SaraCreateHook": "delta strength prev_hooks",
+    "SaraExportDelta": "delta format rank dtype filename_prefix",
+    "SaraImportCheckpoint": "model file",
 }
 OUTPUTS = {
     "SaraImageFolder": ["LATENT", "CONDITIONING", "MASK", "CONDITIONING", "IMAGE", "STRING"],
@@ -36,6 +40,10 @@ OUTPUTS = {
     "SaraSaveDelta": [],
     "SaraMergeDeltas": ["SARA_DELTA"],
     "SaraApply": ["MODEL"],
+    "SaraBlockStrengths": ["SARA_DELTA", "STRING"],
+    "SaraCreateHook": ["HOOKS"],
+    "SaraExportDelta": ["STRING", "FLOAT"],
+    "SaraImportCheckpoint": ["SARA_DELTA"],
 }
 
 

@@ -1,0 +1,176 @@
+"""Deltas over blocks and time, and to and from the formats of others."""
+
+import os
+from pathlib import Path
+
+from comfy_api.latest import io, ui
+from safetensors.torch import save_file
+
+from ..sara_core.atomic import replace_atomically
+from ..sara_core.authors_format import diffusers_order, read_authors_checkpoint
+from ..sara_core.block_strengths import blocks_in, parse_strengths, scale_blocks
+from ..sara_core.export import as_differences, as_lora
+from . import host
+from .inputs import SAVE_DTYPES, strength_input
+from .sockets import SaraDelta
+
+CATEGORY = "SaRA"
+DIFFERENCES, LORA = "differences (exact)", "LoRA (approximate)"
+
+
+class SaraBlockStrengths(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="SaraBlockStrengths",
+            display_name="SaRA Block Strengths",
+            category=CATEGORY,
+            description="Gives each block of a delta a strength of its own. Run it once to see the "
+            "blocks it has.",
+            is_output_node=True,
+            inputs=[
+                SaraDelta.Input("delta", tooltip="From Load SaRA Delta or SaRA Train."),
+                io.String.Input(
+                    "strengths",
+                    default="",
+                    multiline=True,
+                    tooltip="A line for each block that is not to have the strength below, such as "
+                    "output_blocks.3: 0.5. A name may have wildcards: output_blocks.*: 0. Later "
+                    "lines win.",
+                ),
+                strength_input("others", 1.0, "Strength of the blocks not named above."),
+            ],
+            outputs=[
+                SaraDelta.Output(display_name="delta", tooltip="Connect to Apply SaRA."),
+                io.String.Output(
+                    display_name="blocks", tooltip="All blocks with their strengths, a line each."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, delta, strengths, others) -> io.NodeOutput:
+        found = parse_strengths(strengths, blocks_in(delta), others)
+        text = "\n".join(f"{block}: {strength:g}" for block, strength in found.items())
+        return io.NodeOutput(scale_blocks(delta, found), text, ui=ui.PreviewText(text))
+
+
+class SaraCreateHook(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="SaraCreateHook",
+            display_name="Create Hook SaRA",
+            category=CATEGORY,
+            description="Makes a hook of a delta, to schedule it over the steps with hook keyframes "
+            "or to give it to one conditioning only, as for a region.",
+            inputs=[
+                SaraDelta.Input("delta", tooltip="From Load SaRA Delta or SaRA Train."),
+                strength_input("strength", 1.0, "Multiplied with the strengths of the keyframes."),
+                io.Hooks.Input("prev_hooks", optional=True, tooltip="Hooks to add this one to."),
+            ],
+            outputs=[
+                io.Hooks.Output(
+                    display_name="hooks", tooltip="Connect to a Set Hooks or Cond Set Props node."
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(cls, delta, strength, prev_hooks=None) -> io.NodeOutput:
+        return io.NodeOutput(host.create_hook(delta, strength, prev_hooks))
+
+
+class SaraExportDelta(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="SaraExportDelta",
+            display_name="Export SaRA Delta",
+            category=CATEGORY,
+            description="Writes a delta as a LoRA file that Load LoRA takes without this pack.",
+            is_output_node=True,
+            inputs=[
+                SaraDelta.Input("delta", tooltip="What to export."),
+                io.Combo.Input(
+                    "format",
+                    options=[DIFFERENCES, LORA],
+                    default=DIFFERENCES,
+                    tooltip="differences: exact, as large as the layers it changes. LoRA: small, but "
+                    "a sparse change is hardly of low rank, so much of it is lost; the node says "
+                    "how much is kept.",
+                ),
+                io.Int.Input(
+                    "rank", default=32, min=1, max=1024, tooltip="Of a LoRA; higher keeps more."
+                ),
+                io.Combo.Input(
+                    "dtype",
+                    options=list(SAVE_DTYPES),
+                    default="fp16",
+                    tooltip="Precision of the saved values.",
+                ),
+                io.String.Input(
+                    "filename_prefix",
+                    default="loras/sara",
+                    tooltip="Name below the output folder; a number is added. Move the file to "
+                    "models/loras.",
+                ),
+            ],
+            outputs=[
+                io.String.Output(display_name="file", tooltip="Path of the file."),
+                io.Float.Output(
+                    display_name="kept", tooltip="Share of the change's energy that is kept."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, delta, format, rank, dtype, filename_prefix) -> io.NodeOutput:
+        kept, chosen = 1.0, SAVE_DTYPES[dtype]
+        if format == LORA:
+            tensors, kept = as_lora(delta, rank, chosen)
+        else:
+            tensors = as_differences(delta, chosen)
+        path = host.new_output_path(filename_prefix)
+        replace_atomically(Path(path), lambda temporary: save_file(tensors, temporary))
+        size = os.path.getsize(path) / 1e6
+        text = f"saved {path}\n{size:.1f} MB, {kept:.1%} of the change's energy is kept"
+        return io.NodeOutput(path, kept, ui=ui.PreviewText(text))
+
+
+class SaraImportCheckpoint(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="SaraImportCheckpoint",
+            display_name="Import SaRA Checkpoint",
+            category=CATEGORY,
+            description="Reads a checkpoint (unet.pt) of the code that came with the SaRA paper. It "
+            "holds values without positions, so the model it was trained on is needed.",
+            is_output_node=True,
+            inputs=[
+                io.Model.Input(
+                    "model", tooltip="The SD1.x or SD2.x checkpoint it was trained on, unchanged."
+                ),
+                io.Combo.Input(
+                    "file",
+                    options=host.foreign_checkpoint_names(),
+                    tooltip="A .pt file in models/sara. Nothing in it is executed.",
+                ),
+            ],
+            outputs=[
+                SaraDelta.Output(
+                    display_name="delta", tooltip="Connect to Apply SaRA, or Save SaRA Delta."
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model, file) -> io.NodeOutput:
+        names = host.diffusers_names(model)
+        order = [names[name] for name in diffusers_order(names)]
+        delta = read_authors_checkpoint(
+            host.foreign_checkpoint_path(file), host.base_weights(model), order
+        )
+        text = f"{delta.num_values:,} weights in {len(delta.entries)} layers"
+        return io.NodeOutput(delta, ui=ui.PreviewText(text))

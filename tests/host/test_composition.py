@@ -1,0 +1,326 @@
+"""Deltas beside what else changes a model, through the executor; each compared by value."""
+
+import re
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from sara_core import DeltaEntry, SparseDelta
+
+from .test_server import Graph, emoji64, saved_latents, saved_weights
+
+pytest.importorskip("comfy.sd", reason="set COMFYUI_PATH")
+
+STEPS = 4
+
+
+def make_delta(path, checkpoint, prefix="model.diffusion_model.", size=0.02, seed=0):
+    """Write a delta of random changes at a tenth of a model's matrices, large enough to see."""
+    generator, entries = torch.Generator().manual_seed(seed), {}
+    with safe_open(checkpoint, "pt") as file:
+        for key in file.keys():  # noqa: SIM118
+            if key.startswith(prefix) and len(file.get_slice(key).get_shape()) > 1:
+                shape = tuple(file.get_slice(key).get_shape())
+                index = torch.rand(torch.Size(shape).numel(), generator=generator) < 0.1
+                index = index.nonzero()[:, 0].int()
+                if key.endswith(".weight") and len(index):
+                    values = torch.randn(len(index), generator=generator) * size
+                    entries[key.removeprefix(prefix)] = DeltaEntry(index, values, shape)
+    path.parent.mkdir(exist_ok=True)
+    SparseDelta(entries).save(path, torch.float32)
+
+
+@pytest.fixture(scope="module")
+def deltas(server, dev):
+    folder = server.base / "models" / "sara"
+    make_delta(folder / "one.safetensors", dev.checkpoint())
+    make_delta(folder / "two.safetensors", dev.checkpoint(), seed=1)
+    mini = server.base / "models" / "diffusion_models" / "mini_sd15.safetensors"
+    make_delta(folder / "mini.safetensors", mini, prefix="", seed=2)
+
+
+class Scene:
+    """emoji64 with texts, and shorthands for what is done with it."""
+
+    def __init__(self, server):
+        self.graph = Graph(server)
+        self.checkpoint, self.base, self.empty = emoji64(self.graph)
+        self.text = self.graph("CLIPTextEncode", clip=self.checkpoint.out(1), text="3d strawberry")
+
+    def delta(self, name="one"):
+        return self.graph("SaraLoadDelta", delta_name=f"{name}.safetensors")
+
+    def applied(self, model=None, name="one", strength=1.0, delta=None):
+        return self.graph(
+            "SaraApply", model=self.base if model is None else model,
+            delta=self.delta(name) if delta is None else delta, strength=strength,
+        )  # fmt: skip
+
+    def sample(self, name, model, positive=None, steps=STEPS, latent=None, **options):
+        latent = latent or self.graph("EmptySD3LatentImage", width=64, height=64, batch_size=1)
+        common = {"model": model, "positive": self.text if positive is None else positive,
+                  "negative": self.empty, "latent_image": latent, "steps": steps, "cfg": 1.0,
+                  "sampler_name": "euler", "scheduler": "simple"}  # fmt: skip
+        if options:
+            found = self.graph("KSamplerAdvanced", noise_seed=1, **common, **options)
+        else:
+            found = self.graph("KSampler", seed=1, denoise=1.0, **common)
+        self.graph("SaveLatent", samples=found, filename_prefix=f"latents/{name}")
+        return found
+
+
+def same(server, one, two, atol=1e-5):
+    one, two = saved_latents(server, one), saved_latents(server, two)
+    return torch.allclose(one, two, atol=atol)
+
+
+def test_a_hook_is_the_applied_delta_where_and_when_it_is_on(server, deltas):
+    scene = Scene(server)
+    graph, base, applied = scene.graph, scene.base, scene.applied(strength=0.8)
+
+    def hooked(*keyframes):
+        hooks, frame = graph("SaraCreateHook", delta=scene.delta(), strength=0.8), None
+        for start, strength in keyframes:
+            previous = {} if frame is None else {"prev_hook_kf": frame}
+            frame = graph("CreateHookKeyframe", start_percent=start, strength_mult=strength, **previous)  # fmt: skip
+        if frame is not None:
+            hooks = graph("SetHookKeyframes", hooks=hooks, hook_kf=frame)
+        return graph("ConditioningSetProperties", cond_NEW=scene.text, hooks=hooks)
+
+    scene.sample("k_base", base)
+    scene.sample("k_applied", applied)
+    scene.sample("k_hook", base, hooked())
+    scene.sample("k_off", base, hooked((0.0, 0.0)))
+    scene.sample("k_half_strength", base, hooked((0.0, 0.5)))
+    scene.sample("k_half_applied", scene.applied(strength=0.4))
+    scene.sample("k_first", base, hooked((0.0, 1.0), (0.5, 0.0)))
+    # The same by hand: the first steps with the model applied, the others with the base.
+    first = scene.sample("k_a", applied, add_noise="enable", start_at_step=0, end_at_step=2,
+                         return_with_leftover_noise="enable")  # fmt: skip
+    scene.sample("k_by_hand", base, latent=first, add_noise="disable", start_at_step=2,
+                 end_at_step=STEPS, return_with_leftover_noise="disable")  # fmt: skip
+    graph.run()
+    assert not same(server, "k_base", "k_applied", 0.05)
+    assert same(server, "k_hook", "k_applied")
+    assert same(server, "k_off", "k_base")
+    assert same(server, "k_half_strength", "k_half_applied")
+    assert same(server, "k_first", "k_by_hand")
+    assert not same(server, "k_first", "k_applied", 1e-3)
+
+
+def test_a_hook_on_one_region_changes_that_region_as_the_delta_does(server, deltas):
+    picture = Image.new("L", (64, 64), 0)
+    picture.paste(255, (0, 0, 32, 64))
+    picture.convert("RGB").save(server.base / "input" / "left.png")
+    scene = Scene(server)
+    graph = scene.graph
+    left = graph("LoadImageMask", image="left.png", channel="red")
+    right = graph("InvertMask", mask=left)
+    hooks = graph("SaraCreateHook", delta=scene.delta(), strength=1.0)
+    one = graph("ConditioningSetProperties", cond_NEW=scene.text, hooks=hooks, mask=left)
+    both = graph("ConditioningSetPropertiesAndCombine", cond=one, cond_NEW=scene.text, mask=right)
+    scene.sample("r_base", scene.base, steps=1)
+    scene.sample("r_applied", scene.applied(), steps=1)
+    scene.sample("r_both", scene.base, both, steps=1)
+    graph.run()
+    base, applied, found = (saved_latents(server, n) for n in ("r_base", "r_applied", "r_both"))
+    half = found.shape[-1] // 2
+    assert torch.allclose(found[..., :half], applied[..., :half], atol=1e-4)
+    assert torch.allclose(found[..., half:], base[..., half:], atol=1e-4)
+    assert not torch.allclose(applied, base, atol=0.05)
+
+
+def test_a_hook_refuses_another_model(server, deltas, dev):
+    scene = Scene(server)
+    hooks = scene.graph("SaraCreateHook", delta=scene.delta("mini"), strength=1.0)
+    scene.sample("x", scene.base, scene.graph("ConditioningSetProperties", cond_NEW=scene.text, hooks=hooks))  # fmt: skip
+    with pytest.raises(dev.PromptError, match="does not fit the SD3 model"):
+        scene.graph.run()
+
+
+def test_strengths_of_blocks_deltas_and_signs_add_up(server, deltas):
+    scene = Scene(server)
+    graph = scene.graph
+    blocks = graph("SaraBlockStrengths", delta=scene.delta(), strengths="joint_blocks.*: 0.5", others=0.0)  # fmt: skip
+    graph("ModelSave", model=scene.applied(delta=blocks), filename_prefix="weights/b_blocks")
+    graph("PreviewAny", source=blocks.out(1))
+    orders = (("one", 0.5, "two", -1.5), ("two", -1.5, "one", 0.5))
+    for number, (first, a, second, b) in enumerate(orders):
+        model = scene.applied(scene.applied(name=first, strength=a), second, b)
+        graph("ModelSave", model=model, filename_prefix=f"weights/b_order{number}")
+    graph("ModelSave", model=scene.base, filename_prefix="weights/b_base")
+    outputs = graph.run()
+    base, found = (saved_weights(server, n) for n in ("b_base", "b_blocks"))
+    one, two = (
+        SparseDelta.load(server.base / "models" / "sara" / f"{n}.safetensors")
+        for n in ("one", "two")
+    )
+
+    def expected(*parts):
+        weights = {key: weight.clone() for key, weight in base.items()}
+        for delta, strength in parts:
+            for name, entry in delta.entries.items():
+                key = next(k for k in weights if k.endswith(name))
+                flat = weights[key].view(-1)
+                flat[entry.index.long()] += strength * entry.values
+        return weights
+
+    inside = SparseDelta({n: e for n, e in one.entries.items() if n.startswith("joint_blocks")})
+    assert 0 < len(inside.entries) < len(one.entries)
+    for key, weight in expected((inside, 0.5)).items():
+        assert torch.allclose(found[key], weight, atol=1e-6), key
+    for number in (0, 1):
+        found = saved_weights(server, f"b_order{number}")
+        for key, weight in expected((one, 0.5), (two, -1.5)).items():
+            assert torch.allclose(found[key], weight, atol=1e-6), key
+    text = next(o["text"] for o in outputs.values() if "text" in o)[0]
+    assert "joint_blocks.0: 0.5" in text
+    assert "final_layer: 0" in text
+
+
+def test_merges_and_saved_checkpoints_hold_the_delta(server, deltas):
+    scene = Scene(server)
+    graph = scene.graph
+    applied = scene.applied()
+    scene.sample("m_applied", applied)
+    scene.sample("m_half", scene.applied(strength=0.5))
+    merged = graph("ModelMergeSimple", model1=applied, model2=scene.base, ratio=0.5)
+    scene.sample("m_merged", merged)
+    difference = graph("ModelMergeSubtract", model1=applied, model2=scene.base, multiplier=1.0)
+    scene.sample("m_added", graph("ModelMergeAdd", model1=scene.base, model2=difference))
+    graph("CheckpointSave", model=applied, clip=scene.checkpoint.out(1), vae=scene.checkpoint.out(2),
+          filename_prefix="checkpoints/with_delta")  # fmt: skip
+    graph.run()
+    (saved,) = (server.base / "output" / "checkpoints").glob("with_delta_*.safetensors")
+    shutil.copy(saved, server.base / "models" / "checkpoints" / "with_delta.safetensors")
+    scene = Scene(server)
+    reloaded = scene.graph("CheckpointLoaderSimple", ckpt_name="with_delta.safetensors")
+    scene.sample("m_reloaded", scene.graph("ModelSamplingSD3", model=reloaded, shift=1.0))
+    scene.graph.run()
+    assert same(server, "m_merged", "m_half", 1e-4)
+    assert same(server, "m_added", "m_applied", 1e-4)
+    assert same(server, "m_reloaded", "m_applied", 1e-4)
+
+
+def test_exports_load_in_core_without_the_pack(server, deltas):
+    loras = server.base / "models" / "loras"
+    loras.mkdir(exist_ok=True)
+    scene = Scene(server)
+    exports = {}
+    for name, options in {
+        "exact": {"format": "differences (exact)"},
+        "whole": {"format": "LoRA (approximate)", "rank": 1024},
+        "small": {"format": "LoRA (approximate)", "rank": 2},
+    }.items():
+        exports[name] = scene.graph(
+            "SaraExportDelta", delta=scene.delta(), dtype="fp32", filename_prefix=f"loras/{name}",
+            **options,
+        )  # fmt: skip
+    outputs = scene.graph.run()
+    texts = {name: outputs[str(node)]["text"][0] for name, node in exports.items()}
+    assert "100.0% of the change's energy is kept" in texts["exact"]
+    assert "100.0% of the change's energy is kept" in texts["whole"]
+    kept = float(re.search(r"([\d.]+)% of the change", texts["small"])[1])
+    assert 1 < kept < 60
+    scene = Scene(server)
+    scene.sample("e_applied", scene.applied(strength=0.7))
+    for name in exports:
+        (path,) = (server.base / "output" / "loras").glob(f"{name}_*.safetensors")
+        shutil.copy(path, loras / f"{name}.safetensors")
+    for name in exports:
+        lora = scene.graph("LoraLoaderModelOnly", model=scene.base, lora_name=f"{name}.safetensors", strength_model=0.7)  # fmt: skip
+        scene.sample(f"e_{name}", lora)
+    scene.sample("e_base", scene.base)
+    scene.graph.run()
+    assert same(server, "e_exact", "e_applied", 1e-4)
+    assert same(server, "e_whole", "e_applied", 1e-2)
+    assert not same(server, "e_small", "e_applied", 1e-2)
+    assert not same(server, "e_small", "e_base", 1e-2)
+
+
+def test_a_delta_beside_a_controlnet_is_the_merged_model_beside_it(server, deltas):
+    write_mini_controlnet(server.base / "models" / "controlnet" / "mini.safetensors")
+
+    def picture(graph, model, name, control=True):
+        clip = graph("CLIPLoader", clip_name="clip_l.safetensors", type="stable_diffusion")
+        text = graph("CLIPTextEncode", clip=clip, text="3d strawberry")
+        positive, negative = text, text
+        if control:
+            net = graph("ControlNetLoader", control_net_name="mini.safetensors")
+            image = graph("LoadImage", image="left.png")
+            both = graph("ControlNetApplyAdvanced", positive=text, negative=text, control_net=net,
+                         image=image, strength=1.0, start_percent=0.0, end_percent=1.0)  # fmt: skip
+            positive, negative = both, both.out(1)
+        latent = graph("EmptyLatentImage", width=64, height=64, batch_size=1)
+        found = graph("KSampler", model=model, positive=positive, negative=negative, seed=1, cfg=1.0,
+                      latent_image=latent, steps=2, sampler_name="euler", scheduler="simple",
+                      denoise=1.0)  # fmt: skip
+        graph("SaveLatent", samples=found, filename_prefix=f"latents/{name}")
+
+    Image.new("RGB", (64, 64), (200, 30, 90)).save(server.base / "input" / "left.png")
+    graph = Graph(server)
+    base = graph("UNETLoader", unet_name="mini_sd15.safetensors", weight_dtype="default")
+    delta = graph("SaraLoadDelta", delta_name="mini.safetensors")
+    applied = graph("SaraApply", model=base, delta=delta, strength=1.0)
+    picture(graph, applied, "c_both")
+    picture(graph, applied, "c_delta_only", control=False)
+    picture(graph, base, "c_control_only")
+    graph("ModelSave", model=applied, filename_prefix="weights/mini_merged")
+    graph.run()
+    merged = saved_weights(server, "mini_merged")
+    save_file(merged, server.base / "models" / "diffusion_models" / "mini_merged.safetensors")
+    graph = Graph(server)
+    model = graph("UNETLoader", unet_name="mini_merged.safetensors", weight_dtype="default")
+    picture(graph, model, "c_merged")
+    graph.run()
+    assert same(server, "c_both", "c_merged", 1e-4)
+    assert not same(server, "c_both", "c_delta_only", 1e-3)
+    assert not same(server, "c_both", "c_control_only", 1e-3)
+
+
+def write_mini_controlnet(path):
+    """A ControlNet of random weights for the miniature SD1.5."""
+    import comfy.ops
+    from comfy.cldm.cldm import ControlNet
+
+    net = ControlNet(
+        image_size=32, in_channels=4, hint_channels=3, model_channels=320, channel_mult=(1,),
+        num_res_blocks=[1], transformer_depth=[1], transformer_depth_middle=1, context_dim=768,
+        num_heads=8, use_spatial_transformer=True, use_linear_in_transformer=False, legacy=False,
+        dtype=torch.float32, device="cpu", operations=comfy.ops.disable_weight_init,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(3)
+    state = {
+        f"control_model.{name}": torch.randn(tensor.shape, generator=generator) * 0.03
+        if tensor.dim() > 1
+        else torch.full(tensor.shape, float("norm" in name and name.endswith("weight")))
+        for name, tensor in net.state_dict().items()
+    }
+    path.parent.mkdir(exist_ok=True)
+    save_file(state, path)
+
+
+def test_an_8_bit_model_trains_and_keeps_the_delta_through_the_executor(server, dev):
+    graph = Graph(server)
+    clip = graph("CLIPLoader", clip_name="clip_l.safetensors", type="stable_diffusion")
+    text = graph("CLIPTextEncode", clip=clip, text="3d strawberry")
+    latent = graph("EmptyLatentImage", width=64, height=64, batch_size=2)
+    base = graph("UNETLoader", unet_name="mini_sd15.safetensors", weight_dtype="fp8_e4m3fn")
+    trained = graph("SaraTrain", model=base, latents=latent, positive=text, steps=2, batch_size=2,
+                    fraction=0.1, learning_rate=1e-3, output_name="eight_bit", save_dtype="fp32",
+                    save_every_steps=0)  # fmt: skip
+    graph("PreviewAny", source=trained.out(3))
+    for name, model in (("q_base", base), ("q_trained", trained)):
+        found = graph("KSampler", model=model, positive=text, negative=text, seed=1, cfg=1.0,
+                      latent_image=latent, steps=2, sampler_name="euler", scheduler="simple",
+                      denoise=1.0)  # fmt: skip
+        graph("SaveLatent", samples=found, filename_prefix=f"latents/{name}")
+    graph.run()
+    (path,) = (server.base / "output" / "sara" / "eight_bit_00001").glob("*_2_steps.safetensors")
+    assert SparseDelta.load(path).num_values > 1e6
+    assert not same(server, "q_base", "q_trained", 1e-4)
+    assert load_file(path)

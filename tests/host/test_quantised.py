@@ -1,0 +1,141 @@
+"""8-bit bases: trained on the numbers they stand for, and deltas applied without being rounded away."""
+
+import json
+
+import pytest
+import torch
+
+from . import zoo
+from .test_inside import bits, sara, settings, train  # noqa: F401
+
+comfy_sd = pytest.importorskip("comfy.sd", reason="set COMFYUI_PATH")
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+FAMILY = "SD3"
+
+
+def load(form):
+    """Load the same miniature in some weight format."""
+    state, options, metadata = zoo.weights_of(FAMILY), {}, None
+    if form in ("e4m3fn", "e5m2"):
+        options = {"dtype": {"e4m3fn": E4M3, "e5m2": E5M2}[form]}
+    if form in ("scaled", "mixed"):
+        names = [n for n, w in state.items() if n.endswith("weight") and w.dim() == 2]
+        for name in names:
+            scale = state[name].abs().max() / 448
+            state[name] = (state[name] / scale).to(E4M3)
+            state[name.removesuffix("weight") + ("scale_weight" if form == "scaled" else "weight_scale")] = scale.float()  # fmt: skip
+        if form == "scaled":
+            state["scaled_fp8"] = torch.zeros(3, dtype=E4M3)
+            state = {k: v if v.dtype == E4M3 or "scale" in k else v.half() for k, v in state.items()}  # fmt: skip
+        else:
+            layers = {name.removesuffix(".weight"): {"format": "float8_e4m3fn"} for name in names}
+            metadata = {"_quantization_metadata": json.dumps({"layers": layers})}
+    with torch.inference_mode():
+        if metadata:
+            return comfy_sd.load_diffusion_model_state_dict(state, options, metadata=metadata)
+        return comfy_sd.load_diffusion_model_state_dict(state, options)
+
+
+def output(patcher):
+    import comfy.model_management
+
+    from .. import zoo_nodes
+
+    with torch.inference_mode():
+        comfy.model_management.load_models_gpu([patcher])
+        return zoo_nodes.output_of(patcher.model, *zoo.examples(FAMILY))
+
+
+def delta_of(sara, patcher, **options):  # noqa: F811
+    latents, captions = zoo.examples(FAMILY)
+    options = {"steps": 3, "learning_rate": 2e-3, "fraction": 0.1, **options}
+    return train(sara, patcher, latents, captions, settings(sara, **options))
+
+
+@pytest.mark.parametrize("form", ["e4m3fn", "e5m2", "scaled", "mixed"])
+def test_a_delta_keeps_its_effect_on_an_8_bit_base(sara, form):  # noqa: F811
+    full, small = load("float32"), load(form)
+    delta, _ = delta_of(sara, full)
+    change = output(sara.host.apply_delta(full, delta, 1.0)) - output(full)
+    base = output(small)
+    applied = sara.host.apply_delta(small, delta, 1.0)
+    ours = output(applied) - base
+    noise = (base - output(full)).norm()
+    assert change.norm() > 0
+    assert (ours - change).norm() < 0.25 * change.norm(), (ours.norm(), change.norm(), noise)
+    assert torch.equal(output(small), base)  # nothing is left behind
+    twice = output(sara.host.apply_delta(applied, delta, -1.0)) - base
+    assert twice.norm() < 1e-4 * change.norm() + 1e-5 * base.norm()
+
+
+def test_patched_in_a_small_delta_would_be_lost(sara, monkeypatch):  # noqa: F811
+    full, small = load("float32"), load("e4m3fn")
+    delta, _ = delta_of(sara, full, learning_rate=2e-4)
+    change = output(sara.host.apply_delta(full, delta, 1.0)) - output(full)
+    ours = output(sara.host.apply_delta(small, delta, 1.0)) - output(small)
+    monkeypatch.setattr(sara.host, "_is_quantised", lambda weight: False)
+    patched = output(sara.host.apply_delta(small, delta, 1.0)) - output(small)
+    assert (ours - change).norm() < 0.25 * change.norm()
+    assert (patched - change).norm() > 0.5 * change.norm()
+
+
+@pytest.mark.parametrize("form", ["e4m3fn", "e5m2", "scaled", "mixed"])
+def test_training_on_an_8_bit_base_is_what_is_applied(sara, form, monkeypatch):  # noqa: F811
+    patcher = load(form)
+    base, before = output(patcher), raw_bits(patcher)
+    held = {name: p for name, p in patcher.model.diffusion_model.named_parameters()}
+    trained = {}
+    original = sara.core.SaraAdamW.restore
+
+    def keep(optimizer):
+        from .. import zoo_nodes
+
+        with torch.no_grad():
+            trained["output"] = zoo_nodes.output_of(patcher.model, *zoo.examples(FAMILY))
+        original(optimizer)
+
+    monkeypatch.setattr(sara.core.SaraAdamW, "restore", keep)
+    delta, losses = delta_of(sara, patcher)
+    assert len(losses) == 3
+    after = dict(patcher.model.diffusion_model.named_parameters())
+    for name, parameter in held.items():
+        if parameter.element_size() == 1:
+            assert after[name] is parameter, name
+    assert raw_bits(patcher).keys() == before.keys()
+    for name, value in raw_bits(patcher).items():
+        assert torch.equal(value, before[name]), name
+    found = output(sara.host.apply_delta(patcher, delta, 1.0))
+    change = (trained["output"] - base).norm()
+    assert change > 0
+    assert (found - trained["output"]).norm() < 1e-3 * change + 1e-6 * base.norm()
+    assert delta.fits_base(sara.host.base_weights(patcher))
+
+
+def raw_bits(patcher):
+    found = {}
+    for name, parameter in patcher.model.diffusion_model.named_parameters():
+        data = getattr(parameter, "_qdata", parameter.detach())
+        found[name] = data.detach().clone().reshape(-1).view(torch.uint8)
+    return found
+
+
+def test_rounded_weights_train_where_padding_would_be_passed_by(sara):  # noqa: F811
+    patcher = load("e4m3fn")
+    stored = sara.host.base_weights(patcher).stored
+    zeros = sum(int((w.float() == 0).sum()) for w in stored.values() if w.element_size() == 1)
+    assert zeros > 1000
+    assert sara.host.zero_rule(patcher, "auto") == "train"
+    assert sara.host.zero_rule(patcher, "skip") == "skip"
+    assert sara.host.zero_rule(load("float32"), "auto") == "auto"
+    delta, _ = delta_of(sara, patcher, fraction=0.05)
+    for name, entry in delta.entries.items():
+        base = sara.host.base_weights(patcher)[name].float().flatten()[entry.index.long()]
+        assert base.abs().max() <= 2**-9
+
+
+def test_analyze_reads_scaled_weights_as_the_numbers_they_stand_for(sara):  # noqa: F811
+    full, scaled = load("float32"), load("scaled")
+    one, two = (sara.host.base_weights(p) for p in (full, scaled))
+    name = "joint_blocks.0.x_block.mlp.fc1.weight"
+    assert (one[name].detach() - two[name]).abs().max() < 0.04 * one[name].detach().abs().max()
+    assert two.stored[name].element_size() == 1
