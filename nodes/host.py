@@ -235,14 +235,27 @@ class BaseWeights(Mapping):
 
 
 def base_weights(patcher) -> BaseWeights:
-    """Return the unpatched weights of a MODEL's diffusion model."""
-    names = {PREFIX + name for name, _ in patcher.model.diffusion_model.named_parameters()}
-    found = {
-        key.removeprefix(PREFIX): patches[0]
-        for key, patches in patcher.get_key_patches(PREFIX).items()
-        if key in names
-    }
-    return BaseWeights({n: p[0] for n, p in found.items()}, {n: p[1] for n, p in found.items()})
+    """Return the unpatched weights of a MODEL's diffusion model.
+
+    By hand, as `get_key_patches` fails on quantised layers in 0.33.
+    """
+    model, stored, convert = patcher.model.diffusion_model, {}, {}
+    with patcher.use_ejected():
+        for name, parameter in model.named_parameters():
+            owner, _, kind = name.rpartition(".")
+            backup = patcher.backup.get(PREFIX + name)
+            hooked = patcher.hook_backup.get(PREFIX + name)
+            if hooked is not None:
+                stored[name] = hooked[0]
+            else:
+                stored[name] = parameter if backup is None else backup.weight
+            module = model.get_submodule(owner)
+            convert[name] = getattr(module, f"convert_{kind}", _as_it_is)
+    return BaseWeights(stored, convert)
+
+
+def _as_it_is(weight: Tensor, **_) -> Tensor:
+    return weight
 
 
 def trainable_weights(patcher) -> BaseWeights:
@@ -553,7 +566,7 @@ def _dequantised(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[None]:
             for name, weight in list(module._parameters.items()):
                 if weight is None or not _is_quantised(weight):
                     continue
-                convert = getattr(module, f"convert_{name}", lambda w, **_: w)
+                convert = getattr(module, f"convert_{name}", _as_it_is)
                 with torch.no_grad():
                     number = convert(weight, inplace=False).to(dtype)
                 replace(module, name, torch.nn.Parameter(number, requires_grad=False))

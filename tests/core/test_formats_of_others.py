@@ -12,6 +12,8 @@ from sara_core.authors_format import diffusers_order, read_authors_checkpoint
 from sara_core.block_strengths import blocks_in, parse_strengths, scale_blocks
 from sara_core.export import as_differences, as_lora
 
+from ..diffusers_names import SD15, parameter_names
+
 
 def sparse(*shape, seed=0, density=0.2, name=None):
     generator = torch.Generator().manual_seed(seed)
@@ -102,47 +104,8 @@ def test_bad_lines_are_named(text, message):
         parse_strengths(text, ["blocks.0", "head"])
 
 
-def authors_names():
-    """The parameters of SD1.5's UNet in diffusers 0.35.1, written down from how it is laid out."""
-
-    def both(*names):
-        return [f"{name}.{kind}" for name in names for kind in ("weight", "bias")]
-
-    def resnet(shortcut):
-        names = both("norm1", "conv1", "time_emb_proj", "norm2", "conv2")
-        return names + (both("conv_shortcut") if shortcut else [])
-
-    def attention(name):
-        return [f"{name}.to_{x}.weight" for x in "qkv"] + both(f"{name}.to_out.0")
-
-    block = [*both("norm1"), *attention("attn1"), *both("norm2"), *attention("attn2"),
-             *both("norm3", "ff.net.0.proj", "ff.net.2")]  # fmt: skip
-    transformer = [
-        *both("norm", "proj_in"),
-        *(f"transformer_blocks.0.{n}" for n in block),
-        *both("proj_out"),
-    ]
-
-    def level(kind, number, attentions, shortcuts, sampler):
-        path = f"{kind}_blocks.{number}" if number is not None else kind
-        names = [f"{path}.attentions.{i}.{n}" for i in range(attentions) for n in transformer]
-        for i, shortcut in enumerate(shortcuts):
-            names += [f"{path}.resnets.{i}.{n}" for n in resnet(shortcut)]
-        return names + ([f"{path}.{n}" for n in both(sampler)] if sampler else [])
-
-    down, up = "downsamplers.0.conv", "upsamplers.0.conv"
-    return [
-        *both("conv_in", "time_embedding.linear_1", "time_embedding.linear_2"),
-        *level("down", 0, 2, (0, 0), down), *level("down", 1, 2, (1, 0), down),
-        *level("down", 2, 2, (1, 0), down), *level("down", 3, 0, (0, 0), None),
-        *level("up", 0, 0, (1, 1, 1), up), *level("up", 1, 3, (1, 1, 1), up),
-        *level("up", 2, 3, (1, 1, 1), up), *level("up", 3, 3, (1, 1, 1), None),
-        *level("mid_block", None, 1, (0, 0), None), *both("conv_norm_out", "conv_out"),
-    ]  # fmt: skip
-
-
 def test_parameters_are_sorted_as_diffusers_makes_them():
-    names = authors_names()
+    names = parameter_names(*SD15)
     assert len(names) == 686
     digest = hashlib.sha256("\n".join(names).encode()).hexdigest()
     assert digest == "4917f5baabed9afc9c4bc8571a7540abe3772f40361f3a4353e76bd8785a38fb"

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from sara_core import DeltaEntry, SparseDelta
 
+from ..diffusers_names import parameter_names
 from .test_server import Graph, emoji64, saved_latents, saved_weights
 
 pytest.importorskip("comfy.sd", reason="set COMFYUI_PATH")
@@ -302,6 +303,46 @@ def write_mini_controlnet(path):
     }
     path.parent.mkdir(exist_ok=True)
     save_file(state, path)
+
+
+def test_a_checkpoint_of_the_authors_is_imported_with_its_base(server, deltas, dev):
+    """As their code saves it: values by number, of everything below the threshold, biases too."""
+    import comfy.utils
+
+    folder = server.base / "models" / "diffusion_models"
+    base, threshold = load_file(folder / "mini_sd15.safetensors"), 0.004
+    config = {"num_res_blocks": [1], "channel_mult": (1,), "transformer_depth": [1],
+              "transformer_depth_output": [1, 1], "transformer_depth_middle": 1}  # fmt: skip
+    ours = comfy.utils.unet_to_diffusers(config)
+    names = [ours[name] for name in parameter_names([(1, (0,), False)], [(2, (1, 1), False)])]
+    assert sorted(names) == sorted(base)
+    learned, saved = (
+        {name: weight.clone() for name, weight in base.items()},
+        {"threshold": threshold},
+    )
+    generator = torch.Generator().manual_seed(0)
+    for number, name in enumerate(names):
+        mask = base[name].abs() < threshold
+        learned[name][mask] += torch.randn(int(mask.sum()), generator=generator) * 0.01
+        saved[number] = learned[name][mask].requires_grad_(True)
+    torch.save(saved, server.base / "models" / "sara" / "unet.pt")
+
+    def imported(unet):
+        graph = Graph(server)
+        model = graph("UNETLoader", unet_name=unet, weight_dtype="default")
+        delta = graph("SaraImportCheckpoint", model=model, file="unet.pt")
+        applied = graph("SaraApply", model=model, delta=delta, strength=1.0)
+        graph("ModelSave", model=applied, filename_prefix="weights/imported")
+        graph("SaraSaveDelta", delta=delta, filename_prefix="sara/imported", dtype="fp32")
+        graph.run()
+
+    imported("mini_sd15.safetensors")
+    found = saved_weights(server, "imported")
+    for name, weight in learned.items():
+        key = next(k for k in found if k.endswith(f"diffusion_model.{name}"))
+        assert torch.allclose(found[key], weight, atol=1e-6), name
+    with pytest.raises(dev.PromptError, match="was trained on another base"):
+        imported("other_sd15.safetensors")
 
 
 def test_an_8_bit_model_trains_and_keeps_the_delta_through_the_executor(server, dev):

@@ -99,7 +99,7 @@ def test_training_on_an_8_bit_base_is_what_is_applied(sara, form, monkeypatch): 
     assert len(losses) == 3
     after = dict(patcher.model.diffusion_model.named_parameters())
     for name, parameter in held.items():
-        if parameter.element_size() == 1:
+        if sara.host._is_quantised(parameter):
             assert after[name] is parameter, name
     assert raw_bits(patcher).keys() == before.keys()
     for name, value in raw_bits(patcher).items():
@@ -138,4 +138,26 @@ def test_analyze_reads_scaled_weights_as_the_numbers_they_stand_for(sara):  # no
     one, two = (sara.host.base_weights(p) for p in (full, scaled))
     name = "joint_blocks.0.x_block.mlp.fc1.weight"
     assert (one[name].detach() - two[name]).abs().max() < 0.04 * one[name].detach().abs().max()
-    assert two.stored[name].element_size() == 1
+    assert sara.host._is_quantised(two.stored[name])
+
+
+@pytest.mark.parametrize("form", ["float32", "e4m3fn"])
+def test_weights_left_outside_the_device_get_the_delta_when_they_are_used(sara, form):  # noqa: F811
+    """What --lowvram does: layers are cast and patched one by one as they are called."""
+    from .. import zoo_nodes
+
+    patcher = load(form)
+    delta, _ = delta_of(sara, load("float32"))
+    base, expected = output(patcher), output(sara.host.apply_delta(patcher, delta, 1.0))
+    assert (expected - base).norm() > 0
+    output(patcher)
+    patcher.detach()
+    applied = sara.host.apply_delta(patcher, delta, 1.0)
+    with torch.inference_mode():
+        applied.load(torch.device("cpu"), lowvram_model_memory=1)
+        layer = applied.model.diffusion_model.joint_blocks[0].x_block.mlp.fc1
+        assert layer.weight_function
+        found = zoo_nodes.output_of(applied.model, *zoo.examples(FAMILY))
+    applied.detach()
+    assert torch.allclose(found, expected, atol=1e-5 * float(expected.abs().max()))
+    assert torch.equal(output(patcher), base)

@@ -24,7 +24,7 @@ class Family:
         text: Length and width of a caption's encoding.
         options: Further tensors of a caption's conditioning, by name: shape, or a plain value.
         large: Hundreds of millions of parameters at the least; kept in float16.
-        extra: Keys of the file that are no weights of the model, by which a variant is told.
+        extra: Tensors of the file that are no weights of the model, by which it is told: shapes.
     """
 
     detected: str
@@ -33,7 +33,7 @@ class Family:
     text: tuple
     options: dict = field(default_factory=dict)
     large: bool = False
-    extra: tuple = ()
+    extra: dict = field(default_factory=dict)
 
 
 def _unet(channels, context, linear, adm, mult, res, depth, depth_out, middle=1, heads=(-1, 64),
@@ -121,11 +121,11 @@ FAMILIES = {
     ),
     "SDXL": Family("SDXL", SDXL, PIXEL, (77, 2048), {"pooled_output": (1, 1280)}),
     "SDXL v": Family(
-        "SSD1B", SSD, PIXEL, (77, 2048), {"pooled_output": (1, 1280)}, extra=("v_pred",)
+        "SSD1B", SSD, PIXEL, (77, 2048), {"pooled_output": (1, 1280)}, extra={"v_pred": (1,)}
     ),
     "SDXL EDM": Family(
         "SSD1B", SSD, PIXEL, (77, 2048), {"pooled_output": (1, 1280)},
-        extra=("edm_mean", "edm_std"),
+        extra={"edm_mean": (1,), "edm_std": (1,)},
     ),
     "SDXL refiner": Family(
         "SDXLRefiner",
@@ -162,7 +162,7 @@ FAMILIES = {
         _of("pixart.pixartms.PixArtMS", num_heads=16, patch_size=2, hidden_size=1152, in_channels=4,
             depth=1, model_max_length=300, input_size=64, pe_interpolation=1,
             micro_condition=False),
-        PIXEL, (20, 4096),
+        (1, 4, 40, 40), (20, 4096), extra={"pos_embed": (1, 1024, 1152)},
     ),
     "HunyuanDiT": Family(
         "HunyuanDiT", _of("hydit.models.HunYuanDiT", depth=2, hidden_size=512), PIXEL, (77, 1024),
@@ -178,7 +178,7 @@ FAMILIES = {
         "LTXV",
         _of("lightricks.model.LTXVModel", num_layers=1, attention_head_dim=16,
             cross_attention_dim=512),
-        (1, 128, 2, 4, 4), (20, 4096), {"attention_mask": torch.ones(1, 20)},
+        (1, 128, 2, 4, 4), (20, 4096), {"attention_mask": torch.ones(1, 20, dtype=torch.long)},
     ),
     "Lumina 2": Family(
         "Lumina2",
@@ -217,7 +217,7 @@ def weights_of(family, seed=0):
     if family == "SD2.1 v":  # by the spread of this bias ComfyUI tells v-prediction
         bias = "output_blocks.11.1.transformer_blocks.0.norm1.bias"
         state[bias] = torch.empty(state[bias].shape).normal_(0, 0.2, generator=generator)
-    return state | {key: torch.zeros(1) for key in FAMILIES[family].extra}
+    return state | {key: torch.zeros(shape) for key, shape in FAMILIES[family].extra.items()}
 
 
 def write(family, path, seed=0):
