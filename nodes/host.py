@@ -325,12 +325,13 @@ class SparseAddition:
 
     Args:
         index: Flat positions, `(k,)`.
-        values: What is added, `(k,)`.
+        values: What is added at strength 1, `(k,)`.
+        strength: Factor.
         module: The layer; where it has a `scale_weight`, the weight comes divided by it.
     """
 
-    def __init__(self, index: Tensor, values: Tensor, module: torch.nn.Module):
-        self.index, self.values = index, values.float()
+    def __init__(self, index: Tensor, values: Tensor, strength: float, module: torch.nn.Module):
+        self.index, self.values, self.strength = index, values, strength
         self._module = weakref.ref(module)
 
     def move_to(self, device) -> int:
@@ -340,14 +341,16 @@ class SparseAddition:
 
     def __call__(self, weight: Tensor) -> Tensor:
         """Return the changed weight; the one given may be the layer's own and is left alone."""
-        self.move_to(weight.device)
+        index = self.index.to(weight.device)
+        values = self.values.to(weight.device, torch.float32) * self.strength
         scale = getattr(self._module(), "scale_weight", None)
-        values = self.values if scale is None else self.values / scale.to(self.values)
+        if scale is not None:
+            values = values / scale.to(values)
         if weight.element_size() == 1:  # the fast matrix product takes nothing else
             _warn_of_rounding()
-            flat = weight.reshape(-1).float().index_add(0, self.index, values)
+            flat = weight.reshape(-1).float().index_add(0, index, values)
             return flat.to(weight.dtype).view_as(weight)
-        return weight.reshape(-1).index_add(0, self.index, values.to(weight.dtype)).view_as(weight)
+        return weight.reshape(-1).index_add(0, index, values.to(weight.dtype)).view_as(weight)
 
 
 @functools.cache
@@ -403,7 +406,7 @@ def apply_delta(patcher, delta: SparseDelta, strength: float):
         owner, _, kind = name.rpartition(".")
         module = patcher.model.diffusion_model.get_submodule(owner)
         if _is_quantised(weights.stored[name]) and kind == "weight" and hasattr(module, CASTS):
-            addition = SparseAddition(entry.index, entry.values * strength, module)
+            addition = SparseAddition(entry.index, entry.values, strength, module)
             patched.add_weight_wrapper(PREFIX + name, addition)
         else:
             adapters[PREFIX + name] = SparseAdapter(set(), [entry.index, entry.values])
