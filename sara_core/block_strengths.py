@@ -53,11 +53,16 @@ def parse_strengths(text: str, blocks: Sequence[str], others: float = 1.0) -> di
 
 
 def scale_blocks(delta: SparseDelta, strengths: Mapping[str, float]) -> SparseDelta:
-    """Multiply each block's change by its strength; blocks of strength 0 are left out."""
+    """Multiply each block's change by its strength; blocks of strength 0 are left out.
+
+    Without some of its layers a delta no longer fits its fingerprint, which then is left out, too.
+    """
     entries = {}
     for name, entry in delta.entries.items():
         strength = strengths[block_of(name)]
         if strength:
             values = entry.values.float() * strength
             entries[name] = DeltaEntry(entry.index, values, entry.shape)
-    return SparseDelta(entries, delta.metadata)
+    is_whole = len(entries) == len(delta.entries)
+    kept = {k: v for k, v in delta.metadata.items() if is_whole or k != "sara.fingerprint"}
+    return SparseDelta(entries, kept)

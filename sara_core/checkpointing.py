@@ -33,7 +33,7 @@ def checkpointed(module: nn.Module, enabled: bool = True, in_place: bool = False
         module: Model whose blocks are checkpointed.
         enabled: False does nothing.
         in_place: The blocks change tensors that backward needs, as `in_place.changes_saved_tensors`
-            tells; the whole step is then to run under `allow_mutation_on_saved_tensors`.
+            tells; the whole step is then to run under `in_place.changes_allowed`.
     """
     changed = []
     try:

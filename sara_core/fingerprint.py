@@ -2,7 +2,7 @@
 
 import base64
 import binascii
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import torch
@@ -30,13 +30,15 @@ def take_fingerprint(weights: Mapping[str, Tensor], index: Mapping[str, Tensor])
     """Sample the base weights of the parameters that `index` names.
 
     Args:
-        weights: Base weights by name; may hold further ones.
+        weights: Base weights by name; may hold further ones. A mapping that makes its weights when
+            they are asked for can tell their shapes cheaply by an attribute `stored`, a mapping to
+            anything with a shape.
         index: Selected positions by name; only the names count.
 
     Returns:
         The weights' dtype, a colon and 32 little-endian float32 values in base64.
     """
-    samples = sample_positions({name: tuple(weights[name].shape) for name in index})
+    samples = sample_positions(_shapes(weights, index))
     values = torch.stack([_at(weights[name], position) for name, position in samples])
     dtype = str(weights[samples[0][0]].dtype).removeprefix("torch.")
     return f"{dtype}:{base64.b64encode(values.numpy().astype('<f4').tobytes()).decode()}"
@@ -64,15 +66,23 @@ def is_same_base(
     known = isinstance(dtype, torch.dtype) and dtype.is_floating_point
     if not known or len(values) != NUM_SAMPLES:
         return False
-    samples = sample_positions({name: tuple(weights[name].shape) for name in index})
+    if not index:
+        return True
+    samples = sample_positions(_shapes(weights, index))
     for (name, position), expected in zip(samples, values.tolist(), strict=True):
         if not bool((index[name] == position).any()):
-            coarser = max((dtype, weights[name].dtype), key=lambda d: torch.finfo(d).eps)
+            weight = weights[name]
+            coarser = max((dtype, weight.dtype), key=lambda d: torch.finfo(d).eps)
             info = torch.finfo(coarser)
             tolerance = info.eps * abs(expected) + info.eps * info.smallest_normal
-            if not abs(_at(weights[name], position).item() - expected) <= tolerance:
+            if not abs(_at(weight, position).item() - expected) <= tolerance:
                 return False
     return True
+
+
+def _shapes(weights: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    stored = getattr(weights, "stored", weights)
+    return {name: tuple(stored[name].shape) for name in names}
 
 
 def _at(weight: Tensor, position: int) -> Tensor:

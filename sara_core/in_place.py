@@ -5,10 +5,13 @@ changed inputs. Such a model is noticed by one forward pass, and then trained wi
 after a copy of what is still needed.
 """
 
-from collections.abc import Callable
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -23,14 +26,44 @@ def changes_saved_tensors(forward: Callable[[], object]) -> bool:
         forward: Runs the model once.
     """
     watch = _Watch()
-    hooks = torch.autograd.graph.saved_tensors_hooks(watch.note, lambda _: None)
-    with torch.enable_grad(), watch, hooks:
+    with torch.enable_grad(), watch, saved_tensors_hooks(watch.note, lambda _: None):
         forward()
     return watch.found
 
 
-class _Watch(TorchDispatchMode):
-    """Looks out for operations that write to memory some saved tensor lies in."""
+@contextlib.contextmanager
+def changes_allowed() -> Iterator[None]:
+    """Let a forward pass change saved tensors: what backward needs of them is copied before.
+
+    Forward and backward pass both belong inside. As torch's `allow_mutation_on_saved_tensors`, which
+    goes by address and version of a tensor and so misses changes through a view that begins further
+    on; this goes by the memory they share.
+    """
+    copies = _Copies()
+    with copies, saved_tensors_hooks(copies.hold, lambda held: held.tensor):
+        yield
+
+
+class _Writes(TorchDispatchMode):
+    """Sees every tensor an operation is about to write to."""
+
+    def before_write(self, tensor: Tensor) -> None:
+        raise NotImplementedError
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function._schema.is_mutable:
+            for i, argument in enumerate(function._schema.arguments):
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    given = args[i] if i < len(args) else kwargs.get(argument.name)
+                    for tensor in given if isinstance(given, (list, tuple)) else (given,):
+                        if isinstance(tensor, Tensor):
+                            self.before_write(tensor)
+        return function(*args, **kwargs)
+
+
+class _Watch(_Writes):
+    """Looks out for writes to memory that some saved tensor lies in."""
 
     def __init__(self):
         super().__init__()
@@ -41,19 +74,31 @@ class _Watch(TorchDispatchMode):
         storage = tensor.untyped_storage()
         self._saved[storage._cdata] = StorageWeakRef(storage)
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function._schema.is_mutable and not self.found:
-            self.found = any(self._is_saved(tensor) for tensor in _written(function, args, kwargs))
-        return function(*args, **(kwargs or {}))
-
-    def _is_saved(self, tensor: Tensor) -> bool:
+    def before_write(self, tensor: Tensor) -> None:
         reference = self._saved.get(tensor.untyped_storage()._cdata)
-        return reference is not None and not reference.expired()
+        self.found = self.found or (reference is not None and not reference.expired())
 
 
-def _written(function, args, kwargs) -> list[Tensor]:
-    found = []
-    for i, argument in enumerate(function._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            found.append(args[i] if i < len(args) else (kwargs or {}).get(argument.name))
-    return [tensor for tensor in found if isinstance(tensor, Tensor)]
+class _Held:
+    """A tensor that autograd has saved."""
+
+    def __init__(self, tensor: Tensor):
+        self.tensor = tensor
+
+
+class _Copies(_Writes):
+    """Copies saved tensors before the memory they lie in is written to."""
+
+    def __init__(self):
+        super().__init__()
+        self._held: dict[int, list[weakref.ref]] = {}  # one that is alive keeps its memory alive
+
+    def hold(self, tensor: Tensor) -> _Held:
+        held = _Held(tensor)
+        self._held.setdefault(tensor.untyped_storage()._cdata, []).append(weakref.ref(held))
+        return held
+
+    def before_write(self, tensor: Tensor) -> None:
+        for reference in self._held.pop(tensor.untyped_storage()._cdata, ()):
+            if (held := reference()) is not None:
+                held.tensor = held.tensor.clone()

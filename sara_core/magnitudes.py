@@ -13,6 +13,7 @@ from torch import Tensor
 CHUNK = 1 << 20  # weights looked at in one go; few enough for a processor's cache
 INT32_LIMIT = 1 << 31
 NUM_BINS = 1 << 15  # upper 16 bits of a non-negative float32
+COARSER = 4  # bits of the mantissa that coarse bins leave out
 NON_FINITE_BIN = 0x7F80  # bins from here on hold infinity and NaN
 
 
@@ -42,7 +43,22 @@ def magnitude_histogram(weight: Tensor) -> tuple[Tensor, int]:
         counts += torch.bincount(bins, minlength=NUM_BINS).cpu()
     if not counts[0]:
         return counts, 0
-    return counts, weight.numel() - int(torch.count_nonzero(weight))
+    num_live = sum(int(torch.count_nonzero(chunk)) for chunk in magnitudes(weight))
+    return counts, weight.numel() - num_live
+
+
+def coarsened(histogram: Tensor) -> Tensor:
+    """Add up the counts of `magnitude_histogram` over eighths of an octave, NaN and infinity left out.
+
+    Returns:
+        Shape `(2040,)`, int64; bin `i` begins at the float32 of the bits `i << 20`.
+    """
+    return histogram[:NON_FINITE_BIN].view(-1, 1 << COARSER).sum(1)
+
+
+def coarse_edge(bin_: int) -> float:
+    """Return the smallest magnitude of a bin of `coarsened`."""
+    return torch.tensor(bin_ << (16 + COARSER), dtype=torch.int32).view(torch.float32).item()
 
 
 def bin_of(magnitude: float) -> int:

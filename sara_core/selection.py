@@ -11,6 +11,7 @@ from .magnitudes import (
     NON_FINITE_BIN,
     NUM_BINS,
     bin_of,
+    coarsened,
     count_small,
     kth_magnitude,
     magnitude_histogram,
@@ -78,6 +79,7 @@ class Cutoff:
         num_considered: Weights in all the parameters looked at.
         zeros: Exact zeros in each parameter, by name.
         histogram: Sum of the parameters' `magnitude_histogram` counts.
+        coarse: Counts of each parameter, `coarsened`, by name.
     """
 
     threshold: float
@@ -85,6 +87,7 @@ class Cutoff:
     num_considered: int
     zeros: dict[str, int]
     histogram: Tensor
+    coarse: dict[str, Tensor]
 
     @property
     def num_zeros(self) -> int:
@@ -105,14 +108,14 @@ def solve_cutoff(
     No more than a chunk of the weights is copied at a time.
     """
     _refuse_rules(threshold, fraction, num_trainable, zeros)
-    histogram, zero_counts = _histogram_of_finite(parameters)
+    histogram, zero_counts, coarse = _histogram_of_finite(parameters)
     total, num_zeros = int(histogram.sum()), sum(zero_counts.values())
     skip = zeros == "skip"
     if threshold is not None:
         skip = skip or (
             zeros == "auto" and _mostly_zeros(parameters, histogram, num_zeros, threshold)
         )
-        return Cutoff(threshold, skip, total, zero_counts, histogram)
+        return Cutoff(threshold, skip, total, zero_counts, histogram, coarse)
     budget = parse_count(num_trainable) if fraction is None else max(1, round(fraction * total))
     skip = skip or (zeros == "auto" and num_zeros > budget / 2)
     live = total - num_zeros if skip else total
@@ -129,7 +132,7 @@ def solve_cutoff(
     else:
         largest = torch.tensor(kth_magnitude(parameters, histogram, total - 1))
         threshold = torch.nextafter(largest, torch.tensor(float("inf"))).item()
-    return Cutoff(threshold, skip, total, zero_counts, histogram)
+    return Cutoff(threshold, skip, total, zero_counts, histogram, coarse)
 
 
 def select(
@@ -214,19 +217,22 @@ def _mostly_zeros(
     return num_zeros > sum(count_small(weight, threshold) for weight in parameters.values()) / 2
 
 
-def _histogram_of_finite(parameters: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, int]]:
+def _histogram_of_finite(
+    parameters: Mapping[str, Tensor],
+) -> tuple[Tensor, dict[str, int], dict[str, Tensor]]:
     total = torch.zeros(NUM_BINS, dtype=torch.int64)
-    zeros = {}
+    zeros, coarse = {}, {}
     broken = []
     for name, weight in parameters.items():
         counts, zeros[name] = magnitude_histogram(weight)
         if int(counts[NON_FINITE_BIN:].sum()):
             broken.append(f"{name} ({int(counts[NON_FINITE_BIN:].sum())})")
         total += counts
+        coarse[name] = coarsened(counts)
     if broken:
         more = f" and {len(broken) - 10} more" if len(broken) > 10 else ""
         raise ValueError(
             f"the base holds NaN or infinite weights in {', '.join(broken[:10])}{more}; every "
             "loss would be NaN. Load an intact checkpoint"
         )
-    return total, zeros
+    return total, zeros, coarse

@@ -6,11 +6,10 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import allow_mutation_on_saved_tensors
 
 from .batches import BatchOrder, by_key
 from .config import TrainConfig
-from .in_place import changes_saved_tensors
+from .in_place import changes_allowed, changes_saved_tensors
 from .learning_rate import factor
 from .optimizer import SaraAdamW
 from .out_of_memory import is_out_of_memory
@@ -219,7 +218,7 @@ class TrainingRun:
         count, total = len(pictures), 0.0
         size = -(-count // self._num_parts)
         for start in range(0, count, size):
-            with allow_mutation_on_saved_tensors() if self.in_place else contextlib.nullcontext():
+            with changes_allowed() if self.in_place else contextlib.nullcontext():
                 loss = self._loss(*(part[start : start + size] for part in draw))
                 share = min(size, count - start) / count
                 scaled = loss * (share * weight)

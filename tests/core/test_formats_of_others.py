@@ -74,13 +74,18 @@ def test_the_kept_energy_is_that_of_the_largest_singular_values():
 
 def test_strengths_by_block():
     entries = {f"blocks.{i}.{n}.weight": sparse(3, 4, seed=i) for i, n in product((0, 1, 10), "ab")}
-    delta = SparseDelta(entries | {"head.weight": sparse(2, 2)}, {"k": "v"})
+    told = {"k": "v", "sara.fingerprint": "float32:"}
+    delta = SparseDelta(entries | {"head.weight": sparse(2, 2)}, told)
     blocks = blocks_in(delta)
     assert blocks == ["blocks.0", "blocks.1", "blocks.10", "head"]
     strengths = parse_strengths("blocks.*: 0.5\n\n blocks.1 : -2  # more\nhead:0", blocks, 3.0)
     assert strengths == {"blocks.0": 0.5, "blocks.1": -2.0, "blocks.10": 0.5, "head": 0.0}
     scaled = scale_blocks(delta, strengths)
-    assert scaled.metadata == delta.metadata
+    assert scaled.metadata == {"k": "v"}  # the fingerprint was of all layers
+    assert scale_blocks(delta, dict.fromkeys(blocks, 2.0)).metadata == told
+    nothing = scale_blocks(delta, dict.fromkeys(blocks, 0.0))
+    assert nothing.entries == {}
+    assert nothing.fits_base({})
     assert "head.weight" not in scaled.entries
     for name, entry in scaled.entries.items():
         factor = strengths[".".join(name.split(".")[:2])]

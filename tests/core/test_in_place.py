@@ -6,10 +6,9 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torch import nn
-from torch.autograd.graph import allow_mutation_on_saved_tensors
 
 from sara_core.checkpointing import checkpointed
-from sara_core.in_place import changes_saved_tensors
+from sara_core.in_place import changes_allowed, changes_saved_tensors
 
 
 @dataclass
@@ -103,7 +102,7 @@ def test_gradients_are_those_of_the_model_that_changes_nothing(checkpointing, fi
     net, x = make(True)
     with (
         checkpointed(net, checkpointing, in_place=True),
-        allow_mutation_on_saved_tensors(),
+        changes_allowed(),
     ):
         found = gradients(net, x, first_layer)
     assert found.keys() == expected.keys()
@@ -120,3 +119,38 @@ def test_without_care_they_fail_or_are_wrong():
         found = gradients(net, x)
         name = "blocks.0.first.weight"
         assert not torch.allclose(found[name], expected[name])
+
+
+def test_a_change_through_a_view_that_begins_further_on():
+    weight = torch.randn(6, dtype=torch.float64, requires_grad=True)
+
+    def run(in_place):
+        x = weight * 2
+        y = x.exp()  # saves its result
+        z = x.sin()  # saves x
+        if in_place:
+            y[2:4].mul_(3)
+            x[3:] += 1
+            torch._foreach_add_([x], 1.0)
+        else:
+            y = torch.cat([y[:2], y[2:4] * 3, y[4:]])
+            x = torch.cat([x[:3], x[3:] + 1]) + 1
+        return torch.autograd.grad((x * y * z).sum(), weight)[0]
+
+    expected = run(False)
+    with changes_allowed():
+        found = run(True)
+    assert torch.allclose(found, expected, rtol=1e-12)
+
+
+def test_copies_are_made_only_of_what_is_still_needed():
+    weight = torch.randn(1000, requires_grad=True)
+    with changes_allowed():
+        for _ in range(3):
+            (weight * torch.ones(1000)).sum().backward()  # its graph is gone before the write
+            weight.grad.zero_()
+        x = weight * 2
+        x.sin()  # saves x, and is let go of
+        before = x.data_ptr()
+        x += 1
+        assert x.data_ptr() == before
