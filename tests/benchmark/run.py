@@ -1,8 +1,9 @@
 """Measure SaRA beside its peers and beside the floors that the arithmetic sets.
 
 Run by `python dev.py bench`. Each method has a process of its own. A second process, the dense
-backward floor, makes a step after each of the method's steps, so that what slows the machine down
-slows both: times are compared as ratios to the floor's in the same minutes.
+backward floor, takes turns with it, so that what slows the machine down slows both: times are compared
+as ratios to the floor's in the same minutes. A turn is two steps of which the second counts: memory
+that lay idle for a whole turn of the other is slow to touch again, which says nothing of the method.
 """
 
 import argparse
@@ -86,8 +87,9 @@ def measure(name, method, options, size, num_steps, num_warm_up):
     floor = Process(FLOOR, size, {k: v for k, v in options.items() if k in ("batch_size", "dtype")})
     ours, floors = [], []
     for _ in range(num_warm_up + num_steps):
-        ours.append(one.step())
-        floors.append(floor.step())
+        for process, steps in ((one, ours), (floor, floors)):
+            process.step()
+            steps.append(process.step())
     row = {
         "method": name,
         "dtype": options.get("dtype", "float32"),
@@ -232,8 +234,9 @@ def write(rows, around, path, options):
         f"SD1.5's UNet as ComfyUI builds it ({rows[0]['parameters'] / 1e6:.0f} M parameters, random "
         "weights of standard deviation 0.02), float32, latents 4x32x32, batch 1 where nothing else "
         "is said. Every method has a process of its own; the peak is the operating system's. Times "
-        f"are medians of {options.steps} steps after {options.warm_up}, each followed by a step of "
-        "the dense backward floor in another process; *x floor* is the ratio of the two.",
+        f"are medians of {options.steps} turns after {options.warm_up}, taken with the dense backward "
+        "floor in another process; *x floor* is the ratio of the two. Of the two steps of a turn the "
+        "second counts.",
         "",
         f"Machine: {data['machine']}. Made by `python dev.py bench`.",
         "",
