@@ -1,10 +1,11 @@
 """See what a threshold would select before training."""
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..sara_core.analysis import Analysis, Tally, analyze
 from ..sara_core.parameters import filter_parameters
 from . import host, plots
+from .charts import analysis_chart
 from .inputs import filter_inputs, selection_inputs, selection_rule
 
 
@@ -85,4 +86,6 @@ class SaraAnalyze(io.ComfyNode):
         value = analysis.cutoff.threshold
         zeroed = host.zero_small_weights(model, list(weights), value)
         text, picture = report(analysis), plots.histogram(analysis)
-        return io.NodeOutput(model, value, text, picture, zeroed, ui=ui.PreviewText(text))
+        chart = analysis_chart(analysis, host.bytes_per_trained_weight(model))
+        shown = {"text": (text,), "sara_analysis": (chart,)}
+        return io.NodeOutput(model, value, text, picture, zeroed, ui=shown)

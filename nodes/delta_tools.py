@@ -166,6 +166,11 @@ class SaraImportCheckpoint(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, model, file):
+        state = os.stat(host.foreign_checkpoint_path(file))
+        return f"{state.st_mtime_ns} {state.st_size}"
+
+    @classmethod
     def execute(cls, model, file) -> io.NodeOutput:
         names = host.diffusers_names(model)
         order = [names[name] for name in diffusers_order(names)]

@@ -22,6 +22,7 @@ import comfy.supported_models
 import comfy.utils
 import folder_paths
 import torch
+from comfy.patcher_extension import CallbacksMP
 from comfy.quant_ops import QuantizedTensor
 from comfy.weight_adapter import WeightAdapterBase
 from comfyui_version import __version__
@@ -38,6 +39,8 @@ logger = logging.getLogger("comfyui-sara")
 FOLDER = "sara"
 DATASETS = "datasets"
 PREFIX = "diffusion_model."
+REAL_SCALE = "sara_scale"  # of a scaled layer whose weight is a number for a while
+SMALL_LAYER = 16 * 1024  # bytes
 CASTS = "comfy_cast_weights"  # layers that turn their weight into another dtype when it is used
 
 
@@ -250,8 +253,16 @@ def base_weights(patcher) -> BaseWeights:
             else:
                 stored[name] = parameter if backup is None else backup.weight
             module = model.get_submodule(owner)
-            convert[name] = getattr(module, f"convert_{kind}", _as_it_is)
+            convert[name] = _converter(module, kind)
     return BaseWeights(stored, convert)
+
+
+def _converter(module: torch.nn.Module, kind: str) -> Callable[..., Tensor]:
+    """Return what turns a layer's stored weight into numbers, during training as well."""
+    scale = getattr(module, REAL_SCALE, getattr(module, "scale_weight", None))
+    if kind == "weight" and scale is not None:
+        return lambda weight, **_: weight.float() * scale.to(weight.device)
+    return getattr(module, f"convert_{kind}", _as_it_is)
 
 
 def _as_it_is(weight: Tensor, **_) -> Tensor:
@@ -273,6 +284,12 @@ def zero_rule(patcher, zeros: str) -> str:
     return "train" if zeros == "auto" and mostly else zeros
 
 
+def bytes_per_trained_weight(patcher) -> int:
+    """Return what training takes for each trained weight; docs/cost.md says what it is made of."""
+    is_float32 = patcher.model.get_dtype() == torch.float32
+    return 17 if is_float32 else 19
+
+
 def _is_quantised(weight: Tensor) -> bool:
     is_float8 = weight.is_floating_point() and weight.element_size() == 1
     return is_float8 or isinstance(weight, QuantizedTensor)
@@ -282,13 +299,14 @@ def _patchable_names(model: torch.nn.Module) -> set[str]:
     """Name the parameters ComfyUI patches: not those beside which a module has further modules.
 
     It passes over such as Wan's `blocks.0.modulation`, without a word, so what they learned would be
-    gone once loaded.
+    gone once loaded. Layers that cannot cast their weight are patched by some versions only.
     """
     names = set()
     for path, module in model.named_modules():
         own = {name for name, _ in module.named_parameters(recurse=False)}
-        if own == {name for name, _ in module.named_parameters()}:
-            names |= {f"{path}.{name}" if path else name for name in own}
+        is_leaf = own == {name for name, _ in module.named_parameters()}
+        if is_leaf and hasattr(module, CASTS):
+            names |= {f"{path}.{name}" if path else name for name in own & {"weight", "bias"}}
     return names
 
 
@@ -333,16 +351,28 @@ class SparseAddition:
     def __init__(self, index: Tensor, values: Tensor, strength: float, module: torch.nn.Module):
         self.index, self.values, self.strength = index, values, strength
         self._module = weakref.ref(module)
+        self._copies: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def move_to(self, device) -> int:
-        """Move to where the weight is; returns the bytes it takes there."""
-        self.index, self.values = self.index.to(device), self.values.to(device)
-        return self.index.nbytes + self.values.nbytes
+        """Have a copy where the weight is; returns the bytes it takes there."""
+        self.forget()
+        return sum(tensor.nbytes for tensor in self._on(torch.device(device)))
+
+    def forget(self) -> None:
+        """Let go of the copies on devices; they are made anew when needed."""
+        self._copies.clear()
+
+    def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        if device == self.index.device:
+            return self.index, self.values
+        if device not in self._copies:
+            self._copies[device] = self.index.to(device), self.values.to(device)
+        return self._copies[device]
 
     def __call__(self, weight: Tensor) -> Tensor:
         """Return the changed weight; the one given may be the layer's own and is left alone."""
-        index = self.index.to(weight.device)
-        values = self.values.to(weight.device, torch.float32) * self.strength
+        index, values = self._on(weight.device)
+        values = values.float() * self.strength
         scale = getattr(self._module(), "scale_weight", None)
         if scale is not None:
             values = values / scale.to(values)
@@ -392,7 +422,8 @@ def apply_delta(patcher, delta: SparseDelta, strength: float):
             "Apply SaRA: this delta was trained on another base than the loaded checkpoint. Shapes "
             "fit, so it is applied, but the result may differ from what was trained"
         )
-    lost = delta.entries.keys() - _patchable_names(patcher.model.diffusion_model)
+    patchable = _patchable_names(patcher.model.diffusion_model)
+    lost = delta.entries.keys() - patchable
     if lost:
         logger.warning(
             "Apply SaRA: ComfyUI cannot patch %d of this delta's %d layers, such as %s; what they "
@@ -401,17 +432,27 @@ def apply_delta(patcher, delta: SparseDelta, strength: float):
             len(delta.entries),
             min(lost),
         )
-    adapters = {}
+    adapters, additions = {}, []
     for name, entry in delta.entries.items() if strength else ():
-        owner, _, kind = name.rpartition(".")
-        module = patcher.model.diffusion_model.get_submodule(owner)
-        if _is_quantised(weights.stored[name]) and kind == "weight" and hasattr(module, CASTS):
-            addition = SparseAddition(entry.index, entry.values, strength, module)
-            patched.add_weight_wrapper(PREFIX + name, addition)
+        if name in patchable and _is_added_when_used(patcher, weights.stored[name]):
+            module = patcher.model.diffusion_model.get_submodule(name.rpartition(".")[0])
+            additions.append(SparseAddition(entry.index, entry.values, strength, module))
+            patched.add_weight_wrapper(PREFIX + name, additions[-1])
         else:
             adapters[PREFIX + name] = SparseAdapter(set(), [entry.index, entry.values])
+    if additions:
+        patched.add_callback(
+            CallbacksMP.ON_DETACH, lambda *_: [addition.forget() for addition in additions]
+        )
     patched.add_patches(adapters, strength)
     return patched
+
+
+def _is_added_when_used(patcher, weight: Tensor) -> bool:
+    """Tell whether a delta is added to a weight when it is used, instead of being patched in."""
+    # 0.33 loads small layers of dynamic models whole and leaves their functions out.
+    left_out = _is_dynamic(patcher) and weight.nbytes <= SMALL_LAYER
+    return _is_quantised(weight) and not left_out
 
 
 def _refuse_other_shapes(patcher, delta: SparseDelta, weights: BaseWeights) -> None:
@@ -554,10 +595,14 @@ def trainable(patcher, dtype: torch.dtype | None) -> Iterator["ModelCalls"]:
                 parameter.grad = None
 
 
+def _is_dynamic(patcher) -> bool:
+    return getattr(patcher, "is_dynamic", bool)()  # since 0.33
+
+
 @contextlib.contextmanager
 def _dequantised(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """Have numbers in place of 8-bit weights for a while; the very same weights are put back."""
-    replaced = []
+    replaced, marked = [], []
 
     def replace(module, name, value):
         holder = module._parameters if name in module._parameters else vars(module)
@@ -569,12 +614,13 @@ def _dequantised(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[None]:
             for name, weight in list(module._parameters.items()):
                 if weight is None or not _is_quantised(weight):
                     continue
-                convert = getattr(module, f"convert_{name}", _as_it_is)
                 with torch.no_grad():
-                    number = convert(weight, inplace=False).to(dtype)
+                    number = _converter(module, name)(weight, inplace=False).to(dtype)
                 replace(module, name, torch.nn.Parameter(number, requires_grad=False))
                 if name == "weight" and getattr(module, "scale_weight", None) is not None:
                     ones = torch.ones_like(module.scale_weight)
+                    setattr(module, REAL_SCALE, module.scale_weight.detach())
+                    marked.append(module)
                     replace(module, "scale_weight", torch.nn.Parameter(ones, requires_grad=False))
                 if "_full_precision_mm" in vars(module):
                     replace(module, "_full_precision_mm", True)
@@ -582,11 +628,13 @@ def _dequantised(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[None]:
     finally:
         for holder, name, value in replaced:
             holder[name] = value
+        for module in marked:
+            delattr(module, REAL_SCALE)
 
 
 def _ordinary_clone(patcher):
     """Clone a MODEL; one whose weights 0.33 streams to the GPU piece by piece is loaded whole."""
-    if getattr(patcher, "is_dynamic", bool)():
+    if _is_dynamic(patcher):
         logger.info("SaRA Train: loading the model once more, as dynamic weights cannot be trained")
         return patcher.clone(disable_dynamic=True)
     return patcher.clone()
@@ -607,6 +655,22 @@ def free_memory() -> None:
 def check_cancelled() -> None:
     """Raise ComfyUI's interrupt if the user has pressed Cancel."""
     comfy.model_management.throw_exception_if_processing_interrupted()
+
+
+def send_event(name: str, data: dict) -> None:
+    """Send a message to every browser that is connected; without one it goes nowhere."""
+    PromptServer.instance.send_sync(name, data)
+
+
+def memory_in_use() -> tuple[int, int]:
+    """Return bytes in use and bytes there are on the device that models run on."""
+    device = comfy.model_management.get_torch_device()
+    try:
+        total = comfy.model_management.get_total_memory(device)
+        return total - comfy.model_management.get_free_memory(device), total
+    except RuntimeError as error:  # of a device in trouble; only shown, never needed
+        logger.warning("the memory in use cannot be told: %s", error)
+        return 0, 0
 
 
 class Progress:

@@ -1,6 +1,6 @@
 """Train a model with SaRA."""
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..sara_core import SparseDelta
 from ..sara_core.run_folder import RunFolder
@@ -22,7 +22,7 @@ class SaraTrain(io.ComfyNode):
             "was learned as a small file. The loaded model itself stays as it is.",
             is_input_list=True,
             is_output_node=True,
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo],
             inputs=[
                 io.Model.Input("model", tooltip="Model to train."),
                 io.Latent.Input(
@@ -78,7 +78,11 @@ class SaraTrain(io.ComfyNode):
         else:
             folder = RunFolder(output_folder.run_path(resume))
             folder.settings |= {name: settings[name] for name in FREE_TO_CHANGE}
-        path, losses = run(model[0], examples, folder, cls.hidden.unique_id, resume != NEW_RUN)
+        told = cls.hidden.extra_pnginfo or {}
+        workflow = told.get("workflow", {}).get("id")
+        path, losses, chart = run(
+            model[0], examples, folder, cls.hidden.unique_id, resume != NEW_RUN, workflow
+        )
         delta = SparseDelta.load(path)  # what is sampled is what is loaded
         file = output_folder.output_relative(path)
         return io.NodeOutput(
@@ -86,5 +90,8 @@ class SaraTrain(io.ComfyNode):
             delta,
             losses,
             file,
-            ui=ui.PreviewText(f"saved {file}, loss {losses['loss'][-1]:.4f}"),
+            ui={
+                "text": (f"saved {file}, loss {losses['loss'][-1]:.4f}",),
+                "sara_training": (chart,),
+            },
         )

@@ -20,6 +20,7 @@ from ..sara_core.training_task import StepReport
 from . import host, output_folder
 from .examples import Examples, describe_examples, differences
 from .inputs import SAVE_DTYPES, selection_rule
+from .live import LiveChart
 from .training_inputs import COMPUTE_DTYPES
 from .training_set import TrainingSet
 
@@ -33,8 +34,13 @@ MEMORY_ADVICE = (
 
 
 def run(
-    patcher, examples: Examples, folder: RunFolder, node_id: str | None, resume: bool = False
-) -> tuple[Path, dict[str, list]]:
+    patcher,
+    examples: Examples,
+    folder: RunFolder,
+    node_id: str | None,
+    resume: bool = False,
+    workflow: str | None = None,
+) -> tuple[Path, dict[str, list], dict]:
     """Train a MODEL in place, save what it learns, and put its base weights back.
 
     Whatever ends it, the delta and the state after the last whole step are in the folder.
@@ -45,10 +51,11 @@ def run(
         folder: Where the run is kept; its settings are the node's widgets.
         node_id: Node that shows the progress.
         resume: Go on from the folder's state.
+        workflow: Id of the workflow the node is in.
 
     Returns:
-        File of the final delta, and the losses: `loss` of each step, and `validation_loss` after
-        each of `validation_step`.
+        File of the final delta; the losses: `loss` of each step, and `validation_loss` after each of
+        `validation_step`; and what the node's chart shows.
     """
     settings = folder.settings
     dtype = COMPUTE_DTYPES[settings["training_dtype"]]
@@ -63,13 +70,13 @@ def run(
         optimizer = _optimizer(model, settings | {"zeros": zeros})
         try:
             training = TrainingRun(optimizer, pictures, config, scaler, host.free_memory)
-            session = Session(patcher, examples, folder, training, node_id)
+            session = Session(patcher, examples, folder, training, node_id, workflow)
             if resume:
                 session.resume()
             training.look_for_in_place_changes()
             with checkpointed(model, settings["gradient_checkpointing"], training.in_place):
                 session.train()
-            return session.finish(), session.loss_map()
+            return session.finish(), session.loss_map(), session.chart.finish()
         finally:
             optimizer.restore()
 
@@ -77,12 +84,21 @@ def run(
 class Session:
     """The part of a run between two stops: makes steps, shows them and saves them."""
 
-    def __init__(self, patcher, examples, folder, training: TrainingRun, node_id: str | None):
+    def __init__(
+        self,
+        patcher,
+        examples,
+        folder,
+        training: TrainingRun,
+        node_id: str | None,
+        workflow: str | None = None,
+    ):
         self.folder, self.training = folder, training
         self.settings = folder.settings
         self.losses: list[float] = []
         self.validation: list[tuple[int, float]] = []  # step and loss
         self.progress = host.Progress(training.config.steps, node_id)
+        self.chart = LiveChart(node_id, folder.path.name, training.config.steps, workflow)
         self._identity = {
             "model": host.architecture(patcher),
             "sampling": host.sampling_summary(patcher),
@@ -124,11 +140,13 @@ class Session:
             f"rate of {optimizer.param_groups[0]['lr']:.3g}, in {self.folder.path}"
         )
         stage = optimizer.stage
+        self.chart.start(self.losses, self.validation, stage)
         try:
             self._validate()
             for report in self.training:
                 self.losses.append(report.loss)
                 self.folder.add_loss(report)
+                self.chart.add(report)
                 self._validate()
                 self._show(report)
                 every = self.settings["save_every_steps"]
@@ -140,7 +158,9 @@ class Session:
             if is_out_of_memory(error):  # its traceback holds on to the step's activations
                 traceback.clear_frames(error.__traceback__)
                 host.free_memory()
-            _add_line(error, self._save_at_the_end(type(error).__name__))
+            text = self._save_at_the_end(type(error).__name__)
+            self.chart.stop(text)
+            _add_line(error, text)
             raise
 
     def _validate(self) -> None:
@@ -152,6 +172,7 @@ class Session:
         if loss is not None:
             self.validation.append((step, loss))
             self.folder.add_validation(step, loss)
+            self.chart.add_validation(step, loss)
             self._tell(f"step {step}: validation loss {loss:.4f}")
 
     def finish(self) -> Path:
@@ -193,7 +214,10 @@ class Session:
             )
         except Exception as error:  # a save that fails is not to end the training
             problem = error
-        if problem is not None and not wait:
+        if problem is None:
+            self.chart.mark("saved", "saved")
+        elif not wait:
+            self.chart.mark("error", f"could not save: {problem}")
             self._tell(f"could not save ({problem}); the training goes on, free some space")
         return problem
 

@@ -71,7 +71,7 @@ def train(sara, patcher, latents, captions, settings, resume=None, new=None):
     examples = sara.examples.Examples(latents, captions)
     parent = tempfile.mkdtemp()
     folder = resume or new or sara.folder.RunFolder.create(parent, "run", settings)
-    path, losses = sara.run.run(patcher, examples, folder, None, resume is not None)
+    path, losses, _ = sara.run.run(patcher, examples, folder, None, resume is not None)
     return sara.core.SparseDelta.load(path), losses["loss"]
 
 
@@ -681,7 +681,7 @@ def test_a_run_with_everything_resumes_exactly(sd15, sara, tmp_path, monkeypatch
                 raise KeyboardInterrupt
 
         folder.add_loss = add
-        path, losses = sara.run.run(sd15, examples, folder, None, resume is not None)
+        path, losses, _ = sara.run.run(sd15, examples, folder, None, resume is not None)
         return sara.core.SparseDelta.load(path), losses
 
     expected, losses = run("straight")

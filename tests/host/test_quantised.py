@@ -161,3 +161,34 @@ def test_weights_left_outside_the_device_get_the_delta_when_they_are_used(sara, 
     applied.detach()
     assert torch.allclose(found, expected, atol=1e-5 * float(expected.abs().max()))
     assert torch.equal(output(patcher), base)
+
+
+def test_analyze_counts_the_zeros_of_float8(sara):  # noqa: F811
+    from sara_pack.sara_core.analysis import analyze
+
+    weights = sara.host.trainable_weights(load("e4m3fn"))
+    found = analyze(weights, fraction=0.1, zeros="train")
+    zeros = sum(int((w.float() == 0).sum()) for w in weights.stored.values() if w.dim() > 0)
+    assert zeros > 1000
+    assert found.cutoff.num_zeros == zeros
+
+
+def test_copies_of_a_delta_are_let_go_of_with_the_model(sara):  # noqa: F811
+    patcher = load("e4m3fn")
+    delta, _ = delta_of(sara, load("float32"))
+    applied = sara.host.apply_delta(patcher, delta, 1.0)
+    additions = [f for fs in applied.weight_wrapper_patches.values() for f in fs]
+    assert len(additions) > 10
+    for addition in additions:  # as a GPU's copy would be kept
+        addition._copies[torch.device("meta")] = (addition.index, addition.values)
+    applied.detach()
+    assert not any(addition._copies for addition in additions)
+
+
+def test_the_fingerprint_of_a_scaled_base_is_of_its_numbers_beside_a_lora(sara):  # noqa: F811
+    patcher = load("scaled")
+    with_lora = patcher.clone()
+    key = "diffusion_model.joint_blocks.0.x_block.mlp.fc1.weight"
+    assert with_lora.add_patches({key: ("diff", (torch.ones(512, 128) * 0.01,))}, 1.0)
+    delta, _ = delta_of(sara, with_lora)
+    assert delta.fits_base(sara.host.base_weights(patcher))

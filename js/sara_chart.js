@@ -1,0 +1,86 @@
+// Drawing that the widgets share: a canvas that follows its element's size and the palette's colours.
+
+const COLOURS = {
+  text: ["--input-text", "#ddd"],
+  faint: ["--descrip-text", "#999"],
+  line: ["--border-color", "#4e4e4e"],
+  back: ["--comfy-input-bg", "#222"],
+};
+export const ACCENT = { raw: "#6b8db5", smooth: "#4aa3ff", validation: "#ff9f40", selected: "#4aa3ff",
+  rest: "#777777", saved: "#3fb950", error: "#f85149", stage: "#b083f0" };
+
+export function colours(element) {
+  const style = getComputedStyle(element);
+  const found = {};
+  for (const [name, [variable, fallback]] of Object.entries(COLOURS))
+    found[name] = style.getPropertyValue(variable).trim() || fallback;
+  return found;
+}
+
+// Adds a display-only widget with a canvas and lines of text below it; `draw(context, width, height)`
+// is called whenever the size changes or `redraw` is called.
+export function addCanvasWidget(node, name, height, draw) {
+  const box = document.createElement("div");
+  box.className = "sara-chart";
+  box.style.cssText =
+    `display:flex;flex-direction:column;min-height:${height}px;width:100%;overflow:hidden`;
+  const canvas = document.createElement("canvas");
+  canvas.style.cssText = `width:100%;flex:1 1 ${height - 40}px;min-height:${height - 40}px;display:block`;
+  const caption = document.createElement("div");
+  caption.style.cssText =
+    "font:11px sans-serif;line-height:1.35;min-height:30px;padding:2px 4px;white-space:pre-line;" +
+    "color:var(--input-text,#ddd);overflow-y:auto;max-height:160px";
+  box.append(canvas, caption);
+
+  function redraw() {
+    const rect = canvas.getBoundingClientRect();
+    const width = canvas.clientWidth || rect.width, tall = canvas.clientHeight || rect.height;
+    if (!width || !tall) return;
+    const ratio = window.devicePixelRatio || 1;
+    canvas.width = Math.round(width * ratio);
+    canvas.height = Math.round(tall * ratio);
+    const context = canvas.getContext("2d");
+    context.setTransform(ratio, 0, 0, ratio, 0, 0);
+    context.clearRect(0, 0, width, tall);
+    context.font = "10px sans-serif";
+    draw(context, width, tall, colours(box));
+  }
+
+  const observer = new ResizeObserver(redraw);
+  observer.observe(canvas);
+  const widget = node.addDOMWidget(name, "sara_chart", box, {
+    serialize: false, // not into the prompt
+    getMinHeight: () => height,
+    getValue: () => undefined,
+    setValue: () => {},
+  });
+  widget.serialize = false; // not into the workflow either
+  const removed = node.onRemoved;
+  node.onRemoved = function () {
+    observer.disconnect();
+    return removed?.apply(this, arguments);
+  };
+  return { box, canvas, caption, redraw };
+}
+
+// The node that an execution id such as "12" or "57:3" (within a subgraph) stands for.
+export function nodeOf(graph, id) {
+  let found = null, inside = graph;
+  for (const part of String(id).split(":")) {
+    found = inside?.getNodeById?.(Number(part)) ?? inside?.getNodeById?.(part);
+    inside = found?.subgraph;
+  }
+  return found;
+}
+
+export function short(number) {
+  for (const [unit, size] of [["B", 1e9], ["M", 1e6], ["k", 1e3]])
+    if (number >= size) return `${(number / size).toPrecision(3)} ${unit}`;
+  return String(Math.round(number));
+}
+
+export function bytes(number) {
+  for (const [unit, size] of [["GB", 1e9], ["MB", 1e6], ["kB", 1e3]])
+    if (number >= size) return `${(number / size).toPrecision(3)} ${unit}`;
+  return `${Math.round(number)} B`;
+}

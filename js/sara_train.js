@@ -1,0 +1,153 @@
+// The chart of SaRA Train: losses, learning rate, marks and time, as the server tells them.
+
+import { app } from "../../scripts/app.js";
+import { api } from "../../scripts/api.js";
+import { ACCENT, addCanvasWidget, bytes, nodeOf } from "./sara_chart.js";
+
+const EVENT = "sara.training";
+const SMOOTHING = 0.9;
+const charts = new WeakMap(); // node -> what addCanvasWidget returned
+const states = new Map(); // execution id -> last state
+
+function time(seconds) {
+  if (seconds == null) return "?";
+  if (seconds < 60) return `${seconds.toPrecision(2)} s`;
+  const minutes = Math.round(seconds / 60);
+  return minutes < 60 ? `${minutes} min` : `${Math.floor(minutes / 60)} h ${minutes % 60} min`;
+}
+
+function smoothed(points) {
+  let mean = null;
+  return points.map(([step, value]) => {
+    mean = mean == null ? value : SMOOTHING * mean + (1 - SMOOTHING) * value;
+    return [step, mean];
+  });
+}
+
+function range(values) {
+  const low = Math.min(...values), high = Math.max(...values);
+  return high > low ? [low, high] : [low - 0.5 * Math.abs(low) - 1e-9, high + 0.5 * Math.abs(high) + 1e-9];
+}
+
+function drawCurve(context, points, toX, toY, colour, width) {
+  context.strokeStyle = colour;
+  context.lineWidth = width;
+  context.beginPath();
+  points.forEach(([x, y], i) => context[i ? "lineTo" : "moveTo"](toX(x), toY(y)));
+  context.stroke();
+}
+
+function draw(state, context, width, height, colour) {
+  const left = 44, right = 8, top = 8, bottom = 16;
+  if (!state || !state.losses.length) {
+    context.fillStyle = colour.faint;
+    context.fillText("the loss is drawn here while it trains", left, height / 2);
+    return;
+  }
+  const all = [...state.losses, ...state.validation].map((p) => p[1]).filter(Number.isFinite);
+  const sorted = [...all].sort((a, b) => a - b);
+  const cut = sorted[Math.floor(0.995 * (sorted.length - 1))]; // single spikes are cut off
+  const [low, high] = range(all.filter((v) => v <= cut));
+  const toX = (step) => left + (step / state.steps) * (width - left - right);
+  const toY = (loss) =>
+    top + (1 - (Math.min(loss, high) - low) / (high - low)) * (height - top - bottom);
+  context.strokeStyle = colour.line;
+  context.strokeRect(left, top, width - left - right, height - top - bottom);
+  context.fillStyle = colour.faint;
+  context.textAlign = "right";
+  context.fillText(high.toPrecision(3), left - 4, top + 8);
+  context.fillText(low.toPrecision(3), left - 4, height - bottom);
+  context.fillText(String(state.steps), width - right, height - 4);
+  context.textAlign = "left";
+  context.fillText("0", left, height - 4);
+  const rates = state.rates.map((p) => p[1]);
+  const [, fastest] = range(rates);
+  drawCurve(context, state.rates, toX,
+    (rate) => height - bottom - (rate / fastest) * 0.25 * (height - top - bottom), colour.line, 1);
+  for (const [step, kind] of state.marks) {
+    context.strokeStyle = ACCENT[kind];
+    context.beginPath();
+    context.moveTo(toX(step), kind === "saved" ? height - bottom - 6 : top);
+    context.lineTo(toX(step), height - bottom);
+    context.stroke();
+  }
+  drawCurve(context, state.losses, toX, toY, ACCENT.raw + "88", 1);
+  drawCurve(context, smoothed(state.losses), toX, toY, ACCENT.smooth, 2);
+  drawCurve(context, state.validation, toX, toY, ACCENT.validation, 2);
+  for (const [step, loss] of state.validation) {
+    context.fillStyle = ACCENT.validation;
+    context.fillRect(toX(step) - 2, toY(loss) - 2, 4, 4);
+  }
+}
+
+function describe(state) {
+  const last = smoothed(state.losses).at(-1)?.[1];
+  const lines = [
+    `${state.run}: ${state.status}, step ${state.step} of ${state.steps}, stage ${state.stage}`,
+    [
+      last == null ? "" : `loss ${last.toFixed(4)} (smoothed)`,
+      state.validation.length ? `validation ${state.validation.at(-1)[1].toFixed(4)}` : "",
+      state.rates.length ? `learning rate ${state.rates.at(-1)[1].toExponential(2)}` : "",
+    ].filter(Boolean).join(", "),
+    [
+      state.seconds_per_step == null ? "" : `${time(state.seconds_per_step)} per step`,
+      state.status === "training" ? `${time(state.seconds_left)} left` : "",
+      `memory ${bytes(state.memory_used)} of ${bytes(state.memory_total)}`,
+    ].filter(Boolean).join(", "),
+  ];
+  const error = state.marks.filter((mark) => mark[1] === "error").at(-1);
+  if (error) lines.push(`step ${error[0]}: ${error[2]}`);
+  return lines.filter(Boolean).join("\n");
+}
+
+function show(node, state) {
+  const chart = charts.get(node);
+  if (!chart || !state) return;
+  chart.state = state;
+  chart.caption.textContent = describe(state);
+  chart.redraw();
+}
+
+function receive(state) {
+  states.set(String(state.node), state);
+  const graph = app.rootGraph ?? app.graph;
+  if (state.workflow && graph?.id && state.workflow !== graph.id) return; // of another tab
+  const node = nodeOf(graph, state.node);
+  if (node) show(node, state);
+}
+
+async function lastOnes() {
+  // A page that is opened after a training ended finds its chart among the server's outputs.
+  const answer = await api.fetchApi("/history?max_items=20");
+  for (const entry of Object.values(await answer.json()).reverse()) // the newest first
+    for (const output of Object.values(entry.outputs ?? {}))
+      for (const state of output.sara_training ?? [])
+        if (!states.has(String(state.node))) states.set(String(state.node), state);
+}
+
+app.registerExtension({
+  name: "SaRA.Train",
+  async setup() {
+    api.addEventListener(EVENT, (event) => receive(event.detail));
+    try {
+      await lastOnes();
+      for (const state of states.values()) receive(state);
+    } catch (error) {
+      console.warn("SaRA: charts of earlier trainings are not shown", error);
+    }
+  },
+  nodeCreated(node) {
+    if (node.comfyClass !== "SaraTrain") return;
+    const chart = addCanvasWidget(node, "chart", 190, (context, width, height, colour) =>
+      draw(chart?.state, context, width, height, colour));
+    charts.set(node, chart);
+    const executed = node.onExecuted;
+    node.onExecuted = function (output) {
+      if (output?.sara_training?.[0]) receive(output.sara_training[0]);
+      return executed?.apply(this, arguments);
+    };
+  },
+  async afterConfigureGraph() {
+    for (const state of states.values()) receive(state);
+  },
+});

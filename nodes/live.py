@@ -1,0 +1,117 @@
+"""What the widget of SaRA Train shows while it trains."""
+
+import logging
+import math
+import time
+
+from ..sara_core.training_task import StepReport
+from . import host
+from .charts import Curve
+
+logger = logging.getLogger("comfyui-sara")
+
+EVENT = "sara.training"
+SECONDS_BETWEEN = 1.0
+PACE = 0.1  # weight of the newest step in the mean time per step
+
+
+class LiveChart:
+    """Follows a run and tells the browser, whole each time, so that one who reloads misses nothing.
+
+    Args:
+        node_id: The node that trains; without one nothing is sent.
+        run: Name of the run.
+        num_steps: Steps it has in all.
+        workflow: Id of the workflow the node is in.
+    """
+
+    def __init__(self, node_id: str | None, run: str, num_steps: int, workflow: str | None = None):
+        self.node_id, self.run, self.num_steps = node_id, run, num_steps
+        self.workflow = workflow
+        self._losses = Curve()
+        self._validation: list[list[float]] = []
+        self._marks: list[list] = []  # step, kind, text
+        self._rates = Curve()
+        self._step, self._stage, self._status = 0, 1, "training"
+        self._pace: float | None = None
+        self._last_step = self._last_sent = time.monotonic()
+
+    def start(self, losses: list[float], validation: list[tuple[int, float]], stage: int) -> None:
+        """Show what a resumed run has behind it."""
+        self._losses, self._step, self._stage = Curve(losses), len(losses), stage
+        self._rates = Curve([0.0] * len(losses))
+        self._validation = []
+        for step, loss in validation:
+            self.add_validation(step, loss)
+        self._last_step = time.monotonic()
+        self.send()
+
+    def add(self, report: StepReport) -> None:
+        """Show a step."""
+        now = time.monotonic()
+        seconds, self._last_step = now - self._last_step, now
+        self._pace = seconds if self._pace is None else self._pace + PACE * (seconds - self._pace)
+        self._step = report.step
+        self._losses.add(report.loss)
+        self._rates.add(report.learning_rate)
+        if report.stage != self._stage:
+            self.mark("stage", f"stage {report.stage}")
+        self._stage = report.stage
+        if report.skipped:
+            self.mark("error", "not finite, left out")
+        if now - self._last_sent >= SECONDS_BETWEEN:
+            self.send()
+
+    def add_validation(self, step: int, loss: float) -> None:
+        """Show a loss on the pictures held out; one that is not finite is not shown."""
+        if math.isfinite(loss):
+            self._validation.append([step, loss])
+
+    def mark(self, kind: str, text: str) -> None:
+        """Mark the present step: `stage`, `saved` or `error`."""
+        self._marks.append([self._step, kind, text])
+
+    def stop(self, text: str) -> None:
+        """Show that it ended before its last step, and why."""
+        self._status = "stopped"
+        self.mark("error", text)
+        self.send()
+
+    def finish(self) -> dict:
+        """Show that all steps are made, and return the last state."""
+        self._status = "finished"
+        self.send()
+        return self.state()
+
+    def send(self) -> None:
+        """Tell the browser the present state; whatever goes wrong with that, the training goes on."""
+        self._last_sent = time.monotonic()
+        if self.node_id is None:
+            return
+        try:
+            host.send_event(EVENT, self.state())
+        except Exception as error:
+            logger.warning("SaRA Train: the chart is not shown: %s", error)
+            self.node_id = None
+
+    def state(self) -> dict:
+        """Return all that is shown, as JSON takes it."""
+        used, total = host.memory_in_use()
+        left = None if self._pace is None else self._pace * (self.num_steps - self._step)
+        return {
+            "node": self.node_id,
+            "workflow": self.workflow,
+            "run": self.run,
+            "status": self._status,
+            "step": self._step,
+            "steps": self.num_steps,
+            "stage": self._stage,
+            "losses": self._losses.points(),
+            "validation": self._validation,
+            "rates": self._rates.points(),
+            "marks": self._marks[-200:],
+            "seconds_per_step": self._pace,
+            "seconds_left": left,
+            "memory_used": used,
+            "memory_total": total,
+        }
