@@ -40,6 +40,7 @@ def deltas(server, dev):
     folder = server.base / "models" / "sara"
     make_delta(folder / "one.safetensors", dev.checkpoint())
     make_delta(folder / "two.safetensors", dev.checkpoint(), seed=1)
+    make_delta(folder / "three.safetensors", dev.checkpoint(), seed=4)
     mini = server.base / "models" / "diffusion_models" / "mini_sd15.safetensors"
     make_delta(folder / "mini.safetensors", mini, prefix="", seed=2)
 
@@ -149,17 +150,19 @@ def test_strengths_of_blocks_deltas_and_signs_add_up(server, deltas):
     blocks = graph("SaraBlockStrengths", delta=scene.delta(), strengths="joint_blocks.*: 0.5", others=0.0)  # fmt: skip
     graph("ModelSave", model=scene.applied(delta=blocks), filename_prefix="weights/b_blocks")
     graph("PreviewAny", source=blocks.out(1))
-    orders = (("one", 0.5, "two", -1.5), ("two", -1.5, "one", 0.5))
-    for number, (first, a, second, b) in enumerate(orders):
-        model = scene.applied(scene.applied(name=first, strength=a), second, b)
+    strengths = {"one": 0.5, "two": -1.5, "three": 0.25}
+    orders = (("one", "two", "three"), ("three", "one", "two"), ("two", "one"))
+    for number, order in enumerate(orders):
+        model = scene.base
+        for name in order:
+            model = scene.applied(model, name, strengths[name])
         graph("ModelSave", model=model, filename_prefix=f"weights/b_order{number}")
     graph("ModelSave", model=scene.base, filename_prefix="weights/b_base")
     outputs = graph.run()
     base, found = (saved_weights(server, n) for n in ("b_base", "b_blocks"))
-    one, two = (
-        SparseDelta.load(server.base / "models" / "sara" / f"{n}.safetensors")
-        for n in ("one", "two")
-    )
+    folder = server.base / "models" / "sara"
+    loaded = {name: SparseDelta.load(folder / f"{name}.safetensors") for name in strengths}
+    one = loaded["one"]
 
     def expected(*parts):
         weights = {key: weight.clone() for key, weight in base.items()}
@@ -174,9 +177,10 @@ def test_strengths_of_blocks_deltas_and_signs_add_up(server, deltas):
     assert 0 < len(inside.entries) < len(one.entries)
     for key, weight in expected((inside, 0.5)).items():
         assert torch.allclose(found[key], weight, atol=1e-6), key
-    for number in (0, 1):
+    for number, order in enumerate(orders):
         found = saved_weights(server, f"b_order{number}")
-        for key, weight in expected((one, 0.5), (two, -1.5)).items():
+        parts = [(loaded[name], strengths[name]) for name in order]
+        for key, weight in expected(*parts).items():
             assert torch.allclose(found[key], weight, atol=1e-6), key
     text = next(o["text"] for o in outputs.values() if "text" in o)[0]
     assert "joint_blocks.0: 0.5" in text

@@ -4,6 +4,7 @@ Sizes that detection takes from the weights are made small; those it fixes (Flux
 one) stay, with as few blocks as can be.
 """
 
+import dataclasses
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -60,6 +61,15 @@ def _of(path, **options):
         return getattr(importlib.import_module(f"comfy.ldm.{module}"), name)(**options, **place)
 
     return build
+
+
+def _hunyuan_video(**place):
+    from comfy.ldm.hunyuan_video.model import HunyuanVideo, HunyuanVideoParams
+
+    newer = {"meanflow_sum": False}  # since 0.33
+    known = {f.name for f in dataclasses.fields(HunyuanVideoParams)}
+    options = HUNYUAN_VIDEO | {key: value for key, value in newer.items() if key in known}
+    return HunyuanVideo(**options, **place)
 
 
 FLUX = {
@@ -170,7 +180,7 @@ FAMILIES = {
          "attention_mask_mt5xl": torch.ones(1, 256)},
     ),
     "HunyuanVideo": Family(
-        "HunyuanVideo", _of("hunyuan_video.model.HunyuanVideo", **HUNYUAN_VIDEO),
+        "HunyuanVideo", _hunyuan_video,
         (1, 16, 2, 8, 8), (20, 64), {"pooled_output": (1, 768)},
     ),
     "Wan 2.1": Family("WAN21_T2V", _of("wan.model.WanModel", **WAN), (1, 16, 2, 8, 8), (20, 4096)),
