@@ -51,7 +51,8 @@ def filter_inputs() -> list:
             options=ZEROS,
             default="auto",
             tooltip="Weights that are exactly zero come from padding or pruning, and often never "
-            "get a gradient. auto selects them unless they would be most of the selection.",
+            "get a gradient. auto selects them unless they would be most of the selection; in "
+            "8-bit models they are small weights that were rounded, and are always selected.",
         ),
     ]
 

@@ -26,7 +26,11 @@ def changes_saved_tensors(forward: Callable[[], object]) -> bool:
         forward: Runs the model once.
     """
     watch = _Watch()
-    with torch.enable_grad(), watch, saved_tensors_hooks(watch.note, lambda _: None):
+    with (
+        torch.enable_grad(),
+        _Writes(watch.before_write),
+        saved_tensors_hooks(watch.note, lambda _: None),
+    ):
         forward()
     return watch.found
 
@@ -40,15 +44,16 @@ def changes_allowed() -> Iterator[None]:
     on; this goes by the memory they share.
     """
     copies = _Copies()
-    with copies, saved_tensors_hooks(copies.hold, lambda held: held.tensor):
+    with _Writes(copies.before_write), saved_tensors_hooks(copies.hold, lambda held: held.tensor):
         yield
 
 
 class _Writes(TorchDispatchMode):
-    """Sees every tensor an operation is about to write to."""
+    """Tells of every tensor an operation is about to write to."""
 
-    def before_write(self, tensor: Tensor) -> None:
-        raise NotImplementedError
+    def __init__(self, before_write: Callable[[Tensor], None]):
+        super().__init__()
+        self.before_write = before_write
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -62,11 +67,10 @@ class _Writes(TorchDispatchMode):
         return function(*args, **kwargs)
 
 
-class _Watch(_Writes):
+class _Watch:
     """Looks out for writes to memory that some saved tensor lies in."""
 
     def __init__(self):
-        super().__init__()
         self.found = False
         self._saved: dict[int, StorageWeakRef] = {}  # the references keep addresses from reuse
 
@@ -86,11 +90,10 @@ class _Held:
         self.tensor = tensor
 
 
-class _Copies(_Writes):
+class _Copies:
     """Copies saved tensors before the memory they lie in is written to."""
 
     def __init__(self):
-        super().__init__()
         self._held: dict[int, list[weakref.ref]] = {}  # one that is alive keeps its memory alive
 
     def hold(self, tensor: Tensor) -> _Held:
