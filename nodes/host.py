@@ -286,8 +286,11 @@ def zero_rule(patcher, zeros: str) -> str:
 
 def bytes_per_trained_weight(patcher) -> int:
     """Return what training takes for each trained weight; docs/cost.md says what it is made of."""
-    is_float32 = patcher.model.get_dtype() == torch.float32
-    return 17 if is_float32 else 19
+    model = patcher.model
+    dtype = model.get_dtype()
+    if dtype.itemsize == 1:  # trained as numbers of the dtype it computes in
+        dtype = model.manual_cast_dtype or torch.float32
+    return 17 if dtype == torch.float32 else 19
 
 
 def _is_quantised(weight: Tensor) -> bool:
