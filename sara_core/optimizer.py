@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
@@ -288,6 +289,16 @@ class SaraAdamW(torch.optim.Optimizer):
             "sara.steps": str(self.num_steps),
             "sara.fingerprint": self.fingerprint,
         }
+
+    def at_strength(self, strength: float) -> AbstractContextManager[None]:
+        """Have the model act, within the context, as with the delta applied at this strength.
+
+        Afterwards it holds the trained values again, bit for bit. Do not make steps meanwhile.
+
+        Args:
+            strength: Factor of what was learned; 0 is the base, 1 changes nothing.
+        """
+        return self._weights.at_strength(strength)
 
     def restore(self) -> None:
         """Put the base weights back, bit for bit, and let go of the model."""

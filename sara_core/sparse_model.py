@@ -1,7 +1,8 @@
 """The selected weights of a whole model, and the model's way there and back."""
 
+import contextlib
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -88,6 +89,18 @@ class SparseModel:
                 first = first or error
         if first is not None:
             raise first
+
+    @contextlib.contextmanager
+    def at_strength(self, strength: float) -> Iterator[None]:
+        """Have the module hold base + strength * (trained - base) for a while."""
+        weights = (*self.active, *self.frozen)
+        try:
+            for weight in weights if strength != 1 else ():
+                weight.scale_(strength)
+            yield
+        finally:
+            for weight in weights if strength != 1 else ():
+                weight.write_(weight.trained, weight.index)
 
     def freeze(self, marks: Sequence[Tensor]) -> list[tuple[SparseWeight, SparseWeight | None]]:
         """Go on with the marked active weights only; the others keep their learned value.

@@ -108,6 +108,13 @@ class SparseWeight:
         self.keep()
         self._put(self.base, self.index)
 
+    @torch.no_grad()
+    def scale_(self, strength: float) -> None:
+        """Put base + strength * (trained - base) into the parameter, and keep the trained values."""
+        self.keep()
+        base = self.base.to(self.dtype)
+        self._put(base + strength * (self._values - base), self.index)
+
     def keep(self) -> None:
         """Hold the trained values, whatever happens to the parameter from now on."""
         self._values = self.trained
