@@ -76,5 +76,10 @@ def test_only_host_touches_comfyui():
     }
     for path in sorted((ROOT / "nodes").glob("*.py")):
         roots = {name.split(".")[0] for level, name in imported(path) if level == 0}
-        if path.name != "host.py":
-            assert not roots & internals, f"{path.name} imports {roots & internals}"
+        assert not roots & internals, f"{path.name} imports {roots & internals}"
+
+
+def test_host_knows_nothing_of_the_nodes():
+    for path in sorted((ROOT / "nodes" / "host").glob("*.py")):
+        above = [name for level, name in imported(path) if level == 2]
+        assert not above, f"host/{path.name} imports {above} of the nodes"

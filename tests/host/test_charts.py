@@ -75,7 +75,7 @@ def test_a_curve_keeps_means_over_equal_stretches(charts):
     assert charts.Curve([float("nan")]).points() == [[1, 0.0]]
 
 
-def test_the_browser_is_told_the_whole_state(sd15, sara, monkeypatch):  # noqa: F811
+def test_the_browser_is_told_the_whole_state(sd15, sara, monkeypatch):
     from sara_pack.nodes import live
 
     sent = []
@@ -100,7 +100,7 @@ def test_the_browser_is_told_the_whole_state(sd15, sara, monkeypatch):  # noqa: 
     assert 0 < last["memory_used"] <= last["memory_total"]
 
 
-def test_a_stop_and_a_resumed_run_are_shown(sd15, sara, monkeypatch, tmp_path):  # noqa: F811
+def test_a_stop_and_a_resumed_run_are_shown(sd15, sara, monkeypatch, tmp_path):
     sent = []
     monkeypatch.setattr(sara.host, "send_event", lambda name, data: sent.append(data))
     latents, captions = pairs(4)
@@ -129,7 +129,7 @@ def test_a_stop_and_a_resumed_run_are_shown(sd15, sara, monkeypatch, tmp_path): 
     assert [loss for _, loss in last["losses"]] == losses["loss"]
 
 
-def test_a_chart_that_cannot_be_sent_does_not_end_a_training(sd15, sara, monkeypatch, caplog):  # noqa: F811
+def test_a_chart_that_cannot_be_sent_does_not_end_a_training(sd15, sara, monkeypatch, caplog):
     def fail(*_):
         raise OSError("no browser")
 

@@ -46,14 +46,14 @@ def output(patcher):
         return zoo_nodes.output_of(patcher.model, *zoo.examples(FAMILY))
 
 
-def delta_of(sara, patcher, **options):  # noqa: F811
+def delta_of(sara, patcher, **options):
     latents, captions = zoo.examples(FAMILY)
     options = {"steps": 3, "learning_rate": 2e-3, "fraction": 0.1, **options}
     return train(sara, patcher, latents, captions, settings(sara, **options))
 
 
 @pytest.mark.parametrize("form", ["e4m3fn", "e5m2", "scaled", "mixed"])
-def test_a_delta_keeps_its_effect_on_an_8_bit_base(sara, form):  # noqa: F811
+def test_a_delta_keeps_its_effect_on_an_8_bit_base(sara, form):
     full, small = load("float32"), load(form)
     delta, _ = delta_of(sara, full)
     change = output(sara.host.apply_delta(full, delta, 1.0)) - output(full)
@@ -68,19 +68,19 @@ def test_a_delta_keeps_its_effect_on_an_8_bit_base(sara, form):  # noqa: F811
     assert twice.norm() < 1e-4 * change.norm() + 1e-5 * base.norm()
 
 
-def test_patched_in_a_small_delta_would_be_lost(sara, monkeypatch):  # noqa: F811
+def test_patched_in_a_small_delta_would_be_lost(sara, monkeypatch):
     full, small = load("float32"), load("e4m3fn")
     delta, _ = delta_of(sara, full, learning_rate=2e-4)
     change = output(sara.host.apply_delta(full, delta, 1.0)) - output(full)
     ours = output(sara.host.apply_delta(small, delta, 1.0)) - output(small)
-    monkeypatch.setattr(sara.host, "_is_quantised", lambda weight: False)
+    monkeypatch.setattr(sara.host.patches, "is_quantised", lambda weight: False)
     patched = output(sara.host.apply_delta(small, delta, 1.0)) - output(small)
     assert (ours - change).norm() < 0.25 * change.norm()
     assert (patched - change).norm() > 0.5 * change.norm()
 
 
 @pytest.mark.parametrize("form", ["e4m3fn", "e5m2", "scaled", "mixed"])
-def test_training_on_an_8_bit_base_is_what_is_applied(sara, form, monkeypatch):  # noqa: F811
+def test_training_on_an_8_bit_base_is_what_is_applied(sara, form, monkeypatch):
     patcher = load(form)
     base, before = output(patcher), raw_bits(patcher)
     held = {name: p for name, p in patcher.model.diffusion_model.named_parameters()}
@@ -99,7 +99,7 @@ def test_training_on_an_8_bit_base_is_what_is_applied(sara, form, monkeypatch): 
     assert len(losses) == 3
     after = dict(patcher.model.diffusion_model.named_parameters())
     for name, parameter in held.items():
-        if sara.host._is_quantised(parameter):
+        if sara.host.is_quantised(parameter):
             assert after[name] is parameter, name
     assert raw_bits(patcher).keys() == before.keys()
     for name, value in raw_bits(patcher).items():
@@ -119,7 +119,7 @@ def raw_bits(patcher):
     return found
 
 
-def test_rounded_weights_train_where_padding_would_be_passed_by(sara):  # noqa: F811
+def test_rounded_weights_train_where_padding_would_be_passed_by(sara):
     patcher = load("e4m3fn")
     stored = sara.host.base_weights(patcher).stored
     zeros = sum(int((w.float() == 0).sum()) for w in stored.values() if w.element_size() == 1)
@@ -133,16 +133,16 @@ def test_rounded_weights_train_where_padding_would_be_passed_by(sara):  # noqa: 
         assert base.abs().max() <= 2**-9
 
 
-def test_analyze_reads_scaled_weights_as_the_numbers_they_stand_for(sara):  # noqa: F811
+def test_analyze_reads_scaled_weights_as_the_numbers_they_stand_for(sara):
     full, scaled = load("float32"), load("scaled")
     one, two = (sara.host.base_weights(p) for p in (full, scaled))
     name = "joint_blocks.0.x_block.mlp.fc1.weight"
     assert (one[name].detach() - two[name]).abs().max() < 0.04 * one[name].detach().abs().max()
-    assert sara.host._is_quantised(two.stored[name])
+    assert sara.host.is_quantised(two.stored[name])
 
 
 @pytest.mark.parametrize("form", ["float32", "e4m3fn"])
-def test_weights_left_outside_the_device_get_the_delta_when_they_are_used(sara, form):  # noqa: F811
+def test_weights_left_outside_the_device_get_the_delta_when_they_are_used(sara, form):
     """What --lowvram does: layers are cast and patched one by one as they are called."""
     from .. import zoo_nodes
 
@@ -163,7 +163,7 @@ def test_weights_left_outside_the_device_get_the_delta_when_they_are_used(sara, 
     assert torch.equal(output(patcher), base)
 
 
-def test_analyze_counts_the_zeros_of_float8(sara):  # noqa: F811
+def test_analyze_counts_the_zeros_of_float8(sara):
     from sara_pack.sara_core.analysis import analyze
 
     weights = sara.host.trainable_weights(load("e4m3fn"))
@@ -173,7 +173,7 @@ def test_analyze_counts_the_zeros_of_float8(sara):  # noqa: F811
     assert found.cutoff.num_zeros == zeros
 
 
-def test_copies_of_a_delta_are_let_go_of_with_the_model(sara):  # noqa: F811
+def test_copies_of_a_delta_are_let_go_of_with_the_model(sara):
     patcher = load("e4m3fn")
     delta, _ = delta_of(sara, load("float32"))
     applied = sara.host.apply_delta(patcher, delta, 1.0)
@@ -185,7 +185,7 @@ def test_copies_of_a_delta_are_let_go_of_with_the_model(sara):  # noqa: F811
     assert not any(addition._copies for addition in additions)
 
 
-def test_the_fingerprint_of_a_scaled_base_is_of_its_numbers_beside_a_lora(sara):  # noqa: F811
+def test_the_fingerprint_of_a_scaled_base_is_of_its_numbers_beside_a_lora(sara):
     patcher = load("scaled")
     with_lora = patcher.clone()
     key = "diffusion_model.joint_blocks.0.x_block.mlp.fc1.weight"

@@ -1,0 +1,88 @@
+"""ComfyUI as the pack sees it: models, weights, patches, folders, progress.
+
+The only folder that touches ComfyUI's internals. Written against 0.3.75; what later versions do
+otherwise is marked with the version.
+"""
+
+from .calls import ModelCalls
+from .encoders import clip_facts, compression, encode_pixels, encode_text, vae_facts
+from .files import (
+    FOLDER,
+    cache_folder,
+    delta_names,
+    delta_path,
+    foreign_checkpoint_names,
+    foreign_checkpoint_path,
+    new_output_path,
+    output_root,
+    picture_folder,
+    picture_folders,
+    register_folders,
+)
+from .patches import (
+    SparseAdapter,
+    ZeroSmallWeights,
+    apply_delta,
+    create_hook,
+    zero_small_weights,
+)
+from .running import Cancelled, Progress, check_cancelled, free_memory, memory_in_use, send_event
+from .sampling import SAMPLERS, SCHEDULERS, Sampling, sample, sample_in_training
+from .schedules import noise_schedule, sampling_summary
+from .training import needs_loss_scaling, trainable
+from .weights import (
+    architecture,
+    base_weights,
+    bytes_per_trained_weight,
+    diffusers_names,
+    is_quantised,
+    trainable_weights,
+    zero_rule,
+)
+
+__all__ = [
+    "FOLDER",
+    "Cancelled",
+    "SAMPLERS",
+    "SCHEDULERS",
+    "Sampling",
+    "sample",
+    "sample_in_training",
+    "ModelCalls",
+    "Progress",
+    "SparseAdapter",
+    "ZeroSmallWeights",
+    "apply_delta",
+    "architecture",
+    "base_weights",
+    "bytes_per_trained_weight",
+    "cache_folder",
+    "check_cancelled",
+    "clip_facts",
+    "compression",
+    "create_hook",
+    "delta_names",
+    "delta_path",
+    "diffusers_names",
+    "encode_pixels",
+    "encode_text",
+    "foreign_checkpoint_names",
+    "foreign_checkpoint_path",
+    "free_memory",
+    "is_quantised",
+    "memory_in_use",
+    "needs_loss_scaling",
+    "new_output_path",
+    "noise_schedule",
+    "output_root",
+    "picture_folder",
+    "picture_folders",
+    "register_folders",
+    "sampling_summary",
+    "send_event",
+    "trainable",
+    "trainable_weights",
+    "vae_facts",
+    "zero_rule",
+    "zero_small_weights",
+]

@@ -1,0 +1,103 @@
+"""A MODEL called with one caption per sample."""
+
+import comfy.conds
+import comfy.sampler_helpers
+import comfy.samplers
+import torch
+from torch import Tensor
+
+from ...sara_core.tracking import trackable_copy
+from .schedules import noise_schedule
+from .weights import architecture
+
+
+class ModelCalls:
+    """Calls a MODEL with one caption per sample, in the model's own conditioning format.
+
+    ComfyUI's guiders apply every caption to the whole batch; training needs picture, caption and
+    noise level to stay together.
+    """
+
+    def __init__(self, patcher):
+        self.patcher = patcher
+        self.model = patcher.model
+        self.device = patcher.load_device
+        self.schedule = noise_schedule(patcher)
+
+    def prepare_latent(self, latent: Tensor) -> Tensor:
+        """Scale a latent `(1, C, ...)` as the model expects it, float32, on the CPU.
+
+        Raises:
+            ValueError: Other channels than the model's.
+        """
+        channels = self.model.latent_format.latent_channels
+        if latent.shape[1] != channels:
+            raise ValueError(
+                f"a latent has {latent.shape[1]} channels but this {architecture(self.patcher)} "
+                f"model takes {channels}; encode the pictures with the VAE of the same checkpoint"
+            )
+        return self.model.process_latent_in(latent.clone().float().cpu())
+
+    def encode_captions(self, captions: list[list], latents: list[Tensor]) -> list[dict]:
+        """Turn conditioning pairs into the model's keyword arguments, for one sample each.
+
+        Raises:
+            ValueError: A conditioning that carries a ControlNet or a mask.
+        """
+        encoded = []
+        copies: dict[tuple, list] = {}  # repeats and windows of a picture share their caption
+        for (cross_attention, options), latent in zip(captions, latents, strict=True):
+            unusable = {"control", "mask", "area", "hooks", "gligen"} & options.keys()
+            if unusable:
+                raise ValueError(
+                    f"a caption's conditioning carries {', '.join(sorted(unusable))}, which SaRA "
+                    "Train cannot use; connect it straight from CLIP Text Encode"
+                )
+            which = id(cross_attention), id(options)
+            if which not in copies:
+                copies[which] = [trackable_copy(cross_attention), trackable_copy(options)]
+            pair = copies[which]
+            conds = comfy.sampler_helpers.convert_cond([pair])
+            conds = comfy.samplers.encode_model_conds(
+                self.model.extra_conds, conds, latent, torch.device("cpu"), "positive",
+                latent_image=latent, denoise_mask=None, seed=None,
+            )  # fmt: skip
+            encoded.append(
+                {
+                    name: cond.process_cond(batch_size=1, area=None)
+                    for name, cond in conds[0]["model_conds"].items()
+                }
+            )
+        return encoded
+
+    def denoise(self, noisy: Tensor, sigma: Tensor, captions: list[dict]) -> Tensor:
+        """Estimate the clean latents of a batch, shape of `noisy`, in one pass per caption shape.
+
+        Captions of unequal length would have to be padded to share a pass, which changes what the
+        model sees; they are passed in groups instead.
+        """
+        groups: dict[str, list[int]] = {}
+        for i, caption in enumerate(captions):
+            groups.setdefault(_signature(caption), []).append(i)
+        order, outputs = [], []
+        for members in groups.values():
+            conds = comfy.samplers.cond_cat([captions[i] for i in members])
+            options = dict(self.patcher.model_options["transformer_options"])
+            options.update(cond_or_uncond=[0], sigmas=sigma[members])
+            outputs.append(
+                self.model.apply_model(
+                    noisy[members], sigma[members], **conds, transformer_options=options
+                )
+            )
+            order += members
+        back = torch.argsort(torch.tensor(order)).to(noisy.device)
+        return torch.cat(outputs)[back]
+
+
+def _signature(caption: dict) -> str:
+    """Describe the shapes of a caption's conditioning; equal ones can share a pass."""
+    parts = []
+    for name, cond in sorted(caption.items()):
+        is_constant = isinstance(cond, comfy.conds.CONDConstant)
+        parts.append(f"{name}:{cond.cond if is_constant else cond.size()}")
+    return "|".join(parts)

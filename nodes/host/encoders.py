@@ -1,0 +1,51 @@
+"""VAE and CLIP."""
+
+import comfy.model_management
+from comfyui_version import __version__
+from torch import Tensor
+
+from ...sara_core.encoding_cache import weights_digest
+
+
+def compression(vae) -> int:
+    """Return how many pixels of a side go into one latent value."""
+    ratio = vae.spacial_compression_encode()
+    return int(ratio[-1] if isinstance(ratio, (tuple, list)) else ratio)
+
+
+def vae_facts(vae) -> list | None:
+    """Say what an encoding by this VAE depends on; None if that cannot be told."""
+    model = vae.first_stage_model
+    if vae.patcher.patches:
+        return None
+    comfy.model_management.load_models_gpu([vae.patcher])
+    return [
+        __version__,
+        type(model).__name__,
+        str(vae.vae_dtype),
+        weights_digest(model.state_dict()),
+    ]
+
+
+def clip_facts(clip) -> list | None:
+    """Say what an encoding by this CLIP depends on; None if it carries patches or hooks."""
+    if clip.patcher.patches or clip.patcher.forced_hooks is not None:
+        return None
+    clip.load_model()  # puts back what a patched clone may have left in the weights
+    model, tokenizer = clip.cond_stage_model, clip.tokenizer
+    options = sorted((str(k), str(v)) for k, v in clip.tokenizer_options.items())
+    names = [__version__, type(model).__name__, type(tokenizer).__name__]
+    return [*names, str(clip.layer_idx), options, weights_digest(model.state_dict())]
+
+
+def encode_pixels(vae, pixels: Tensor) -> Tensor:
+    """Encode one picture, `(1, H, W, 3)` in `[0, 1]`. Returns its latent, batch first.
+
+    One at a time, as video VAEs take a batch for frames.
+    """
+    return vae.encode(pixels)
+
+
+def encode_text(clip, text: str) -> list:
+    """Encode a caption. Returns a CONDITIONING."""
+    return clip.encode_from_tokens_scheduled(clip.tokenize(text))

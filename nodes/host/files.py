@@ -1,0 +1,113 @@
+"""Folders and files as ComfyUI lists them."""
+
+import os
+from pathlib import Path
+
+import folder_paths
+
+FOLDER = "sara"
+DATASETS = "datasets"
+
+
+def register_folders() -> None:
+    """Make models/sara and output/sara known, beside paths of extra_model_paths.yaml."""
+    for root in (folder_paths.models_dir, folder_paths.get_output_directory()):
+        folder_paths.add_model_folder_path(FOLDER, os.path.join(root, FOLDER))
+    paths, extensions = folder_paths.folder_names_and_paths[FOLDER]
+    # A folder type without extensions lists every file.
+    folder_paths.folder_names_and_paths[FOLDER] = (paths, set(extensions) | {".safetensors"})
+
+
+def delta_names() -> list[str]:
+    """List the delta files in the registered folders."""
+    return folder_paths.get_filename_list(FOLDER)
+
+
+def delta_path(name: str) -> str:
+    """Return the full path of a listed delta file.
+
+    Raises:
+        ValueError: No such file in the registered folders.
+    """
+    if name not in folder_paths.get_filename_list(FOLDER):
+        raise ValueError(
+            f"there is no delta {name!r} in {', '.join(folder_paths.get_folder_paths(FOLDER))}; "
+            "press R to refresh the list"
+        )
+    return folder_paths.get_full_path_or_raise(FOLDER, name)
+
+
+def foreign_checkpoint_names() -> list[str]:
+    """List the .pt files in the folders of deltas."""
+    found = set()
+    for root in folder_paths.get_folder_paths(FOLDER):
+        found |= {path.relative_to(root).as_posix() for path in Path(root).rglob("*.pt")}
+    return sorted(found)
+
+
+def foreign_checkpoint_path(name: str) -> str:
+    """Return the path of a file that `foreign_checkpoint_names` lists.
+
+    Raises:
+        ValueError: Another name.
+    """
+    if name not in foreign_checkpoint_names():
+        raise ValueError(
+            f"there is no {name!r} in {', '.join(folder_paths.get_folder_paths(FOLDER))}; put the "
+            "file there and press R to refresh the list"
+        )
+    return folder_paths.get_full_path_or_raise(FOLDER, name)
+
+
+def output_root() -> str:
+    """Return the folder output/sara, in which runs and deltas are kept."""
+    return os.path.abspath(os.path.join(folder_paths.get_output_directory(), FOLDER))
+
+
+def new_output_path(prefix: str) -> str:
+    """Return a path that does not exist yet, below the output folder, with a counter in its name."""
+    folder, name, counter, _, _ = folder_paths.get_save_image_path(
+        prefix, folder_paths.get_output_directory()
+    )
+    return os.path.join(folder, f"{name}_{counter:05}_.safetensors")
+
+
+def picture_folders() -> dict[str, str]:
+    """List the folders below input/ and datasets/ by name, such as `input/cats`, with their paths.
+
+    Links that lead out of these roots are left out, and so are hidden folders.
+    """
+    roots = [("input", folder_paths.get_input_directory())]
+    if DATASETS in folder_paths.folder_names_and_paths:  # since 0.33
+        roots += [(DATASETS, path) for path in folder_paths.get_folder_paths(DATASETS)]
+    found: dict[str, str] = {}
+    for label, root in roots:
+        real = os.path.realpath(root)
+        for parent, folders, _ in os.walk(root):
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            for name in folders:
+                path = os.path.join(parent, name)
+                if Path(os.path.realpath(path)).is_relative_to(real):
+                    relative = os.path.relpath(path, root).replace(os.sep, "/")
+                    found.setdefault(f"{label}/{relative}", path)
+    return found
+
+
+def picture_folder(name: str) -> str:
+    """Return the path of a folder that `picture_folders` lists.
+
+    Raises:
+        ValueError: Another name.
+    """
+    folders = picture_folders()
+    if name not in folders:
+        raise ValueError(
+            f"there is no picture folder {name!r}; put one into ComfyUI's input folder and press R "
+            "to refresh the list"
+        )
+    return folders[name]
+
+
+def cache_folder() -> str:
+    """Return the folder in which encoded pictures and captions are kept."""
+    return os.path.join(folder_paths.get_user_directory(), "sara_cache")

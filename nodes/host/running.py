@@ -1,0 +1,61 @@
+"""Memory, Cancel, and what the browser is told."""
+
+import gc
+import logging
+
+import comfy.model_management
+import comfy.utils
+from server import PromptServer
+
+logger = logging.getLogger("comfyui-sara")
+
+Cancelled = comfy.model_management.InterruptProcessingException
+
+
+def free_memory() -> None:
+    """Give back what PyTorch and Python hold but do not need."""
+    gc.collect()
+    comfy.model_management.soft_empty_cache()
+
+
+def check_cancelled() -> None:
+    """Raise ComfyUI's interrupt if the user has pressed Cancel."""
+    comfy.model_management.throw_exception_if_processing_interrupted()
+
+
+def send_event(name: str, data: dict) -> None:
+    """Send a message to every browser that is connected; without one it goes nowhere."""
+    PromptServer.instance.send_sync(name, data)
+
+
+def memory_in_use() -> tuple[int, int]:
+    """Return bytes in use and bytes there are on the device that models run on."""
+    device = comfy.model_management.get_torch_device()
+    try:
+        total = comfy.model_management.get_total_memory(device)
+        return total - comfy.model_management.get_free_memory(device), total
+    except RuntimeError as error:  # of a device in trouble; only shown, never needed
+        logger.warning("the memory in use cannot be told: %s", error)
+        return 0, 0
+
+
+class Progress:
+    """The node's progress bar and the text below it. Cancel surfaces as an exception here."""
+
+    def __init__(self, total: int, node_id: str | None):
+        self.bar = comfy.utils.ProgressBar(total, node_id=node_id)
+        self.node_id = node_id
+
+    def update(self, done: int) -> None:
+        """Show how far it is.
+
+        Raises:
+            comfy.model_management.InterruptProcessingException: The user pressed Cancel.
+        """
+        self.bar.update_absolute(done)
+        check_cancelled()
+
+    def text(self, text: str) -> None:
+        """Show a line of text on the node."""
+        if self.node_id is not None:
+            PromptServer.instance.send_progress_text(text, self.node_id)

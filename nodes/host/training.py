@@ -1,0 +1,103 @@
+"""A MODEL loaded so that it can be trained."""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+
+import comfy.model_management
+import torch
+
+from ...sara_core.tracking import make_trackable
+from .calls import ModelCalls
+from .weights import REAL_SCALE, converter, is_dynamic, is_quantised, patchable_names
+
+logger = logging.getLogger("comfyui-sara")
+
+
+@contextlib.contextmanager
+def trainable(patcher, dtype: torch.dtype | None) -> Iterator["ModelCalls"]:
+    """Load a MODEL so that gradients can be taken through it, and yield the way to call it.
+
+    ComfyUI loads weights in inference mode, where autograd cannot save them; each is replaced by
+    an equal ordinary tensor, one at a time. Afterwards requires_grad and the train mode are as
+    before; putting weights back is the trainer's part.
+
+    Args:
+        patcher: The MODEL, with the patches it is to be trained with.
+        dtype: To compute in; None leaves the model's own.
+    """
+    patcher = _ordinary_clone(patcher)
+    if dtype is not None:
+        patcher.set_model_compute_dtype(dtype)
+    with torch.inference_mode():  # moved outside it, weights would look ordinary and not be
+        comfy.model_management.load_models_gpu(
+            [patcher], memory_required=1e20, force_full_load=True
+        )
+    model = patcher.model.diffusion_model
+    had_flag = getattr(comfy.model_management, "in_training", None)
+    compute_dtype = patcher.model.manual_cast_dtype or torch.float32
+    with torch.inference_mode(False), torch.enable_grad(), _dequantised(model, compute_dtype):
+        make_trackable(model)
+        flags = {name: p.requires_grad for name, p in model.named_parameters()}
+        try:
+            patchable = patchable_names(model)
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(name in patchable)
+            patcher.pre_run()
+            if had_flag is not None:  # since 0.33; some models branch on it
+                comfy.model_management.in_training = True
+            yield ModelCalls(patcher)
+        finally:
+            if had_flag is not None:
+                comfy.model_management.in_training = had_flag
+            patcher.cleanup()
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(flags[name])
+                parameter.grad = None
+
+
+@contextlib.contextmanager
+def _dequantised(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Have numbers in place of 8-bit weights for a while; the very same weights are put back."""
+    replaced, marked = [], []
+
+    def replace(module, name, value):
+        holder = module._parameters if name in module._parameters else vars(module)
+        replaced.append((holder, name, holder[name]))
+        holder[name] = value
+
+    try:
+        for module in model.modules():
+            for name, weight in list(module._parameters.items()):
+                if weight is None or not is_quantised(weight):
+                    continue
+                with torch.no_grad():
+                    number = converter(module, name)(weight, inplace=False).to(dtype)
+                replace(module, name, torch.nn.Parameter(number, requires_grad=False))
+                if name == "weight" and getattr(module, "scale_weight", None) is not None:
+                    ones = torch.ones_like(module.scale_weight)
+                    setattr(module, REAL_SCALE, module.scale_weight.detach())
+                    marked.append(module)
+                    replace(module, "scale_weight", torch.nn.Parameter(ones, requires_grad=False))
+                if "_full_precision_mm" in vars(module):
+                    replace(module, "_full_precision_mm", True)
+        yield
+    finally:
+        for holder, name, value in replaced:
+            holder[name] = value
+        for module in marked:
+            delattr(module, REAL_SCALE)
+
+
+def _ordinary_clone(patcher):
+    """Clone a MODEL; one whose weights 0.33 streams to the GPU piece by piece is loaded whole."""
+    if is_dynamic(patcher):
+        logger.info("SaRA Train: loading the model once more, as dynamic weights cannot be trained")
+        return patcher.clone(disable_dynamic=True)
+    return patcher.clone()
+
+
+def needs_loss_scaling(patcher, dtype: torch.dtype | None) -> bool:
+    """Tell whether gradients will be float16, which loses small ones without loss scaling."""
+    model = patcher.model
+    return torch.float16 in (dtype, model.get_dtype(), model.manual_cast_dtype)

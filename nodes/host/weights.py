@@ -1,0 +1,145 @@
+"""Weights of a MODEL: which there are, what 8-bit ones stand for, which may train."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+import comfy.supported_models
+import comfy.utils
+import torch
+from comfy.quant_ops import QuantizedTensor
+from torch import Tensor
+
+PREFIX = "diffusion_model."
+REAL_SCALE = "sara_scale"  # of a scaled layer whose weight is a number for a while
+CASTS = "comfy_cast_weights"  # layers that turn their weight into another dtype when it is used
+
+
+class BaseWeights(Mapping):
+    """Weights by parameter name; quantised ones are turned into numbers when they are asked for.
+
+    Attributes:
+        stored: The weights as the model holds them.
+    """
+
+    def __init__(self, stored: dict[str, Tensor], convert: dict[str, Callable]):
+        self.stored = stored
+        self._convert = convert
+
+    def __getitem__(self, name: str) -> Tensor:
+        weight = self.stored[name]
+        if not is_quantised(weight):
+            return weight
+        with torch.no_grad():
+            return self._convert[name](weight, inplace=False)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.stored)
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+    def only(self, names: Iterable[str]) -> "BaseWeights":
+        """Return those of the names."""
+        return BaseWeights({name: self.stored[name] for name in names}, self._convert)
+
+
+def base_weights(patcher) -> BaseWeights:
+    """Return the unpatched weights of a MODEL's diffusion model.
+
+    By hand, as `get_key_patches` fails on quantised layers in 0.33.
+    """
+    model, stored, convert = patcher.model.diffusion_model, {}, {}
+    with patcher.use_ejected():
+        for name, parameter in model.named_parameters():
+            owner, _, kind = name.rpartition(".")
+            backup = patcher.backup.get(PREFIX + name)
+            hooked = patcher.hook_backup.get(PREFIX + name)
+            if hooked is not None:
+                stored[name] = hooked[0]
+            else:
+                stored[name] = parameter if backup is None else backup.weight
+            module = model.get_submodule(owner)
+            convert[name] = converter(module, kind)
+    return BaseWeights(stored, convert)
+
+
+def converter(module: torch.nn.Module, kind: str) -> Callable[..., Tensor]:
+    """Return what turns a layer's stored weight into numbers, during training as well."""
+    scale = getattr(module, REAL_SCALE, getattr(module, "scale_weight", None))
+    if kind == "weight" and scale is not None:
+        return lambda weight, **_: weight.float() * scale.to(weight.device)
+    return getattr(module, f"convert_{kind}", _as_it_is)
+
+
+def _as_it_is(weight: Tensor, **_) -> Tensor:
+    return weight
+
+
+def trainable_weights(patcher) -> BaseWeights:
+    """Return those of `base_weights` that may train: those ComfyUI is able to patch."""
+    names = patchable_names(patcher.model.diffusion_model)
+    weights = base_weights(patcher)
+    return weights.only(name for name in weights if name in names)
+
+
+def zero_rule(patcher, zeros: str) -> str:
+    """Return how exact zeros are to be treated: in an 8-bit model they are rounded small weights."""
+    weights = base_weights(patcher).stored.values()
+    rounded = sum(weight.numel() for weight in weights if is_quantised(weight))
+    mostly = rounded > sum(weight.numel() for weight in weights) / 2
+    return "train" if zeros == "auto" and mostly else zeros
+
+
+def bytes_per_trained_weight(patcher) -> int:
+    """Return what training takes for each trained weight; docs/cost.md says what it is made of."""
+    model = patcher.model
+    dtype = model.get_dtype()
+    if dtype.itemsize == 1:  # trained as numbers of the dtype it computes in
+        dtype = model.manual_cast_dtype or torch.float32
+    return 17 if dtype == torch.float32 else 19
+
+
+def is_quantised(weight: Tensor) -> bool:
+    """Tell whether a weight is stored in 8 bits or packed."""
+    is_float8 = weight.is_floating_point() and weight.element_size() == 1
+    return is_float8 or isinstance(weight, QuantizedTensor)
+
+
+def patchable_names(model: torch.nn.Module) -> set[str]:
+    """Name the parameters ComfyUI patches: not those beside which a module has further modules.
+
+    It passes over such as Wan's `blocks.0.modulation`, without a word, so what they learned would be
+    gone once loaded. Layers that cannot cast their weight are patched by some versions only.
+    """
+    names = set()
+    for path, module in model.named_modules():
+        own = {name for name, _ in module.named_parameters(recurse=False)}
+        is_leaf = own == {name for name, _ in module.named_parameters()}
+        if is_leaf and hasattr(module, CASTS):
+            names |= {f"{path}.{name}" if path else name for name in own & {"weight", "bias"}}
+    return names
+
+
+def architecture(patcher) -> str:
+    """Name the model family, as ComfyUI detected it."""
+    return type(patcher.model.model_config).__name__
+
+
+def diffusers_names(patcher) -> dict[str, str]:
+    """Map the names diffusers gives the parameters of an SD1.x or SD2.x model to ComfyUI's.
+
+    Raises:
+        ValueError: Another kind of model.
+    """
+    config = patcher.model.model_config
+    if not isinstance(config, (comfy.supported_models.SD15, comfy.supported_models.SD20)):
+        raise ValueError(
+            f"this is a model of the kind {architecture(patcher)}; expected SD1.x or SD2.x"
+        )
+    own = {name for name, _ in patcher.model.diffusion_model.named_parameters()}
+    names = comfy.utils.unet_to_diffusers(config.unet_config)
+    return {theirs: ours for theirs, ours in names.items() if ours in own}
+
+
+def is_dynamic(patcher) -> bool:
+    """Tell whether a MODEL's weights are streamed to the device piece by piece."""
+    return getattr(patcher, "is_dynamic", bool)()  # since 0.33
