@@ -12,16 +12,20 @@ from .delta_tools import (
     SaraImportCheckpoint,
 )
 from .image_folder import SaraImageFolder
+from .sampling import SaraCompare, SaraLoadCheckpoints, SaraSamplingSettings
 from .train import SaraTrain
 
 NODES = [
     SaraImageFolder,
     SaraAnalyze,
+    SaraSamplingSettings,
     SaraTrain,
     SaraLoadDelta,
     SaraSaveDelta,
     SaraMergeDeltas,
     SaraApply,
+    SaraLoadCheckpoints,
+    SaraCompare,
     SaraBlockStrengths,
     SaraCreateHook,
     SaraExportDelta,

@@ -15,7 +15,12 @@ CATEGORY = "SaRA"
 def describe(delta: SparseDelta) -> str:
     """Tell what is in a delta, a line a fact."""
     lines = [f"{delta.num_values:,} weights in {len(delta.entries)} layers"]
-    hidden = ("sara.parameters", "sara.fingerprint", "modelspec.hash_sha256")
+    hidden = (
+        "sara.parameters",
+        "sara.fingerprint",
+        "modelspec.hash_sha256",
+        "modelspec.thumbnail",
+    )
     lines += [f"{key}: {text}" for key, text in sorted(delta.metadata.items()) if key not in hidden]
     return "\n".join(lines)
 

@@ -23,13 +23,22 @@ class LiveChart:
         run: Name of the run.
         num_steps: Steps it has in all.
         workflow: Id of the workflow the node is in.
+        subfolder: Of previews, below the output folder.
     """
 
-    def __init__(self, node_id: str | None, run: str, num_steps: int, workflow: str | None = None):
+    def __init__(
+        self,
+        node_id: str | None,
+        run: str,
+        num_steps: int,
+        workflow: str | None = None,
+        subfolder: str = "",
+    ):
         self.node_id, self.run, self.num_steps = node_id, run, num_steps
-        self.workflow = workflow
+        self.workflow, self._subfolder = workflow, subfolder
         self._losses = Curve()
         self._validation: list[list[float]] = []
+        self._previews: list[list] = []  # step, file name
         self._marks: list[list] = []  # step, kind, text
         self._rates = Curve()
         self._step, self._stage, self._status = 0, 1, "training"
@@ -66,6 +75,12 @@ class LiveChart:
         """Show a loss on the pictures held out; one that is not finite is not shown."""
         if math.isfinite(loss):
             self._validation.append([step, loss])
+
+    def add_preview(self, step: int, name: str) -> None:
+        """Show a picture in the folder of previews. The time it took is not that of a step."""
+        self._previews.append([step, name])
+        self._last_step = time.monotonic()
+        self.send()
 
     def mark(self, kind: str, text: str) -> None:
         """Mark the present step: `stage`, `saved` or `error`."""
@@ -110,6 +125,8 @@ class LiveChart:
             "validation": self._validation,
             "rates": self._rates.points(),
             "marks": self._marks[-200:],
+            "previews": self._previews[-200:],
+            "preview_folder": self._subfolder,
             "seconds_per_step": self._pace,
             "seconds_left": left,
             "memory_used": used,

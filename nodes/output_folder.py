@@ -32,11 +32,42 @@ def output_relative(path: str | os.PathLike) -> str:
     return os.path.relpath(path, host.output_root())
 
 
+def view_subfolder(path: str | os.PathLike) -> str:
+    """Return a folder below output/sara as the browser asks for files in it: `sara/style_00001`."""
+    return f"{host.FOLDER}/{output_relative(path)}".replace(os.sep, "/")
+
+
 def resumable_runs() -> list[str]:
     """List the runs below output/sara that can be resumed, by folder."""
     root = host.output_root()
     found = [folder for folder, _, files in os.walk(root) if STATE in files]
     return sorted(output_relative(folder) for folder in found)
+
+
+def runs_with_deltas() -> list[str]:
+    """List the folders below output/sara that hold deltas, by name."""
+    root = host.output_root()
+    found = [folder for folder, _, files in os.walk(root) if any(map(_is_delta, files))]
+    return sorted(output_relative(folder) for folder in found if folder != root)
+
+
+def deltas_of_run(name: str) -> list[Path]:
+    """Return the delta files in a folder that `runs_with_deltas` lists, sorted by name.
+
+    Raises:
+        ValueError: Another name.
+    """
+    if name not in runs_with_deltas():
+        raise ValueError(
+            f"there is no folder {name!r} with deltas in output/sara; press R to refresh the list"
+        )
+    folder = Path(host.output_root(), name)
+    return sorted(path for path in folder.iterdir() if _is_delta(path.name))
+
+
+def _is_delta(file: str) -> bool:
+    is_hidden = file.startswith(".")  # of a save under way
+    return file.endswith(".safetensors") and file != STATE and not is_hidden
 
 
 def run_path(name: str) -> str:

@@ -6,7 +6,7 @@ from ..sara_core import SparseDelta
 from ..sara_core.run_folder import RunFolder
 from . import host, output_folder
 from .examples import gather_examples
-from .sockets import LossMap, SaraDelta
+from .sockets import LossMap, SaraDelta, SaraSampling
 from .training_inputs import FREE_TO_CHANGE, NEW_RUN, training_inputs
 from .training_run import run
 
@@ -55,6 +55,12 @@ class SaraTrain(io.ComfyNode):
                     optional=True,
                     tooltip="Captions of the regularisation pictures.",
                 ),
+                SaraSampling.Input(
+                    "preview",
+                    optional=True,
+                    tooltip="From SaRA Sampling: what to sample while it trains. The training goes "
+                    "on exactly as it would without.",
+                ),
             ],
             outputs=[
                 io.Model.Output(display_name="model", tooltip="The model with the delta applied."),
@@ -66,7 +72,7 @@ class SaraTrain(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, latents, positive, empty=None, masks=None, regularisation_latents=None,
-                regularisation_positive=None, **widgets) -> io.NodeOutput:  # fmt: skip
+                regularisation_positive=None, preview=(), **widgets) -> io.NodeOutput:  # fmt: skip
         settings = {name: values[0] for name, values in widgets.items()}
         examples = gather_examples(
             latents, positive, empty, masks, regularisation_latents, regularisation_positive
@@ -80,8 +86,9 @@ class SaraTrain(io.ComfyNode):
             folder.settings |= {name: settings[name] for name in FREE_TO_CHANGE}
         told = cls.hidden.extra_pnginfo or {}
         workflow = told.get("workflow", {}).get("id")
+        samplings = [sampling for group in preview for sampling in group]
         path, losses, chart = run(
-            model[0], examples, folder, cls.hidden.unique_id, resume != NEW_RUN, workflow
+            model[0], examples, folder, cls.hidden.unique_id, resume != NEW_RUN, workflow, samplings
         )
         delta = SparseDelta.load(path)  # what is sampled is what is loaded
         file = output_folder.output_relative(path)

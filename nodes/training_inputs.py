@@ -7,10 +7,17 @@ from ..sara_core.learning_rate import SCHEDULES
 from ..sara_core.objective import LOSSES
 from ..sara_core.optimizer import LOW_RANK_WEIGHT
 from . import output_folder
-from .inputs import SAVE_DTYPES, filter_inputs, selection_inputs
+from .inputs import SAVE_DTYPES, filter_inputs, selection_inputs, strength_input
 
 NEW_RUN = "new run"
-FREE_TO_CHANGE = ("gradient_checkpointing", "save_every_steps", "keep_checkpoints")
+FREE_TO_CHANGE = (
+    "gradient_checkpointing",
+    "save_every_steps",
+    "keep_checkpoints",
+    "preview_every_steps",
+    "preview_strength",
+    "trigger_words",
+)
 COMPUTE_DTYPES = {
     "auto": None,
     "fp32": torch.float32,
@@ -168,8 +175,8 @@ def training_inputs() -> list:
             options=[NEW_RUN, *output_folder.resumable_runs()],
             default=NEW_RUN,
             tooltip="A cancelled or failed run to go on with, exactly where it stopped. Its own "
-            "settings are used; of the widgets here only gradient_checkpointing, save_every_steps "
-            "and keep_checkpoints count. Press R to refresh the list.",
+            "settings are used; of the widgets here only gradient_checkpointing, "
+            "save_every_steps, keep_checkpoints, trigger_words and those of previews count. Press R to refresh the list.",
         ),
         *filter_inputs(),
         io.Float.Input(
@@ -196,5 +203,25 @@ def training_inputs() -> list:
             min=1,
             max=1_000_000,
             tooltip="Steps between two measurements on the pictures held out.",
+        ),
+        io.Int.Input(
+            "preview_every_steps",
+            default=100,
+            min=0,
+            max=1_000_000,
+            tooltip="Steps between two rows of previews; one is made before the first step and one "
+            "after the last. 0 makes only the last. Has no effect while nothing is connected to "
+            "preview.",
+        ),
+        strength_input(
+            "preview_strength",
+            1.0,
+            "Strength of what was learned so far in the previews, as in Apply SaRA.",
+        ),
+        io.String.Input(
+            "trigger_words",
+            default="",
+            tooltip="Words that call up what was learned, if the captions have such; kept in the "
+            "file, where Load SaRA Delta shows them.",
         ),
     ]

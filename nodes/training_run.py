@@ -5,6 +5,7 @@ import json
 import logging
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from . import host, output_folder
 from .examples import Examples, describe_examples, differences
 from .inputs import SAVE_DTYPES, selection_rule
 from .live import LiveChart
+from .previews import Previews
 from .training_inputs import COMPUTE_DTYPES
 from .training_set import TrainingSet
 
@@ -40,6 +42,7 @@ def run(
     node_id: str | None,
     resume: bool = False,
     workflow: str | None = None,
+    samplings: Sequence[host.Sampling] = (),
 ) -> tuple[Path, dict[str, list], dict]:
     """Train a MODEL in place, save what it learns, and put its base weights back.
 
@@ -52,6 +55,7 @@ def run(
         node_id: Node that shows the progress.
         resume: Go on from the folder's state.
         workflow: Id of the workflow the node is in.
+        samplings: What to make previews of.
 
     Returns:
         File of the final delta; the losses: `loss` of each step, and `validation_loss` after each of
@@ -70,7 +74,8 @@ def run(
         optimizer = _optimizer(model, settings | {"zeros": zeros})
         try:
             training = TrainingRun(optimizer, pictures, config, scaler, host.free_memory)
-            session = Session(patcher, examples, folder, training, node_id, workflow)
+            previews = Previews(calls, optimizer, list(samplings), folder)
+            session = Session(patcher, examples, folder, training, previews, node_id, workflow)
             if resume:
                 session.resume()
             training.look_for_in_place_changes()
@@ -90,15 +95,22 @@ class Session:
         examples,
         folder,
         training: TrainingRun,
+        previews: Previews,
         node_id: str | None,
         workflow: str | None = None,
     ):
-        self.folder, self.training = folder, training
+        self.folder, self.training, self.previews = folder, training, previews
         self.settings = folder.settings
         self.losses: list[float] = []
         self.validation: list[tuple[int, float]] = []  # step and loss
         self.progress = host.Progress(training.config.steps, node_id)
-        self.chart = LiveChart(node_id, folder.path.name, training.config.steps, workflow)
+        self.chart = LiveChart(
+            node_id,
+            folder.path.name,
+            training.config.steps,
+            workflow,
+            output_folder.view_subfolder(folder.preview_path(0).parent),
+        )
         self._identity = {
             "model": host.architecture(patcher),
             "sampling": host.sampling_summary(patcher),
@@ -141,13 +153,17 @@ class Session:
         )
         stage = optimizer.stage
         self.chart.start(self.losses, self.validation, stage)
+        for step, name in self.folder.previews(self.training.step):
+            self.chart.add_preview(step, name)
         try:
             self._validate()
+            self._preview()
             for report in self.training:
                 self.losses.append(report.loss)
                 self.folder.add_loss(report)
                 self.chart.add(report)
                 self._validate()
+                self._preview()
                 self._show(report)
                 every = self.settings["save_every_steps"]
                 if report.stage != stage or (every and report.step % every == 0):
@@ -175,11 +191,22 @@ class Session:
             self.chart.add_validation(step, loss)
             self._tell(f"step {step}: validation loss {loss:.4f}")
 
+    def _preview(self) -> None:
+        """Have the model make pictures, if it is time."""
+        step = self.training.step
+        if not self.previews.is_due(step, self.training.config.steps):
+            return
+        path, problem = self.previews.make(step)
+        if path is None:
+            self.chart.mark("error", f"no more previews: {problem}")
+            self._tell(f"step {step}: no more previews ({problem}); the training goes on")
+        else:
+            self.chart.add_preview(step, path.name)
+
     def finish(self) -> Path:
         """Save the final delta and return its path."""
         name = f"{self.folder.path.name.rpartition('_')[0]}_{self.training.config.steps}_steps"
-        steps = {"sara.steps": str(self.training.optimizer.num_steps)}
-        delta = self.training.optimizer.delta(self._metadata | steps)
+        delta = self.training.optimizer.delta(self._metadata | self._present())
         try:
             path = self.folder.finish(delta, name, SAVE_DTYPES[self.settings["save_dtype"]])
         except BaseException as error:
@@ -196,8 +223,13 @@ class Session:
             "validation_loss": [loss for _, loss in self.validation],
         }
 
+    def _present(self) -> dict[str, str]:
+        """Return the part of the metadata that changes during the training."""
+        told = {"sara.steps": str(self.training.optimizer.num_steps)}
+        picture = self.previews.thumbnail
+        return told | ({"modelspec.thumbnail": picture} if picture else {})
+
     def _save(self, wait: bool = False) -> Exception | None:
-        steps = {"sara.steps": str(self.training.optimizer.num_steps)}
         losses = torch.tensor(self.losses, dtype=torch.float64)
         try:
             problem = self.folder.save(
@@ -207,7 +239,7 @@ class Session:
                     "losses": losses,
                     "validation": self.validation,
                 },
-                self._metadata | steps,
+                self._metadata | self._present(),
                 keep=self.settings["keep_checkpoints"],
                 dtype=SAVE_DTYPES[self.settings["save_dtype"]],
                 wait=wait,
@@ -309,10 +341,12 @@ def _optimizer(model: torch.nn.Module, settings: dict) -> SaraAdamW:
 
 def _metadata(patcher, settings: dict, optimizer: SaraAdamW) -> dict[str, str]:
     told = {**settings, "learning_rate": optimizer.param_groups[0]["lr"]}
+    words = settings["trigger_words"].strip()
     # The MODEL may carry LoRAs; the file is for the checkpoint below them.
     base = take_fingerprint(host.base_weights(patcher), dict.fromkeys(optimizer.names()))
     return {
         **optimizer.delta_metadata(),
+        **({"modelspec.trigger_phrase": words} if words else {}),
         "sara.fingerprint": base,
         "sara.settings": json.dumps(told, sort_keys=True),
         "modelspec.architecture": f"{host.architecture(patcher).lower()}/sara",

@@ -4,6 +4,7 @@ import contextlib
 import csv
 import json
 import os
+import shutil
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,6 +23,7 @@ from .training_task import StepReport
 STATE, SETTINGS, LOSSES, LOG = "state.safetensors", "settings.json", "loss.csv", "log.txt"
 LOCK = "lock"
 VALIDATION = "validation.csv"
+PREVIEWS, PREVIEW = "previews", "preview_{:07}_steps.png"
 COLUMNS = ("step", "loss", "learning_rate", "stage", "skipped", "regularisation_loss")
 VALIDATION_COLUMNS = ("step", "loss")
 
@@ -198,6 +200,24 @@ class RunFolder:
         """Read the state to go on from; see `state_file.read_state`."""
         return read_state(self.path / STATE)
 
+    def preview_path(self, step: int) -> Path:
+        """Return where the picture made after a step is kept; its folder may not exist yet."""
+        return self.path / PREVIEWS / PREVIEW.format(step)
+
+    def previews(self, up_to_step: int) -> list[tuple[int, str]]:
+        """Return step and file name of the pictures up to a step, and delete those of later ones.
+
+        Later ones are left of steps that will be made again.
+        """
+        found = []
+        for path in sorted((self.path / PREVIEWS).glob("preview_*_steps.png")):
+            step = path.name.split("_")[1]
+            if step.isdecimal() and int(step) <= up_to_step:
+                found.append((int(step), path.name))
+            elif step.isdecimal():
+                path.unlink(missing_ok=True)
+        return found
+
     def finish(self, delta: SparseDelta, name: str, dtype: torch.dtype) -> Path:
         """Save the final delta; the state is no longer needed then. Returns the delta's path."""
         problem = self.finish_saving()
@@ -219,10 +239,8 @@ class RunFolder:
         self._lock.close()
         with contextlib.suppress(OSError):
             left = {path.name for path in self.path.iterdir()}
-            if left <= {SETTINGS, LOG, LOCK, VALIDATION}:
-                for name in left:
-                    (self.path / name).unlink()
-                self.path.rmdir()
+            if left <= {SETTINGS, LOG, LOCK, VALIDATION, PREVIEWS}:
+                shutil.rmtree(self.path)
 
 
 def _is_whole(row: list[str], columns: tuple) -> bool:

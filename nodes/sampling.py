@@ -1,0 +1,169 @@
+"""Say how to sample, compare deltas by what they make, and load all checkpoints of a run."""
+
+import os
+
+from comfy_api.latest import io, ui
+
+from ..sara_core import SparseDelta
+from . import host, output_folder
+from .comparison import compare, parse_strengths, steps_of
+from .delta_nodes import CATEGORY
+from .sockets import SaraDelta, SaraSampling
+
+
+class SaraSamplingSettings(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="SaraSampling",
+            display_name="SaRA Sampling",
+            category=CATEGORY,
+            description="Says what to sample and how, for the previews of SaRA Train and for SaRA "
+            "Compare. Chain several for several captions; each becomes a row.",
+            inputs=[
+                io.Vae.Input("vae", tooltip="Turns latents into pictures."),
+                io.Conditioning.Input("positive", tooltip="What the pictures are to show."),
+                io.Conditioning.Input(
+                    "negative", tooltip="What they are not to show; an empty caption will do."
+                ),
+                io.Latent.Input(
+                    "latent",
+                    tooltip="From an empty latent node: size and number of pictures in a row.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=False,
+                    tooltip="The same noise every time, so that pictures can be compared.",
+                ),
+                io.Int.Input(
+                    "steps", default=20, min=1, max=10_000, tooltip="Steps of the sampler."
+                ),
+                io.Float.Input(
+                    "cfg",
+                    default=7.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    tooltip="How strongly the caption is followed. 1 for models distilled to need "
+                    "no guidance, such as Flux.",
+                ),
+                io.Combo.Input(
+                    "sampler_name",
+                    options=host.SAMPLERS,
+                    default="euler",
+                    tooltip="As in KSampler.",
+                ),
+                io.Combo.Input(
+                    "scheduler",
+                    options=host.SCHEDULERS,
+                    default="normal",
+                    tooltip="As in KSampler.",
+                ),
+                SaraSampling.Input(
+                    "previous", optional=True, tooltip="Rows to come before this one."
+                ),
+            ],
+            outputs=[
+                SaraSampling.Output(
+                    display_name="sampling", tooltip="Connect to SaRA Train or SaRA Compare."
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(cls, previous=(), **settings) -> io.NodeOutput:
+        return io.NodeOutput([*previous, host.Sampling(**settings)])
+
+
+class SaraCompare(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="SaraCompare",
+            display_name="SaRA Compare",
+            category=CATEGORY,
+            description="Samples the same pictures with several deltas, each at several strengths, "
+            "and draws them as a table: deltas by row, strengths by column.",
+            is_input_list=True,
+            is_output_node=True,
+            hidden=[io.Hidden.unique_id],
+            inputs=[
+                io.Model.Input("model", tooltip="Model to apply the deltas to."),
+                SaraSampling.Input("sampling", tooltip="From SaRA Sampling: what to sample."),
+                SaraDelta.Input(
+                    "deltas",
+                    tooltip="A delta, or the list of a run's checkpoints from Load SaRA Checkpoints.",
+                ),
+                io.String.Input(
+                    "strengths",
+                    default="0, 0.5, 1",
+                    tooltip="Strengths to compare, separated by commas. 0 is the model itself.",
+                ),
+                *(
+                    SaraDelta.Input(name, optional=True, tooltip="More deltas, a row each.")
+                    for name in ("deltas_2", "deltas_3", "deltas_4")
+                ),
+            ],
+            outputs=[
+                io.Image.Output(display_name="sheet", tooltip="The table, with labels."),
+                io.Image.Output(
+                    display_name="images",
+                    is_output_list=True,
+                    tooltip="Its pictures, row by row, a batch for each delta and strength.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model, sampling, deltas, strengths, deltas_2=(), deltas_3=(), deltas_4=()):
+        sheet, pictures = compare(
+            model[0],
+            [*deltas, *deltas_2, *deltas_3, *deltas_4],
+            parse_strengths(strengths[0]),
+            [row for group in sampling for row in group],
+            cls.hidden.unique_id,
+        )
+        return io.NodeOutput(sheet, pictures, ui=ui.PreviewImage(sheet, cls=cls))
+
+
+class SaraLoadCheckpoints(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="SaraLoadCheckpoints",
+            display_name="Load SaRA Checkpoints",
+            category=CATEGORY,
+            description="Loads all deltas in the folder of a run: the checkpoints SaRA Train has "
+            "kept, and the final one.",
+            inputs=[
+                io.Combo.Input(
+                    "run",
+                    options=output_folder.runs_with_deltas(),
+                    tooltip="A folder in output/sara. Press R to refresh the list.",
+                )
+            ],
+            outputs=[
+                SaraDelta.Output(
+                    display_name="deltas",
+                    is_output_list=True,
+                    tooltip="By step. Connect to SaRA Compare.",
+                ),
+                io.String.Output(
+                    display_name="names", is_output_list=True, tooltip="Their file names."
+                ),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, run):
+        files = output_folder.deltas_of_run(run)
+        return [f"{file} {os.stat(file).st_mtime_ns} {os.stat(file).st_size}" for file in files]
+
+    @classmethod
+    def execute(cls, run) -> io.NodeOutput:
+        loaded = [(SparseDelta.load(file), file.name) for file in output_folder.deltas_of_run(run)]
+        loaded.sort(key=lambda pair: steps_of(pair[0]))
+        return io.NodeOutput([delta for delta, _ in loaded], [name for _, name in loaded])
