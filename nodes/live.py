@@ -45,10 +45,16 @@ class LiveChart:
         self._pace: float | None = None
         self._last_step = self._last_sent = time.monotonic()
 
-    def start(self, losses: list[float], validation: list[tuple[int, float]], stage: int) -> None:
+    def start(
+        self,
+        losses: list[float],
+        rates: list[float],
+        validation: list[tuple[int, float]],
+        stage: int,
+    ) -> None:
         """Show what a resumed run has behind it."""
-        self._losses, self._step, self._stage = Curve(losses), len(losses), stage
-        self._rates = Curve([0.0] * len(losses))
+        self._losses, self._rates = Curve(losses), Curve(rates)
+        self._step, self._stage = len(losses), stage
         self._validation = []
         for step, loss in validation:
             self.add_validation(step, loss)

@@ -152,7 +152,8 @@ class Session:
             f"rate of {optimizer.param_groups[0]['lr']:.3g}, in {self.folder.path}"
         )
         stage = optimizer.stage
-        self.chart.start(self.losses, self.validation, stage)
+        rates = [self.training.learning_rate(step) for step in range(self.training.step)]
+        self.chart.start(self.losses, rates, self.validation, stage)
         for step, name in self.folder.previews(self.training.step):
             self.chart.add_preview(step, name)
         try:

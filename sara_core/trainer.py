@@ -162,11 +162,13 @@ class TrainingRun:
         self._generator.set_state(generator)
         self.optimizer.generator.set_state(draws)
 
-    def _make_step(self) -> StepReport:
+    def learning_rate(self, step: int) -> float:
+        """Return the learning rate of a step, counted from 0."""
         config = self.config
-        rate = self._peak_rate * factor(
-            self.step, config.steps, config.schedule, config.warmup_steps
-        )
+        return self._peak_rate * factor(step, config.steps, config.schedule, config.warmup_steps)
+
+    def _make_step(self) -> StepReport:
+        rate = self.learning_rate(self.step)
         self.optimizer.param_groups[0]["lr"] = rate
         try:
             losses = self._gradients_within_memory()

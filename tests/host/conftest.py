@@ -5,6 +5,7 @@
 
 import importlib.util
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -54,5 +55,7 @@ def server(dev, tmp_path_factory):
     (base / "extra.yaml").write_text(
         f"mine:\n  base_path: {elsewhere}\n  sara: deltas\n  datasets: sets\n"
     )
-    with dev.Server(base, ["--extra-model-paths-config", base / "extra.yaml"]) as running:
+    arguments = ["--extra-model-paths-config", base / "extra.yaml"]
+    arguments += shlex.split(os.environ.get("COMFYUI_ARGS", ""))  # such as --front-end-root
+    with dev.Server(base, arguments) as running:
         yield running

@@ -127,6 +127,9 @@ def test_a_stop_and_a_resumed_run_are_shown(sd15, sara, monkeypatch, tmp_path):
     assert sent[0]["step"] == 2
     assert len(sent[0]["losses"]) == 2
     assert [loss for _, loss in last["losses"]] == losses["loss"]
+    peak = last["rates"][0][1]  # cosine, without warm-up
+    expected = [peak * (1 + math.cos(math.pi * step / 5)) / 2 for step in range(5)]
+    assert [rate for _, rate in last["rates"]] == pytest.approx(expected)
 
 
 def test_a_chart_that_cannot_be_sent_does_not_end_a_training(sd15, sara, monkeypatch, caplog):

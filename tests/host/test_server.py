@@ -1,6 +1,5 @@
 """Every node through the real executor over HTTP, in a server process."""
 
-import copy
 import re
 import shutil
 import threading
@@ -495,18 +494,3 @@ def test_files_outside_the_folders_cannot_be_reached(server, dev):
         graph.run()
     assert train
     assert not list(server.base.parent.glob("**/escaped*"))
-
-
-@pytest.mark.parametrize("name", ["first_training", "use_delta"])
-def test_example_workflows_run(server, dev, name, delta_name):
-    prompt = copy.deepcopy(dev.load_workflow(server, name))
-    for node in prompt.values():
-        if node["class_type"] == "SaraTrain":
-            node["inputs"].update(steps=2)
-        if node["class_type"] == "SaraLoadDelta":
-            node["inputs"]["delta_name"] = delta_name
-        if node["class_type"] == "KSampler":
-            node["inputs"]["steps"] = 1
-    outputs = server.run(prompt)
-    shown = [o for o in outputs.values() if o.get("images")]
-    assert len(shown) >= (4 if name == "first_training" else 1)

@@ -1,0 +1,200 @@
+"""What people see, in a real browser, in both renderers."""
+
+import json
+import math
+import time
+from pathlib import Path
+
+import pytest
+
+from .browser import Page, find_chromium
+
+pytest.importorskip("comfy.sd", reason="set COMFYUI_PATH")
+pytest.importorskip("selenium", reason="python dev.py test installs it")
+pytestmark = pytest.mark.skipif(find_chromium() is None, reason="needs chromium and chromedriver")
+
+WORKFLOWS = Path(__file__).resolve().parents[2] / "example_workflows"
+NAMES = sorted(path.stem for path in WORKFLOWS.glob("*.json"))
+
+
+@pytest.fixture(scope="module", params=["classic", "vue"])
+def page(request, server):
+    opened = Page(server, request.param)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture(autouse=True)
+def no_errors_of_ours(page):
+    page.errors()
+    yield
+    assert page.errors() == []
+
+
+def idle(page):
+    """Wait until nothing runs any more."""
+    page.wait("return true")
+    deadline = time.time() + 120
+    while time.time() < deadline:
+        queue = page.server.get("/queue")
+        if not queue["queue_running"] and not queue["queue_pending"]:
+            return
+        time.sleep(0.2)
+    raise AssertionError("the queue is not done")
+
+
+def first_training(page, **train):
+    page.drop(WORKFLOWS / "first_training.json")
+    page.set_widgets("SaraTrain", **{"steps": 6, "batch_size": 2, **train})
+    page.set_widgets("KSampler", steps=1)
+    page.set_widgets("SaraSampling", steps=1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_example_loads_whole(page, dev, name):
+    page.drop(WORKFLOWS / f"{name}.json")
+    missing = page.js(
+        "return window.app.graph.nodes.map((n) => n.type)"
+        ".filter((type) => !LiteGraph.registered_node_types[type])"
+    )
+    assert missing == []
+    saved = json.loads((WORKFLOWS / f"{name}.json").read_text())
+    expected = dev.api_form(saved, page.server.get("/object_info"))
+    sent = page.later("return (await window.app.graphToPrompt()).output")
+    assert sent.keys() == expected.keys()
+    for number, node in expected.items():
+        found = {k: v for k, v in sent[number]["inputs"].items() if k in node["inputs"]}
+        assert found == node["inputs"], node["class_type"]
+        extra = sent[number]["inputs"].keys() - node["inputs"].keys()
+        assert extra <= {"upload", "image"}, (node["class_type"], extra)
+    serialised = page.js("return window.app.graph.serialize().nodes")
+    for node in serialised:
+        if node["type"].startswith("Sara"):
+            (before,) = [n for n in saved["nodes"] if n["id"] == node["id"]]
+            assert (
+                node["widgets_values"][: len(before["widgets_values"])] == before["widgets_values"]
+            )
+            assert len(node["widgets_values"]) == len(before["widgets_values"])
+
+
+def test_the_histogram_and_the_threshold_follow_each_other(page):
+    from selenium.webdriver.common.action_chains import ActionChains
+
+    page.drop(WORKFLOWS / "analyze_and_zero_out.json")
+    page.set_widgets("KSampler", steps=1)
+    page.command("Comfy.QueuePrompt")
+    kind = "SaraAnalyze"
+    text = page.wait(
+        "const t = arguments[0].innerText; return t.includes('weights (') && t", page.box(kind)
+    )
+    assert "1.05 M of 10.5 M weights (10.0 %)" in text
+    assert "delta about 2.7" in text
+    assert "training takes 17.9 MB more" in text
+    idle(page)
+    page.show(kind)
+    assert page.inked(kind) > 0.02
+    shades = {colour for _, colour in page.colours(kind)}
+    assert (0x4A, 0xA3, 0xFF) in shades  # what is selected
+    assert (0x77, 0x77, 0x77) in shades  # the rest
+    canvas = page.js("return arguments[0].querySelector('canvas')", page.box(kind))
+    place = "return [...window.app.graph.nodes.find((n) => n.type === 'SaraAnalyze').pos]"
+    before, seen = page.js(place), []
+    for part in (0.6, 0.7):
+        # Offsets are from the middle of the element.
+        offset = round((part - 0.5) * canvas.rect["width"])
+        actions = ActionChains(page.driver, duration=50)
+        actions.move_to_element_with_offset(canvas, 0, 10).click_and_hold()
+        actions.move_to_element_with_offset(canvas, offset, 10).release().perform()
+        value = page.widget(kind, "threshold")
+        page.wait(
+            "return arguments[0].innerText.startsWith('threshold ' + arguments[1])",
+            page.box(kind),
+            page.js("return arguments[0].toPrecision(3)", value),
+        )
+        seen.append((value, page.text(kind)))
+    assert 0 < seen[0][0] < seen[1][0]
+    assert seen[0][1] != seen[1][1]
+    page.set_widgets(kind, threshold=0.0075)
+    page.wait("return arguments[0].innerText.startsWith('threshold 0.00750: ')", page.box(kind))
+    assert page.js(place) == before  # the node was not dragged along
+
+
+def test_the_loss_and_previews_appear_while_it_trains(page):
+    first_training(page, steps=400, preview_every_steps=20)
+    page.command("Comfy.QueuePrompt")
+    box = page.box("SaraTrain")
+    step = "Number(/step (\\d+) of 400/.exec(arguments[0].innerText)?.[1] ?? 0)"
+    first = page.wait(f"const s = {step}; return s > 1 && s", box)
+    page.wait(f"return {step} > arguments[1] + 5", box, first)
+    page.show("SaraTrain")
+    page.wait("return arguments[0].querySelectorAll('.sara-previews img').length >= 2", box)
+    page.wait(
+        "return [...arguments[0].querySelectorAll('.sara-previews img')]"
+        ".every((i) => i.complete && i.naturalWidth === 4 * 64 + 3 * 4)",
+        box,
+    )
+    assert page.inked("SaraTrain") > 0.01
+    assert (0x4A, 0xA3, 0xFF) in {colour for _, colour in page.colours("SaraTrain")}
+    text = page.text("SaraTrain")
+    for part in ("fluent3d_", ": training", "stage 1", "(smoothed)", "per step", "left", "memory"):
+        assert part in text, text
+
+    page.open()  # as after a reload: the state comes from the server
+    page.drop(WORKFLOWS / "first_training.json")
+    box = page.box("SaraTrain")
+    again = page.wait(f"const s = {step}; return s > 1 && s", box)
+    assert again > first
+    page.wait("return arguments[0].querySelectorAll('.sara-previews img').length >= 2", box)
+    page.command("Comfy.Interrupt")
+    page.wait("return /: stopped/.test(arguments[0].innerText)", box)
+    assert "To go on, choose fluent3d_" in page.text("SaraTrain")
+    idle(page)
+    assert page.errors() == []
+
+
+def test_queue_after_queue_and_a_reload_show_the_last_run(page):
+    for _ in range(2):
+        first_training(page)
+        page.command("Comfy.QueuePrompt")
+        idle(page)
+        box = page.box("SaraTrain")
+        page.wait("return /finished, step 6 of 6/.test(arguments[0].innerText)", box)
+    page.open()
+    page.drop(WORKFLOWS / "first_training.json")
+    box = page.box("SaraTrain")
+    page.wait("return /finished, step 6 of 6/.test(arguments[0].innerText)", box)
+
+
+def test_the_card_tells_what_is_in_a_file(page):
+    first_training(page, trigger_words="fluent style")
+    page.command("Comfy.QueuePrompt")
+    idle(page)
+    runs = sorted((page.server.base / "output" / "sara").glob("fluent3d_*/*_6_steps.safetensors"))
+    name = runs[-1].relative_to(page.server.base / "output" / "sara").as_posix()
+    page.drop(WORKFLOWS / "use_delta.json")
+    page.set_widgets("SaraLoadDelta", delta_name=name)
+    box = page.box("SaraLoadDelta")
+    page.wait("return arguments[0].innerText.includes('trigger words: fluent style')", box)
+    text = page.text("SaraLoadDelta")
+    for part in ("fluent3d", "for sd3 (flow)", "1.05 M weights below 0.00594", "6 steps of 2"):
+        assert part in text, text
+    assert page.js("return arguments[0].querySelector('img').naturalWidth", box) == 64
+    page.set_widgets("SaraLoadDelta", delta_name="no such file.safetensors")
+    page.wait("return arguments[0].innerText.includes('says nothing about itself')", box)
+
+
+def test_the_arithmetic_of_the_histogram(page):
+    def entropy(p):
+        return -p * math.log2(p) - (1 - p) * math.log2(1 - p)
+
+    found = page.later(
+        """const { below, fileBytes } = await import("/extensions/ComfyUI-SaRA/sara_analyze.js");
+        return [
+          [0, 1, 1.5, 2, 3.999, 4, 9].map((t) => below([0, 1, 2, 4], [10, 20, 40], t)),
+          [[0, 100], [10, 100], [100, 100]].map(([k, n]) => fileBytes(k, n)),
+        ];"""
+    )
+    assert found[0] == pytest.approx([0, 10, 20, 30, 30 + 40 * 1.999 / 2, 70, 70])
+    assert found[1] == pytest.approx(
+        [0, 10 * 2 + (100 * entropy(0.1) + 0.2 * 10) / 8, 100 * 2 + 0.2 * 100 / 8]
+    )

@@ -1,0 +1,144 @@
+"""The example workflows, as far as they can run with the small model; all of them in the API."""
+
+import json
+import re
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+pytest.importorskip("comfy.sd", reason="set COMFYUI_PATH")
+
+WORKFLOWS = Path(__file__).resolve().parents[2] / "example_workflows"
+NAMES = sorted(path.stem for path in WORKFLOWS.glob("*.json"))
+NOT_FOR_THE_SMALL_MODEL = {"style_with_lora_and_controlnet"}
+
+
+def short(prompt, **train):
+    """Make few steps of everything."""
+    for node in prompt.values():
+        if node["class_type"] == "SaraTrain":
+            node["inputs"].update({"steps": 4, "batch_size": 2, "save_every_steps": 2, **train})
+        if node["class_type"] in ("KSampler", "SaraSampling"):
+            node["inputs"]["steps"] = 1
+    return prompt
+
+
+@pytest.fixture(scope="module")
+def trained(server, dev):
+    """The first workflow's outputs, and the names of its run and its delta."""
+    prompt = short(dev.load_workflow(server, "first_training"))
+    outputs = server.run(prompt)
+    text = outputs[dev.node_of(prompt, "SaraTrain")]["text"][0]
+    name = re.search(r"saved (\S+),", text)[1]
+    return outputs, name.partition("/")[0], name
+
+
+def pictures(outputs):
+    return [image for output in outputs.values() for image in output.get("images", [])]
+
+
+def test_the_first_training_trains_and_draws(trained, server):
+    outputs, run, _ = trained
+    assert len(pictures(outputs)) >= 4 + 4 + 3  # before, after; magnitudes, contact sheet, losses
+    folder = server.base / "output" / "sara" / run
+    found = sorted(path.name for path in (folder / "previews").iterdir())
+    assert found == ["preview_0000000_steps.png", "preview_0000004_steps.png"]
+    assert Image.open(folder / "previews" / found[0]).size == (4 * 64 + 3 * 4, 64)
+
+
+@pytest.mark.parametrize("name", ["use_delta", "merge_two_deltas"])
+def test_deltas_are_used(trained, server, dev, name):
+    prompt = short(dev.load_workflow(server, name))
+    for node in prompt.values():
+        if node["class_type"] == "SaraLoadDelta":
+            node["inputs"]["delta_name"] = trained[2]
+    assert len(pictures(server.run(prompt))) == 4
+    if name == "merge_two_deltas":
+        assert list((server.base / "output" / "sara").glob("merged_*_.safetensors"))
+
+
+def test_the_small_weights_are_looked_at_and_zeroed(server, dev):
+    outputs = server.run(short(dev.load_workflow(server, "analyze_and_zero_out")))
+    assert len(pictures(outputs)) == 4 + 4 + 1
+    assert any("sara_analysis" in output for output in outputs.values())
+
+
+def test_checkpoints_are_compared(trained, server, dev):
+    prompt = short(dev.load_workflow(server, "compare"))
+    prompt[dev.node_of(prompt, "SaraLoadCheckpoints")]["inputs"]["run"] = trained[1]
+    outputs = server.run(prompt)
+    (sheet,) = outputs[dev.node_of(prompt, "SaraCompare")]["images"]
+    picture = server.picture(sheet)
+    (server.base / "sheet.png").write_bytes(picture)
+    width, height = Image.open(server.base / "sheet.png").size
+    row = 4 * 64 + 3 * 4
+    # Four strengths; the run has kept two checkpoints beside the final delta.
+    assert width == 4 * row + 5 * 8
+    assert height == 22 + 3 * (22 + 64 + 8)
+
+
+def test_a_cancelled_run_is_resumed(server, dev):
+    prompt = short(dev.load_workflow(server, "resume"), steps=2000, save_every_steps=0)
+    train = dev.node_of(prompt, "SaraTrain")
+    before = {path.name for path in (server.base / "output" / "sara").glob("long_*")}
+    queued = server.submit(prompt)
+    folder = None
+    while folder is None or not (folder / "loss.csv").is_file():
+        time.sleep(0.05)
+        new = [p for p in (server.base / "output" / "sara").glob("long_*") if p.name not in before]
+        folder = new[0] if new else None
+        assert server.process.poll() is None
+    while len((folder / "loss.csv").read_text().splitlines()) < 4:
+        time.sleep(0.05)
+    server.post("/interrupt", {})
+    with pytest.raises(dev.PromptError):
+        server.wait(queued)
+    settings = json.loads((folder / "settings.json").read_text())
+    made = len((folder / "loss.csv").read_text().splitlines()) - 1
+    settings["steps"] = made + 3  # its own settings are used; two thousand are too many here
+    (folder / "settings.json").write_text(json.dumps(settings))
+    prompt[train]["inputs"]["resume"] = folder.name
+    outputs = server.run(prompt)
+    assert f"saved {folder.name}/long_{made + 3}_steps" in outputs[train]["text"][0]
+    assert len((folder / "loss.csv").read_text().splitlines()) == 1 + made + 3
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_workflow_is_in_order(server, name):
+    saved = json.loads((WORKFLOWS / f"{name}.json").read_text())
+    info = server.get("/object_info")
+    nodes = {node["id"]: node for node in saved["nodes"]}
+    assert saved["last_node_id"] == max(nodes)
+    for node in saved["nodes"]:
+        if node["type"] == "MarkdownNote":
+            continue
+        known = info[node["type"]]
+        ours = node["type"].startswith("Sara")
+        assert node["properties"]["cnr_id"] == ("sara-finetune" if ours else "comfy-core")
+        assert [output["name"] for output in node["outputs"]] == known["output_name"]
+        for model in node["properties"].get("models", []):
+            assert model["url"].endswith(model["name"])
+            assert model["name"].endswith(".safetensors")
+    for number, source, output, target, entry, kind in saved["links"]:
+        assert number in nodes[source]["outputs"][output]["links"]
+        assert nodes[target]["inputs"][entry]["link"] == number
+        assert nodes[source]["outputs"][output]["type"] == kind
+        assert nodes[target]["inputs"][entry]["type"] == kind
+
+
+def test_the_template_menu_offers_them_with_pictures(server):
+    assert set(server.get("/workflow_templates")["ComfyUI-SaRA"]) == set(NAMES)
+    for name in NAMES:
+        served = server.get(f"/api/workflow_templates/ComfyUI-SaRA/{name}.json")
+        assert served == json.loads((WORKFLOWS / f"{name}.json").read_text())
+        picture = WORKFLOWS / f"{name}.jpg"
+        assert Image.open(picture).format == "JPEG"
+        assert server.get(f"/api/workflow_templates/ComfyUI-SaRA/{name}.jpg", raw=True)
+        assert picture.stat().st_size < 100_000
+
+
+def test_there_is_a_test_for_each():
+    text = Path(__file__).read_text()
+    assert all(f'"{name}"' in text for name in set(NAMES) - NOT_FOR_THE_SMALL_MODEL)

@@ -1,0 +1,174 @@
+"""Take the pictures of the help pages and of the workflow templates, in a real browser.
+
+usage: python dev.py screenshots
+"""
+
+import importlib.util
+import io
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from PIL import Image
+
+from .host.browser import Page
+
+ROOT = Path(__file__).resolve().parents[1]
+HELP, EXAMPLES = ROOT / "js" / "docs" / "images", ROOT / "example_workflows"
+STEPS = 60
+SHORTER = {"SaraTrain": {"steps": STEPS, "preview_every_steps": 20, "validation_split": 0.1,
+                         "validate_every_steps": 10, "save_every_steps": 20}}  # fmt: skip
+STAND_INS = (  # named in an example, never loaded
+    "checkpoints/v1-5-pruned-emaonly-fp16.safetensors", "loras/your_lora.safetensors",
+    "controlnet/control_v11p_sd15_scribble_fp16.safetensors",
+)  # fmt: skip
+FURTHER = {  # nodes that no example has, with the Load SaRA Delta they are connected to
+    "SaraBlockStrengths": {"strengths": "joint_blocks.0: 0.5\njoint_blocks.[23]: 0"},
+    "SaraCreateHook": {},
+    "SaraExportDelta": {"format": "LoRA (approximate)"},
+}
+
+
+def save(image, path, longest):
+    """Write a JPEG of at most so many pixels a side."""
+    image.thumbnail((longest, longest), Image.LANCZOS)
+    image.save(path, "JPEG", quality=82, optimize=True)
+
+
+def region(page, left, top, width, height):
+    """Cut a part of the graph, in its own coordinates, out of a screenshot of the window."""
+    canvas = page.js(
+        "const c = document.getElementById('graph-canvas').getBoundingClientRect();"
+        "return [c.left, c.top, window.app.canvas.ds.scale, ...window.app.canvas.ds.offset]"
+    )
+    x0, y0, scale, dx, dy = canvas
+    x, y = x0 + (left + dx) * scale, y0 + (top + dy) * scale
+    image = Image.open(io.BytesIO(page.driver.get_screenshot_as_png())).convert("RGB")
+    box = (x, y, x + width * scale, y + height * scale)
+    return image.crop(tuple(round(max(0, edge)) for edge in box))
+
+
+def fit(page, left, top, width, height):
+    """Show a part of the graph as large as the window allows, below its bars."""
+    page.js(
+        """const [left, top, width, height] = arguments, view = window.app.canvas.ds;
+        view.scale = Math.min(1, 2200 / width, 1300 / height);
+        view.offset[0] = 120 / view.scale - left;
+        view.offset[1] = 120 / view.scale - top;
+        window.app.canvas.setDirty(true, true);""",
+        left, top, width, height,
+    )  # fmt: skip
+    time.sleep(1)
+
+
+def bounds(page, kind=None):
+    """Left, top, width and height of a node, or of all of them."""
+    return page.js(
+        """const nodes = window.app.graph.nodes.filter((n) => !arguments[0] || n.type === arguments[0]);
+        const all = nodes.slice(0, arguments[0] ? 1 : undefined).map((n) => n.boundingRect ?? n.getBounding());
+        const left = Math.min(...all.map((r) => r[0])), top = Math.min(...all.map((r) => r[1]));
+        return [left, top, Math.max(...all.map((r) => r[0] + r[2])) - left,
+                Math.max(...all.map((r) => r[1] + r[3])) - top];""",
+        kind,
+    )
+
+
+def take(page, kind=None, margin=12):
+    """Show and cut out a node, or the whole graph."""
+    left, top, width, height = bounds(page, kind)
+    place = left - margin, top - margin, width + 2 * margin, height + 2 * margin
+    fit(page, *place)
+    return region(page, *place)
+
+
+def run(page, server):
+    """Queue what is shown, and wait for its end."""
+    page.command("Comfy.QueuePrompt")
+    time.sleep(1)
+    while any(server.get("/queue").values()):
+        time.sleep(0.3)
+    time.sleep(2)
+
+
+def name_as_in_the_examples(server):
+    """Give what the first training has made the names that the other examples load."""
+    runs = server.base / "output" / "sara"
+    made = runs / "fluent3d_00001" / f"fluent3d_{STEPS}_steps.safetensors"
+    for name in ("other_00001/other_300_steps", "style_00001/style_500_steps"):
+        target = runs / f"{name}.safetensors"
+        target.parent.mkdir()
+        shutil.copy(made, target)
+    made.rename(made.with_name("fluent3d_300_steps.safetensors"))
+
+
+def example(page, server, name):
+    """Load and run an example, then take it and its nodes."""
+    page.command("Comfy.RefreshNodeDefinitions")
+    page.drop(EXAMPLES / f"{name}.json")
+    for kind, values in SHORTER.items():
+        page.set_widgets(kind, **values)
+    if name != "style_with_lora_and_controlnet":
+        run(page, server)
+    if name == "first_training":
+        name_as_in_the_examples(server)
+    save(take(page), EXAMPLES / f"{name}.jpg", 640)
+    for kind in page.js("return [...new Set(window.app.graph.nodes.map((n) => n.type))]"):
+        if kind.startswith("Sara") and not (HELP / f"{kind}.jpg").exists():
+            save(take(page, kind), HELP / f"{kind}.jpg", 1200)
+
+
+def further(page, server):
+    """Take the nodes that are in no example, each connected to a loaded delta."""
+    page.drop(EXAMPLES / "use_delta.json")
+    for number, (kind, values) in enumerate(FURTHER.items()):
+        page.js(
+            """const node = LiteGraph.createNode(arguments[0]);
+            node.pos = [2600, 700 * arguments[1]];
+            window.app.graph.add(node);
+            window.app.graph.nodes.find((n) => n.type === "SaraLoadDelta").connect(0, node, 0);""",
+            kind, number,
+        )  # fmt: skip
+        page.set_widgets(kind, **values)
+    page.js(
+        """const node = LiteGraph.createNode("SaraImportCheckpoint");
+        node.pos = [2600, 2800];
+        window.app.graph.add(node);"""
+    )
+    page.js("window.app.graph.nodes.find((n) => n.type === 'SaraImportCheckpoint').mode = 4")
+    run(page, server)
+    page.js("window.app.graph.nodes.find((n) => n.type === 'SaraImportCheckpoint').mode = 0")
+    for kind in (*FURTHER, "SaraImportCheckpoint"):
+        save(take(page, kind), HELP / f"{kind}.jpg", 900)
+
+
+def main():
+    """Take all of them anew."""
+    spec = importlib.util.spec_from_file_location("dev", ROOT / "dev.py")
+    dev = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(dev)
+    HELP.mkdir(exist_ok=True)
+    for old in (*HELP.glob("*.jpg"), *EXAMPLES.glob("*.jpg")):
+        old.unlink()
+    with tempfile.TemporaryDirectory() as base:
+        dev.make_base(Path(base))
+        for name in STAND_INS:
+            (Path(base) / "models" / name).parent.mkdir(exist_ok=True)
+            (Path(base) / "models" / name).touch()
+        shutil.copy(Path(base, "input", "fluent3d", "bat.png"), Path(base, "input", "example.png"))
+        with dev.Server(base, sys.argv[1:]) as server:
+            page = Page(server, "vue")
+            page.js("document.querySelectorAll('.litegraph-minimap').forEach((e) => e.remove())")
+            names = sorted(path.stem for path in EXAMPLES.glob("*.json"))
+            names.remove("first_training")
+            for name in ("first_training", *names):
+                if name == "resume":
+                    SHORTER["SaraTrain"]["steps"] = 40
+                example(page, server, name)
+            further(page, server)
+            page.close()
+
+
+if __name__ == "__main__":
+    main()
