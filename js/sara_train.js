@@ -8,8 +8,9 @@ import { text } from "./sara_text.js";
 const EVENT = "sara.training";
 const SMOOTHING = 0.9;
 const PREVIEWS_HEIGHT = 220;
-const charts = new WeakMap(); // node -> what addCanvasWidget returned
-const states = new Map(); // execution id -> last state
+const charts = new WeakMap(); // element -> what addCanvasWidget returned; nodes may be proxies
+const states = new Map(); // workflow and execution id -> last state
+const key = (state) => `${state.workflow}/${state.node}`;
 
 function time(seconds) {
   if (seconds == null) return "?";
@@ -133,7 +134,7 @@ function showPreviews(chart, state) {
 }
 
 function show(node, state) {
-  const chart = charts.get(node);
+  const chart = charts.get(node.widgets?.find((widget) => widget.name === "chart")?.element);
   if (!chart || !state) return;
   chart.state = state;
   chart.caption.textContent = describe(state);
@@ -142,7 +143,7 @@ function show(node, state) {
 }
 
 function receive(state) {
-  states.set(String(state.node), state);
+  states.set(key(state), state);
   const graph = app.rootGraph ?? app.graph;
   if (state.workflow && graph?.id && state.workflow !== graph.id) return; // of another tab
   const node = nodeOf(graph, state.node);
@@ -153,15 +154,23 @@ async function lastOnes() {
   // A page that is opened after a training ended finds its chart among the server's outputs.
   const answer = await api.fetchApi("/history?max_items=20");
   for (const entry of Object.values(await answer.json()).reverse()) // the newest first
-    for (const output of Object.values(entry.outputs ?? {}))
-      for (const state of output.sara_training ?? [])
-        if (!states.has(String(state.node))) states.set(String(state.node), state);
+    for (const [node, output] of Object.entries(entry.outputs ?? {}))
+      for (const found of output.sara_training ?? []) {
+        const state = { ...found, node };
+        if (!states.has(key(state))) states.set(key(state), state);
+      }
 }
 
 app.registerExtension({
   name: "SaRA.Train",
   async setup() {
     api.addEventListener(EVENT, (event) => receive(event.detail));
+    api.addEventListener("executed", ({ detail }) => {
+      // An output from the cache may have been made by a node of another id, in another workflow.
+      const workflow = (app.rootGraph ?? app.graph)?.id;
+      for (const state of detail.output?.sara_training ?? [])
+        receive(state.node === detail.node ? state : { ...state, node: detail.node, workflow });
+    });
     try {
       await lastOnes();
       for (const state of states.values()) receive(state);
@@ -182,12 +191,7 @@ app.registerExtension({
       "font:11px sans-serif;color:var(--input-text,#ddd)";
     chart.box.append(previews);
     chart.previews = previews;
-    charts.set(node, chart);
-    const executed = node.onExecuted;
-    node.onExecuted = function (output) {
-      if (output?.sara_training?.[0]) receive(output.sara_training[0]);
-      return executed?.apply(this, arguments);
-    };
+    charts.set(chart.box, chart);
   },
   async afterConfigureGraph() {
     for (const state of states.values()) receive(state);

@@ -48,8 +48,8 @@ class SaraAnalyze(io.ComfyNode):
             display_name="SaRA Analyze",
             category="SaRA",
             description="Shows how large a model's weights are and what a threshold would train. "
-            "The second model has exactly those weights set to zero: sample with it to see how "
-            "little they do.",
+            "The output zeroed is the model with exactly those weights at zero: sample with it "
+            "to see how little they do.",
             is_output_node=True,
             inputs=[
                 io.Model.Input("model", tooltip="Model to look at. It is not changed."),

@@ -71,7 +71,8 @@ class SaraCreateHook(io.ComfyNode):
             ],
             outputs=[
                 io.Hooks.Output(
-                    display_name="hooks", tooltip="Connect to a Set Hooks or Cond Set Props node."
+                    display_name="hooks",
+                    tooltip="Connect to Set CLIP Hooks or a Cond Set Props node.",
                 )
             ],
         )
@@ -101,7 +102,11 @@ class SaraExportDelta(io.ComfyNode):
                     "how much is kept.",
                 ),
                 io.Int.Input(
-                    "rank", default=32, min=1, max=1024, tooltip="Of a LoRA; higher keeps more."
+                    "rank",
+                    default=32,
+                    min=1,
+                    max=1024,
+                    tooltip="Rank of the LoRA; higher keeps more.",
                 ),
                 io.Combo.Input(
                     "dtype",

@@ -28,7 +28,8 @@ def _size_inputs() -> list:
             default=5,
             min=1,
             max=64,
-            tooltip="Number of different sizes of one area. Fewer fill batches better, more crop off less.",
+            tooltip="At most so many sizes of equal area, from tall to wide. Fewer fill batches better; "
+            "with more of them less is cropped off.",
         ),
         io.Int.Input(
             "divisible_by",
@@ -36,7 +37,7 @@ def _size_inputs() -> list:
             min=0,
             max=512,
             tooltip="Widths and heights are multiples of this. 0 takes an eighth of the size, at "
-            "most 64.",
+            "most 64; without cropping, what the VAE needs.",
         ),
         io.Combo.Input(
             "crop",
@@ -59,7 +60,7 @@ def _size_inputs() -> list:
             max=8.0,
             step=0.05,
             tooltip="Pictures are enlarged up to this factor. Smaller ones are trained at a smaller "
-            "area, and left out if even a quarter of the size is too much.",
+            "area, and left out if even a quarter of the side is too much.",
         ),
         io.Boolean.Input(
             "flip",
@@ -95,14 +96,14 @@ def _content_inputs() -> list:
             default=1,
             min=1,
             max=1000,
-            tooltip="Times every picture comes in an epoch, on top of repeats in folder names.",
+            tooltip="Times every picture comes in an epoch, multiplied with the repeats in folder names.",
         ),
         io.Combo.Input(
             "problems",
             options=["skip", "refuse"],
             default="skip",
-            tooltip="Files that cannot be used are left out and told of in the report, or the node "
-            "fails and names them all.",
+            tooltip="What to do about files that cannot be used: skip leaves them out and tells of them "
+            "in the report, refuse stops and names them all.",
         ),
         io.Int.Input(
             "seed",
@@ -110,7 +111,7 @@ def _content_inputs() -> list:
             min=0,
             max=0xFFFFFFFFFFFFFFFF,
             control_after_generate=False,
-            tooltip="Of random crops.",
+            tooltip="Seed of random crops.",
         ),
         io.Float.Input(
             "cache_gb",

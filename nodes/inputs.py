@@ -16,9 +16,9 @@ def selection_inputs() -> list:
             min=0.0,
             max=10.0,
             step=0.000001,
-            tooltip="Weights with a magnitude below this are selected. 0 finds the threshold from "
-            "the fraction below; SaRA Analyze shows what each threshold would select. The paper "
-            "uses 0.0002 to 0.002 for Stable Diffusion 1.5.",
+            tooltip="Weights with a magnitude below this are selected; the histogram of SaRA Analyze "
+            "shows how many. 0 finds the threshold for the fraction below. The paper uses 0.0002 "
+            "to 0.002 for Stable Diffusion 1.5.",
         ),
         io.Float.Input(
             "fraction",
@@ -27,7 +27,7 @@ def selection_inputs() -> list:
             max=1.0,
             step=0.0001,
             tooltip="Share of the model's weights to select, the smallest ones. Used while the "
-            "threshold is 0. 0.1 is 10 %; 0.05 to 0.2 is usual.",
+            "threshold is 0 and no count is given. 0.1 is 10 %; 0.05 to 0.2 is usual.",
         ),
     ]
 
@@ -51,8 +51,9 @@ def filter_inputs() -> list:
             options=ZEROS,
             default="auto",
             tooltip="Weights that are exactly zero come from padding or pruning, and often never "
-            "get a gradient. auto selects them unless they would be most of the selection; in "
-            "8-bit models they are small weights that were rounded, and are always selected.",
+            "get a gradient. auto selects them unless they would be most of the selection, and "
+            "always in 8-bit models, where they are small weights that were rounded; skip never "
+            "selects them, train always.",
         ),
     ]
 

@@ -19,16 +19,16 @@ class SaraSamplingSettings(io.ComfyNode):
             display_name="SaRA Sampling",
             category=CATEGORY,
             description="Says what to sample and how, for the previews of SaRA Train and for SaRA "
-            "Compare. Chain several for several captions; each becomes a row.",
+            "Compare. Chain several for several prompts; each becomes a row.",
             inputs=[
                 io.Vae.Input("vae", tooltip="Turns latents into pictures."),
                 io.Conditioning.Input("positive", tooltip="What the pictures are to show."),
                 io.Conditioning.Input(
-                    "negative", tooltip="What they are not to show; an empty caption will do."
+                    "negative", tooltip="What they are not to show; an empty prompt will do."
                 ),
                 io.Latent.Input(
                     "latent",
-                    tooltip="From an empty latent node: size and number of pictures in a row.",
+                    tooltip="From an empty latent node: the size of the pictures, and how many are made.",
                 ),
                 io.Int.Input(
                     "seed",
@@ -47,7 +47,7 @@ class SaraSamplingSettings(io.ComfyNode):
                     min=0.0,
                     max=100.0,
                     step=0.1,
-                    tooltip="How strongly the caption is followed. 1 for models distilled to need "
+                    tooltip="How strongly the prompt is followed. 1 for models distilled to need "
                     "no guidance, such as Flux.",
                 ),
                 io.Combo.Input(

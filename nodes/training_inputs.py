@@ -160,8 +160,8 @@ def training_inputs() -> list:
             default=100,
             min=0,
             max=1_000_000,
-            tooltip="Steps between two saves of a checkpoint and of the state to resume from. 0 saves "
-            "only when the run ends, is cancelled or fails.",
+            tooltip="Steps between two saves of a checkpoint and of the state to resume from. With 0 it "
+            "saves at the change of stage, and when the run ends, is cancelled or fails.",
         ),
         io.Int.Input(
             "keep_checkpoints",
@@ -195,7 +195,7 @@ def training_inputs() -> list:
             max=0.9,
             step=0.01,
             tooltip="Share of the pictures that are held out. The loss on them, always at the same "
-            "noise, tells when the model stops to learn and starts to memorise. 0 holds out none.",
+            "noise, tells when the model stops learning and starts memorising. 0 holds out none.",
         ),
         io.Int.Input(
             "validate_every_steps",

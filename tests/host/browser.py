@@ -80,7 +80,7 @@ class Page:
 
     def drop(self, path):
         """Drop a workflow file onto the canvas."""
-        before = self.js("return window.app.graph.id")
+        self.js("window.before = window.app.graph.nodes[0]")
         self.js(
             """const data = new DataTransfer();
             data.items.add(new File([arguments[0]], arguments[1], { type: "application/json" }));
@@ -91,9 +91,13 @@ class Page:
             path.read_text(encoding="utf-8"),
             path.name,
         )
-        wanted = json.loads(path.read_text(encoding="utf-8"))["id"]
-        if wanted != before:
-            self.wait("return window.app.graph.id === arguments[0]", wanted)
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        self.wait(
+            "const { id, nodes } = window.app.graph;"
+            "return id === arguments[0] && nodes.length === arguments[1] && nodes[0] !== window.before",
+            saved["id"],
+            len(saved["nodes"]),
+        )
         time.sleep(0.5)
         self.dismiss()
 

@@ -89,7 +89,7 @@ def test_the_histogram_and_the_threshold_follow_each_other(page):
     )
     assert "1.05 M of 10.5 M weights (10.0 %)" in text
     assert "delta about 2.7" in text
-    assert "training takes 17.9 MB more" in text
+    assert "training takes 17.9 MB more memory" in text
     idle(page)
     page.show(kind)
     assert page.inked(kind) > 0.02
@@ -176,7 +176,12 @@ def test_the_card_tells_what_is_in_a_file(page):
     box = page.box("SaraLoadDelta")
     page.wait("return arguments[0].innerText.includes('trigger words: fluent style')", box)
     text = page.text("SaraLoadDelta")
-    for part in ("fluent3d", "for sd3 (flow)", "1.05 M weights below 0.00594", "6 steps of 2"):
+    for part in (
+        "fluent3d",
+        "for sd3 (flow)",
+        "1.05 M weights below 0.00594",
+        "6 steps of 2 pictures",
+    ):
         assert part in text, text
     assert page.js("return arguments[0].querySelector('img').naturalWidth", box) == 64
     page.set_widgets("SaraLoadDelta", delta_name="no such file.safetensors")
@@ -198,3 +203,88 @@ def test_the_arithmetic_of_the_histogram(page):
     assert found[1] == pytest.approx(
         [0, 10 * 2 + (100 * entropy(0.1) + 0.2 * 10) / 8, 100 * 2 + 0.2 * 100 / 8]
     )
+
+
+TEXT_OF = """const box = (node) => node.widgets.find((w) => w.type === "sara_chart").element;
+const text = (node) => box(node).textContent;"""
+
+
+def test_two_training_nodes_show_a_run_each(page):
+    first_training(page)
+    page.js(
+        """const graph = window.app.graph, one = graph.nodes.find((n) => n.type === "SaraTrain");
+        const other = LiteGraph.createNode("SaraTrain");
+        other.pos = [one.pos[0], one.pos[1] + 2000];
+        graph.add(other);
+        for (const input of one.inputs) {
+          const link = input.link == null ? null : graph.links.get?.(input.link) ?? graph.links[input.link];
+          if (!link || input.name === "threshold") continue;
+          const slot = other.inputs.findIndex((i) => i.name === input.name);
+          graph.getNodeById(link.origin_id).connect(link.origin_slot, other, slot);
+        }
+        for (const [name, value] of [["steps", 4], ["batch_size", 2], ["output_name", "second"]])
+          other.widgets.find((w) => w.name === name).value = value;"""
+    )
+    page.command("Comfy.QueuePrompt")
+    found = page.wait(
+        TEXT_OF
+        + """const all = window.app.graph.nodes.filter((n) => n.type === "SaraTrain").map(text);
+        return all.every((t) => /finished/.test(t)) && all;"""
+    )
+    assert "fluent3d_" in found[0]
+    assert "step 6 of 6" in found[0]
+    assert "second_" in found[1]
+    assert "step 4 of 4" in found[1]
+    idle(page)
+
+
+def test_a_training_node_in_a_subgraph_shows_its_run(page):
+    first_training(page)
+    page.js(
+        """const node = window.app.graph.nodes.find((n) => n.type === "SaraTrain");
+        window.app.canvas.graph.convertToSubgraph(new Set([node]));"""
+    )
+    inner = (
+        TEXT_OF
+        + """const outer = window.app.graph.nodes.find((n) => n.subgraph);
+        const node = outer.subgraph.nodes.find((n) => n.type === "SaraTrain");"""
+    )
+    page.command("Comfy.QueuePrompt")
+    told = page.wait(inner + "return /finished, step 6 of 6/.test(text(node)) && text(node)")
+    assert "fluent3d_" in told
+    idle(page)
+    page.js(inner + "window.app.canvas.openSubgraph(outer.subgraph, outer);")
+    page.wait(inner + "return document.body.contains(box(node))")
+    page.js("window.app.canvas.setGraph(window.app.graph)")
+
+
+def test_the_widgets_speak_their_users_language(page):
+    """Names of nodes are the frontend's part; 1.32 passes them by, newer ones translate them."""
+    page.server.post("/settings/Comfy.Locale", "fr")
+    try:
+        page.open()
+        page.drop(WORKFLOWS / "use_delta.json")
+        page.set_widgets("SaraLoadDelta", delta_name="no such file.safetensors")
+        french = json.loads((WORKFLOWS.parent / "locales" / "fr" / "main.json").read_text())
+        page.wait(
+            "return arguments[0].textContent === arguments[1]",
+            page.box("SaraLoadDelta"),
+            french["sara"]["nothing_told"],
+        )
+        names = json.loads((WORKFLOWS.parent / "locales" / "fr" / "nodeDefs.json").read_text())
+        assert page.server.get("/i18n")["fr"]["nodeDefs"].items() >= names.items()
+    finally:
+        page.server.post("/settings/Comfy.Locale", "en")
+        page.open()
+
+
+def test_the_help_of_a_node_shows_its_picture(page):
+    served = page.later(
+        """const answer = await fetch("/extensions/ComfyUI-SaRA/docs/SaraTrain.md");
+        const source = /!\\[[^\\]]*\\]\\(([^)]+)\\)/.exec(await answer.text())[1];
+        const image = new Image();
+        image.src = `/extensions/ComfyUI-SaRA/docs/${source}`;
+        await image.decode();
+        return [image.naturalWidth, image.naturalHeight];"""
+    )
+    assert min(served) > 100
