@@ -113,6 +113,9 @@ def example(page, server, name):
         run(page, server)
     if name == "first_training":
         name_as_in_the_examples(server)
+        page.show("SaraTrain")
+        shown = Image.open(io.BytesIO(page.box("SaraTrain").screenshot_as_png)).convert("RGB")
+        save(shown, ROOT / "docs" / "images" / "training.jpg", 900)
     save(take(page), EXAMPLES / f"{name}.jpg", 640)
     for kind in page.js("return [...new Set(window.app.graph.nodes.map((n) => n.type))]"):
         if kind.startswith("Sara") and not (HELP / f"{kind}.jpg").exists():

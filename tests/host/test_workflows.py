@@ -117,7 +117,9 @@ def test_every_workflow_is_in_order(server, name):
         known = info[node["type"]]
         ours = node["type"].startswith("Sara")
         assert node["properties"]["cnr_id"] == ("sara-finetune" if ours else "comfy-core")
-        assert [output["name"] for output in node["outputs"]] == known["output_name"]
+        names = [output["name"] for output in node["outputs"]]
+        assert names == known["output_name"][: len(names)]  # newer versions add some
+        assert not ours or len(names) == len(known["output_name"])
         for model in node["properties"].get("models", []):
             assert model["url"].endswith(model["name"])
             assert model["name"].endswith(".safetensors")
