@@ -145,7 +145,7 @@ function show(node, state) {
 function receive(state) {
   states.set(key(state), state);
   const graph = app.rootGraph ?? app.graph;
-  if (state.workflow && graph?.id && state.workflow !== graph.id) return; // of another tab
+  if (state.workflow !== graph?.id) return; // of another tab, or queued by a script
   const node = nodeOf(graph, state.node);
   if (node) show(node, state);
 }
@@ -169,7 +169,8 @@ app.registerExtension({
       // An output from the cache may have been made by a node of another id, in another workflow.
       const workflow = (app.rootGraph ?? app.graph)?.id;
       for (const state of detail.output?.sara_training ?? [])
-        receive(state.node === detail.node ? state : { ...state, node: detail.node, workflow });
+        receive(state.node === detail.node && state.workflow ? state
+          : { ...state, node: detail.node, workflow });
     });
     try {
       await lastOnes();

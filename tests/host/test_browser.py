@@ -152,7 +152,13 @@ def test_the_loss_and_previews_appear_while_it_trains(page):
     assert page.errors() == []
 
 
-def test_queue_after_queue_and_a_reload_show_the_last_run(page):
+def test_queue_after_queue_and_a_reload_show_the_last_run(page, dev):
+    by_script = dev.load_workflow(page.server, "first_training")
+    train = dev.node_of(by_script, "SaraTrain")
+    by_script[train]["inputs"].update(steps=2, batch_size=2)
+    kept = ("CheckpointLoaderSimple", "ModelSamplingSD3", "SaraAnalyze", "SaraImageFolder")
+    del by_script[train]["inputs"]["preview"]
+    page.server.run({k: n for k, n in by_script.items() if n["class_type"] in kept or k == train})
     for _ in range(2):
         first_training(page)
         page.command("Comfy.QueuePrompt")
