@@ -20,8 +20,12 @@ INPUTS = {  # public: saved workflows depend on every name
     "grad_accumulation_steps learning_rate lr_schedule warmup_steps progressive low_rank_weight "
     "max_grad_norm loss_function caption_dropout weight_decay seed gradient_checkpointing "
     "training_dtype save_dtype output_name save_every_steps keep_checkpoints resume include exclude "
-    "zeros regularisation_weight validation_split validate_every_steps empty masks "
-    "regularisation_latents regularisation_positive",
+    "zeros regularisation_weight validation_split validate_every_steps preview_every_steps "
+    "preview_strength trigger_words empty masks regularisation_latents regularisation_positive "
+    "preview",
+    "SaraSampling": "vae positive negative latent seed steps cfg sampler_name scheduler previous",
+    "SaraLoadCheckpoints": "run",
+    "SaraCompare": "model sampling deltas strengths deltas_2 deltas_3 deltas_4",
     "SaraLoadDelta": "delta_name",
     "SaraSaveDelta": "delta filename_prefix dtype",
     "SaraMergeDeltas": "delta_1 delta_2 strength_1 strength_2",
@@ -35,6 +39,9 @@ OUTPUTS = {
     "SaraImageFolder": ["LATENT", "CONDITIONING", "MASK", "CONDITIONING", "IMAGE", "STRING"],
     "SaraAnalyze": ["MODEL", "FLOAT", "STRING", "IMAGE", "MODEL"],
     "SaraTrain": ["MODEL", "SARA_DELTA", "LOSS_MAP", "STRING"],
+    "SaraSampling": ["SARA_SAMPLING"],
+    "SaraLoadCheckpoints": ["SARA_DELTA", "STRING"],
+    "SaraCompare": ["IMAGE", "IMAGE"],
     "SaraLoadDelta": ["SARA_DELTA", "STRING"],
     "SaraSaveDelta": [],
     "SaraMergeDeltas": ["SARA_DELTA"],
