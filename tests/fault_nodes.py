@@ -23,13 +23,19 @@ def out_of_memory():
 
 
 class Fault:
-    """Counts the forward passes of a diffusion model and fails at one of them."""
+    """Counts a diffusion model's forward passes with gradients, and fails at one of them.
+
+    Previews are sampled without.
+    """
 
     def __init__(self, kind, at, target, folder):
         self.kind, self.at, self.target, self.folder, self.count = kind, at, target, folder, 0
 
+    def is_meant(self, module):
+        return module is self.target and torch.is_grad_enabled()
+
     def before(self, module, inputs):
-        if module is not self.target:
+        if not self.is_meant(module):
             return
         self.count += 1
         kind, due = self.kind, self.count == self.at
@@ -44,7 +50,7 @@ class Fault:
             self.set_writable(True)
 
     def after(self, module, inputs, output):
-        if module is not self.target or self.count < self.at:
+        if not self.is_meant(module) or self.count < self.at:
             return None
         if self.kind == "oom backward" and self.count == self.at:
             output.register_hook(lambda gradient: out_of_memory())
