@@ -16,6 +16,7 @@ NUM_ITERATIONS = 8
 SMALLEST_SINGULAR_VALUE = 1e-4  # of the bound on the largest; smaller ones are not fully raised
 ELONGATED = 2  # sides' ratio from which the cheaper way is exact enough
 SMALLEST_OF_ELONGATED, ITERATIONS_OF_ELONGATED = 1e-2, 5
+LARGE, PARTS = 1024, 4  # side from which the triangle of a symmetric product is made in parts
 MARGIN = 1.01  # the polynomials are steep at the upper end, so rounding must not cross it
 
 
@@ -97,19 +98,31 @@ def _by_gram(x: Tensor) -> Tensor:
 
     Squaring loses singular values below 1e-3, but an elongated matrix hardly has such.
     """
-    gram = x @ x.T  # (r, r)
-    bound = torch.linalg.matrix_norm(gram).clamp_min(
-        torch.finfo(x.dtype).tiny
-    )  # of the norm's square
+    gram = _symmetric_product(x, x.T)  # (r, r)
+    bound = torch.minimum(torch.linalg.matrix_norm(gram), gram.abs().sum(0).max())  # of its norm
+    bound = bound.clamp_min(torch.finfo(x.dtype).tiny)
     gram = gram / bound
     product = factor = None
     for a, b, c in quintic_coefficients(SMALLEST_OF_ELONGATED, ITERATIONS_OF_ELONGATED):
         if factor is not None:
-            gram = (factor @ gram) @ factor
-        factor = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+            gram = _symmetric_product(_symmetric_product(factor, gram), factor)
+        factor = _symmetric_product(gram, gram).mul_(c).add_(gram, alpha=b)
         factor.diagonal().add_(a)
-        product = factor if product is None else factor @ product
+        product = factor if product is None else _symmetric_product(factor, product)
     return (product @ x) / bound.sqrt()
+
+
+def _symmetric_product(left: Tensor, right: Tensor) -> Tensor:
+    """Multiply matrices whose product is symmetric; of a large one only a triangle is computed."""
+    size = left.shape[0]
+    if size < LARGE:
+        return left @ right
+    product = left.new_empty(size, size)
+    ends = [size * part // PARTS for part in range(PARTS + 1)]
+    for start, end in zip(ends, ends[1:], strict=False):
+        product[start:end, :end] = left[start:end] @ right[:, :end]
+        product[:start, start:end] = product[start:end, :start].T
+    return product
 
 
 def _spectral_norm_bound(matrix: Tensor) -> Tensor:

@@ -51,3 +51,12 @@ def test_gradient_and_norm_agree_with_torchs_nuclear_norm():
     found, gradient = nuclear_norm_gradient(values.detach().float(), index.int(), matrix.shape)
     assert found.item() == pytest.approx(norm.item(), rel=1e-4)
     assert torch.allclose(gradient.double(), values.grad, atol=1e-3)
+
+
+def test_a_large_elongated_matrix_has_the_factor_that_defines_its_polar_decomposition():
+    matrix = masked_gaussian(1030, 2100, 0.1, 0)
+    factor = polar_factor(matrix).double()
+    assert (factor @ factor.T - torch.eye(1030, dtype=torch.float64)).norm() / 1030**0.5 < 1e-5
+    symmetric = matrix.double() @ factor.T
+    assert (symmetric - symmetric.T).norm() / symmetric.norm() < 1e-5
+    torch.linalg.cholesky((symmetric + symmetric.T) / 2)  # fails unless it is positive definite
