@@ -222,13 +222,13 @@ class SaraAdamW(torch.optim.Optimizer):
     def _update_batch(self, batch: list[SparseWeight]) -> None:
         group = self.param_groups[0]
         positions = [weight.index for weight in batch]
-        values = [weight.read(index) for weight, index in zip(batch, positions, strict=True)]
-        states = [self.state[weight.leaf] for weight in batch]
         if group["weight_decay"]:
-            for weight, trained in zip(batch, values, strict=True):
-                trained.lerp_(weight.base.to(weight.dtype), group["lr"] * group["weight_decay"])
+            for weight, index in zip(batch, positions, strict=True):
+                weight.decay_(group["lr"] * group["weight_decay"], index)
+        targets = [weight.update_target() for weight in batch]
+        states = [self.state[weight.leaf] for weight in batch]
         adamw(
-            values,
+            targets,
             [weight.leaf.grad for weight in batch],
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
@@ -242,8 +242,8 @@ class SaraAdamW(torch.optim.Optimizer):
             eps=group["eps"],
             maximize=False,
         )
-        for weight, trained, index in zip(batch, values, positions, strict=True):
-            weight.write_(trained, index)
+        for weight, target, index in zip(batch, targets, positions, strict=True):
+            weight.take_update_(target, index)
 
     @torch.no_grad()
     def reselect(self) -> None:

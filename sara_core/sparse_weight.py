@@ -60,7 +60,8 @@ class SparseWeight:
 
     def gather(self, dense: Tensor, index: Tensor | None = None) -> Tensor:
         """Read the selected positions of a tensor of the parameter's shape. Returns `(k,)`."""
-        return dense.reshape(-1).index_select(0, self.index if index is None else index)
+        index = self.index if index is None else index
+        return dense.reshape(-1).gather(0, index.long())  # index_select uses one core
 
     @property
     def trained(self) -> Tensor:
@@ -96,6 +97,28 @@ class SparseWeight:
         else:
             self.leaf.grad.add_(gathered)
 
+    def update_target(self) -> Tensor:
+        """Return what an optimizer is to change in place, `(k,)`, before `take_update_`.
+
+        The trained values; zeros where the parameter holds those, so that they need not be read.
+        """
+        if self._values is not None:
+            return self._values
+        return torch.zeros(len(self), dtype=self.dtype, device=self._gaps.device)
+
+    @torch.no_grad()
+    def take_update_(self, target: Tensor, index: Tensor) -> None:
+        """Bring a changed `update_target` into the parameter, given `index`."""
+        if self._values is None:
+            self._put(target, index, accumulate=True)
+        else:
+            self.write_(target, index)
+
+    @torch.no_grad()
+    def decay_(self, rate: float, index: Tensor) -> None:
+        """Take a share of the learned change back, given `index`."""
+        self.write_(self.read(index).lerp_(self.base.to(self.dtype), rate), index)
+
     @torch.no_grad()
     def write_(self, values: Tensor, index: Tensor) -> None:
         """Put trained values into the parameter, rounded to its dtype, given `index`."""
@@ -119,9 +142,13 @@ class SparseWeight:
         """Hold the trained values, whatever happens to the parameter from now on."""
         self._values = self.trained
 
-    def _put(self, values: Tensor, index: Tensor) -> None:
+    def _put(self, values: Tensor, index: Tensor, accumulate: bool = False) -> None:
         self._refuse_other_parameter()
-        self.parameter.data.put_(index.long(), values.detach().to(self.base.dtype))
+        data, values, index = self.parameter.data, values.detach().to(self.base.dtype), index.long()
+        if torch.are_deterministic_algorithms_enabled():  # torch does not know of unique positions
+            data.index_put_(torch.unravel_index(index, data.shape), values, accumulate)
+        else:
+            data.put_(index, values, accumulate)
 
     def _refuse_other_parameter(self) -> None:
         if self.parameter.dtype != self.base.dtype or self.parameter.device != self.base.device:

@@ -101,6 +101,26 @@ def test_decay_pulls_the_delta_to_zero_and_not_the_weight():
     reference.assert_equals(net)
 
 
+def test_torchs_deterministic_mode_gives_the_same_bits():
+    nets = []
+    for is_deterministic in (False, True):
+        net, optimizer, _ = pair(weight_decay=0.5, low_rank_weight=1e-2)
+        before = copy.deepcopy(net.state_dict())
+        torch.use_deterministic_algorithms(is_deterministic)
+        try:
+            for seed in range(3):
+                loss_of(net, seed).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            nets.append(copy.deepcopy(net.state_dict()))
+            optimizer.restore()
+        finally:
+            torch.use_deterministic_algorithms(False)
+        assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
+    assert all(torch.equal(v, nets[1][k]) for k, v in nets[0].items())
+    assert not all(torch.equal(v, before[k]) for k, v in nets[0].items())
+
+
 def test_progressive_adjustment_freezes_what_left_and_keeps_the_moments():
     net, optimizer, reference = pair(progressive_step=5, lr=2e-2)
     reference.lr = 2e-2
