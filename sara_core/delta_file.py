@@ -17,7 +17,6 @@ from torch import Tensor
 
 from . import positions
 from .atomic import replace_atomically
-from .magnitudes import INT32_LIMIT
 
 FORMAT, VERSION = "sara-delta", "1"
 VALUE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -63,22 +62,23 @@ def write_entries(
     entries = {name: entry for name, entry in entries.items() if len(entry.index)}
     if not entries:
         raise ValueError("the delta is empty: no weight was changed, so there is nothing to save")
-    with ThreadPoolExecutor() as threads:
-        blocks = list(threads.map(_pack_positions, entries.values()))
+    values = torch.cat([entry.values.detach().to("cpu", dtype) for entry in entries.values()])
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        packing = threads.map(_pack_positions, entries.values())
+        digest = hashlib.sha256(_bytes(values))
+        blocks = list(packing)
     table = [
         [name, list(entry.shape), len(entry.index), width, len(packed)]
         for (name, entry), (width, packed) in zip(entries.items(), blocks, strict=True)
     ]
-    values = torch.cat([entry.values.detach().to("cpu", dtype) for entry in entries.values()])
     if not _all_finite(values):
         raise ValueError(
             f"the delta holds values that are NaN, infinite or too large for {dtype}: the training "
             "has diverged, or float32 is needed"
         )
-    tensors = {
-        "values": values,
-        "positions": torch.from_numpy(np.concatenate([b for _, b in blocks])),
-    }
+    packed = torch.from_numpy(np.concatenate([block for _, block in blocks]))
+    digest.update(_bytes(packed))
+    tensors = {"values": values, "positions": packed}
     text = {
         **metadata,
         "sara.format": FORMAT,
@@ -87,7 +87,7 @@ def write_entries(
         "sara.parameters": json.dumps(table, separators=(",", ":")),
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.implementation": "https://arxiv.org/abs/2409.06633",
-        "modelspec.hash_sha256": _digest(tensors),
+        "modelspec.hash_sha256": "0x" + digest.hexdigest(),
     }
     text.setdefault("modelspec.title", Path(path).stem)
     text.setdefault("modelspec.architecture", "unknown/sara")
@@ -176,42 +176,44 @@ def _unpack(
             f"its table announces {num_values} values and {num_bytes} bytes of positions, but "
             f"{len(values)} and {len(packed)} are there"
         )
-    expected = metadata.get("modelspec.hash_sha256")
-    if expected is not None and expected != _digest(tensors):
-        raise ValueError("its contents do not fit its checksum, the file is damaged")
-    if not _all_finite(values):
-        raise ValueError("it holds values that are NaN or infinite")
     blocks = packed.split([row[4] for row in table])
     parts = values.split([row[2] for row in table])
-    with ThreadPoolExecutor() as threads:
-        indices = list(threads.map(_unpack_positions, table, blocks))
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        unpacking = threads.map(_unpack_positions, table, blocks)
+        _refuse_damage(values, packed, metadata.get("modelspec.hash_sha256"))
+        indices = list(unpacking)
     return {
         row[0]: DeltaEntry(index, part, row[1])
         for row, index, part in zip(table, indices, parts, strict=True)
     }
 
 
+def _refuse_damage(values: Tensor, packed: Tensor, expected: str | None) -> None:
+    if expected is not None:
+        digest = hashlib.sha256(_bytes(values))
+        digest.update(_bytes(packed))
+        if expected != "0x" + digest.hexdigest():
+            raise ValueError("its contents do not fit its checksum, the file is damaged")
+    if not _all_finite(values):
+        raise ValueError("it holds values that are NaN or infinite")
+
+
 def _pack_positions(entry: DeltaEntry) -> tuple[int, np.ndarray]:
-    return positions.encode(entry.index.cpu().numpy().astype(np.int64))
+    return positions.encode(entry.index.cpu().numpy())
 
 
 def _unpack_positions(row, block: Tensor) -> Tensor:
     name, shape, count, width, _ = row
-    numel = math.prod(shape)
     try:
-        index = positions.decode(block.numpy(), width, count, numel)
+        return torch.from_numpy(positions.decode(block.numpy(), width, count, math.prod(shape)))
     except ValueError as error:
         raise ValueError(f"positions of {name!r}: {error}") from error
-    return torch.from_numpy(index if numel >= INT32_LIMIT else index.astype(np.int32))
 
 
 def _all_finite(values: Tensor) -> bool:
     return bool(torch.stack(values.aminmax()).isfinite().all())  # NaN comes through as both
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    # safetensors lays larger dtypes out first, so this is the hash of the file's data section.
-    digest = hashlib.sha256()
-    for key in ("values", "positions"):
-        digest.update(tensors[key].view(torch.uint8).numpy())
-    return "0x" + digest.hexdigest()
+def _bytes(tensor: Tensor) -> np.ndarray:
+    # safetensors lays larger dtypes out first: values, then positions, are the file's data section.
+    return tensor.view(torch.uint8).numpy()

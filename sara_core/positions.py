@@ -14,17 +14,19 @@ def encode(index: np.ndarray) -> tuple[int, np.ndarray]:
     """Pack positions.
 
     Args:
-        index: Shape `(k,)`, int64, strictly ascending from at least 0, `k > 0`.
+        index: Shape `(k,)`, int32 or int64, strictly ascending from at least 0, `k > 0`.
 
     Returns:
         The number of low bits, and the packed bytes as uint8.
     """
-    gaps = np.diff(index, prepend=-1) - 1
+    gaps = np.diff(index, prepend=index.dtype.type(-1)) - 1
+    gaps = gaps.astype(np.min_scalar_type(int(gaps.max())))  # one byte mostly, so faster
     width = _best_width(gaps)
     low = _pack_low_bits(gaps, width)
-    ends = np.cumsum((gaps >> width) + 1) - 1
-    unary = np.zeros(int(ends[-1]) + 1, np.uint8)
-    unary[ends] = 1
+    ends = np.cumsum(gaps >> width, dtype=np.int64)
+    ends += np.arange(len(gaps))
+    unary = np.zeros(int(ends[-1]) + 1, bool)
+    unary[ends] = True
     return width, np.concatenate([low, np.packbits(unary, bitorder="little")])
 
 
@@ -39,7 +41,7 @@ def decode(packed: np.ndarray, width: int, count: int, limit: int) -> np.ndarray
         limit: All positions are below it.
 
     Returns:
-        Shape `(count,)`, int64, strictly ascending.
+        Shape `(count,)`, strictly ascending; int32 if `limit` is below 2**31, otherwise int64.
 
     Raises:
         ValueError: The bytes do not hold exactly `count` positions below `limit`.
@@ -47,25 +49,30 @@ def decode(packed: np.ndarray, width: int, count: int, limit: int) -> np.ndarray
     num_low = (count * width + 7) // 8
     if not 0 <= width <= MAX_WIDTH or num_low >= len(packed) or count << width >= 1 << 62:
         raise ValueError(f"{len(packed)} bytes cannot hold {count} positions of {width} low bits")
-    unary = np.unpackbits(packed[num_low:], bitorder="little")
+    unary = np.unpackbits(packed[num_low:], bitorder="little").view(bool)
     num_ones = np.count_nonzero(unary)
     if num_ones != count or not packed[-1]:
         raise ValueError(f"{num_ones} positions are packed where {count} were announced")
-    index = np.flatnonzero(unary)
-    number = np.arange(count)
+    ends = np.flatnonzero(unary)
+    low = _unpack_low_bits(packed[:num_low], width, count)
+    rests = int(ends[-1]) - (count - 1)
+    last = (rests << width) + int(low.sum(dtype=np.int64)) + count - 1
+    if last >= limit:
+        raise ValueError(f"a position is out of range: {last}, expected less than {limit}")
+    dtype = np.int32 if limit < 1 << 31 else np.int64  # no part of a sum exceeds the last
+    number = np.arange(count, dtype=dtype)
+    index = ends.astype(dtype)
     index -= number  # the rests, summed up
     index <<= width
     index += number
-    if width:
-        index += np.cumsum(_unpack_low_bits(packed[:num_low], width, count), dtype=np.int64)
-    if index[-1] >= limit:
-        raise ValueError(f"a position is out of range: {index[-1]}, expected less than {limit}")
+    index += np.cumsum(low, dtype=dtype)
     return index
 
 
 def _best_width(gaps: np.ndarray) -> int:
     guess = int(np.log2(max(1.0, gaps.mean() * np.log(2))))
-    costs = {w: len(gaps) * w + int((gaps >> w).sum()) for w in range(max(0, guess - 1), guess + 3)}
+    candidates = range(max(0, guess - 1), guess + 3)
+    costs = {w: len(gaps) * w + int((gaps >> w).sum(dtype=np.int64)) for w in candidates}
     return min(costs, key=costs.get)
 
 
@@ -79,7 +86,7 @@ def _pack_low_bits(gaps: np.ndarray, width: int) -> np.ndarray:
 def _unpack_low_bits(packed: np.ndarray, width: int, count: int) -> np.ndarray:
     bits = np.unpackbits(packed, count=count * width, bitorder="little").reshape(count, width)
     dtype = np.uint8 if width <= 8 else np.int64
-    low = bits[:, 0].astype(dtype)
-    for bit in range(1, width):
+    low = np.zeros(count, dtype)
+    for bit in range(width):
         low |= bits[:, bit].astype(dtype, copy=False) << dtype(bit)
     return low
