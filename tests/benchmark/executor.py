@@ -1,14 +1,17 @@
 """SaRA Train beside core's Train LoRA, both through ComfyUI's executor.
 
 Run by `python dev.py bench --executor`: on emoji64 with its 40 pictures, or with `--full` on SD1.5's
-UNet at its real size, one latent of 4x32x32. Time per step is the difference between a long and a short
-training divided by the difference in steps, so that loading and encoding do not count; a server of
-its own for each, and the peak of its resident memory since just before the training.
+UNet at its real size, one latent of 4x32x32. Time per step is the difference between a long and a
+short training divided by the difference in steps, so that loading and encoding do not count; a server
+of its own for each, and the peak of its resident memory since just before the training. With `--out`
+the rows are added to those of an earlier `python dev.py bench`. Train LoRA fails in ComfyUI 0.3.75, so
+a newer one is needed.
 """
 
 import argparse
 import importlib.util
 import json
+import math
 import re
 import subprocess
 import sys
@@ -16,9 +19,16 @@ import tempfile
 import time
 from pathlib import Path
 
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from sara_core import SparseDelta
+
 from ..faults import load_dev
+from .report import checks_in_comfyui, in_comfyui, write
 
 ROOT = Path(__file__).resolve().parents[2]
+NAMES = {"SaraTrain": "sara-in-comfyui", "TrainLoraNode": "comfyui-train-lora"}
 SIZES = {  # steps of the short and the long training, batch size
     "small": (4, 24, 8),
     "full": (1, 4, 1),
@@ -67,12 +77,36 @@ def prompt(info, node, steps, options, size):
     before, links = inputs_of(info, size)
     train = {**defaults(info, node), **links, "steps": steps, "batch_size": SIZES[size][2],
              "gradient_checkpointing": False, "training_dtype": "fp32", **options}  # fmt: skip
-    return {
+    nodes = {
         **before,
         "4": {"class_type": node, "inputs": train},
         "5": {"class_type": "LossGraphNode", "inputs": {
             "loss": ["4", info[node]["output"].index("LOSS_MAP")], "filename_prefix": "loss"}},
     }  # fmt: skip
+    if "LORA_MODEL" in info[node]["output"]:
+        lora = ["4", info[node]["output"].index("LORA_MODEL")]
+        nodes["7"] = {"class_type": "SaveLoRA", "inputs": {"lora": lora, "prefix": "bench/lora"}}
+    return nodes
+
+
+def num_trained(output):
+    """Count the numbers in the newest file that a training has left."""
+    newest = max(output.rglob("*.safetensors"), key=lambda path: path.stat().st_mtime)
+    if newest.parent.name != "bench":
+        return SparseDelta.load(newest).num_values
+    tensors = load_file(newest)
+    return sum(t.numel() for name, t in tensors.items() if not name.endswith("alpha"))
+
+
+def num_parameters(base, size):
+    """Count the weights of the diffusion model."""
+    models = base / "models"
+    path, prefix = models / "diffusion_models" / "full.safetensors", ""
+    if size == "small":
+        path, prefix = models / "checkpoints" / "emoji64.safetensors", "model.diffusion_model."
+    with safe_open(path, framework="pt") as file:
+        shapes = (file.get_slice(key).get_shape() for key in file.keys() if key.startswith(prefix))  # noqa: SIM118
+        return sum(math.prod(shape) for shape in shapes)
 
 
 def memory(server, field):
@@ -96,7 +130,7 @@ def add_unet(base):
 
 
 def measure(dev, node, options, size):
-    """Train short, then long; returns seconds per step and peak bytes, all and above those before."""
+    """Train short, then long. Returns a row of docs/benchmark.json."""
     short, long, _ = SIZES[size]
     with tempfile.TemporaryDirectory() as scratch:
         dev.make_base(Path(scratch))
@@ -112,34 +146,45 @@ def measure(dev, node, options, size):
                 server.run(prompt(info, node, steps, options, size))
                 seconds[steps] = time.perf_counter() - started
             peak = memory(server, "VmHWM")
-    return (seconds[long] - seconds[short]) / (long - short), peak, peak - before
+            version = server.get("/system_stats")["system"]["comfyui_version"]
+        trained = num_trained(Path(scratch) / "output")
+        parameters = num_parameters(Path(scratch), size)
+    return {
+        "method": NAMES[node] + ("-small" if size == "small" else ""),
+        "dtype": "float32",
+        "comfyui": version,
+        "trained": trained,
+        "trained_fraction": trained / parameters,
+        "parameters": parameters,
+        "step_seconds": (seconds[long] - seconds[short]) / (long - short),
+        "peak_bytes": peak,
+        "grown_bytes": peak - before,
+    }
 
 
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--full", action="store_true", help="SD1.5's UNet at its real size")
-    size = "full" if parser.parse_args().full else "small"
-    dev = load_dev()
-    found = {}
-    for node, options in (
+    parser.add_argument("--out", type=Path, help="such as docs/benchmark: add the rows there")
+    options = parser.parse_args()
+    size = "full" if options.full else "small"
+    dev, rows = load_dev(), []
+    for node, widgets in (
         ("SaraTrain", {"output_name": "bench", "save_every_steps": 0}),
         ("TrainLoraNode", {"rank": 8, "lora_dtype": "fp32", "existing_lora": "[None]"}),
     ):
         try:
-            found[node] = measure(dev, node, options, size)
+            rows.append(measure(dev, node, widgets, size))
         except dev.PromptError as error:
             print(f"{node}: not measured, {str(error)[:300]}")
-            continue
-        step, peak, grown = found[node]
-        print(f"{node}: {step:.3f} s per step of batch {SIZES[size][2]}, peak {peak / 1e6:.0f} MB, "
-              f"{grown / 1e6:.0f} MB above what was held before")  # fmt: skip
-    if len(found) == 2:
-        ratio = found["SaraTrain"][0] / found["TrainLoraNode"][0]
-        print(f"SaRA Train's step is {ratio:.2f} x Train LoRA's")
-        row = {"seconds": found["SaraTrain"][0], "peak_bytes": found["SaraTrain"][1],
-               "lora_seconds": found["TrainLoraNode"][0],
-               "lora_peak_bytes": found["TrainLoraNode"][1]}  # fmt: skip
-        print(json.dumps({size: row}))
+    print("\n".join(in_comfyui(rows)))
+    for text, holds in checks_in_comfyui({row["method"]: row for row in rows}):
+        print(f"{'holds' if holds else 'DOES NOT HOLD'}: {text}")
+    if options.out:
+        data = json.loads(options.out.with_suffix(".json").read_text())
+        replaced = {row["method"] for row in rows}
+        data["rows"] = [r for r in data["rows"] if r["method"] not in replaced] + rows
+        write(data, options.out)
 
 
 if __name__ == "__main__":
