@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..sara_core.objective import NoiseSchedule
+from ..sara_core.transfer import send
 from . import host
 from .examples import Examples, split_validation
 
@@ -52,7 +53,7 @@ class TrainingSet:
 
     def latents(self, pictures: list[int]) -> Tensor:
         """Return the latents of pictures of one size, `(B, C, ...)`, float32, on the device."""
-        return torch.cat([self._latents[i] for i in pictures]).to(self.encoder.device)
+        return send(torch.cat([self._latents[i] for i in pictures]), self.encoder.device)
 
     def mask(self, pictures: list[int]) -> Tensor | None:
         """Return what counts in the loss, `(B, 1, ..., h, w)`; regularisation pictures count whole."""
@@ -62,7 +63,7 @@ class TrainingSet:
             self._masks[i] if i < len(self._masks) else torch.ones_like(self._latents[i][:, :1])
             for i in pictures
         ]
-        return torch.cat(masks).to(self.encoder.device)
+        return send(torch.cat(masks), self.encoder.device)
 
     def predict(
         self, noisy: Tensor, sigma: Tensor, pictures: list[int], dropped: list[bool]

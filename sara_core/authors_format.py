@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from . import scatter
 from .delta import SparseDelta
 from .delta_file import DeltaEntry
 from .fingerprint import take_fingerprint
@@ -54,7 +55,7 @@ def read_authors_checkpoint(
             )
         if not bool(torch.isfinite(values).all()):
             raise ValueError(f"{path} holds values that are NaN or infinite, for {name}")
-        change = values - torch.take(weight.cpu().float(), index.long())
+        change = values - scatter.read(weight.cpu().float(), index)
         moved = change != 0
         if bool(moved.any()):
             entries[name] = DeltaEntry(index[moved], change[moved], tuple(weight.shape))

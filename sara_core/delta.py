@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from . import scatter
 from .delta_file import DeltaEntry, read_entries, write_entries
 from .fingerprint import is_same_base
 from .magnitudes import INT32_LIMIT
@@ -127,7 +128,8 @@ class SparseDelta:
             A function that puts the replaced weights back, bit for bit.
 
         Raises:
-            ValueError: Parameters are missing or of other shapes; nothing has been changed then.
+            ValueError: Parameters are missing or of other shapes.
+            Exception: Of this or any other kind; nothing has been changed then.
         """
         parameters = {
             name: p
@@ -143,18 +145,22 @@ class SparseDelta:
                 "fit, so it is applied, but the result may differ from what was trained"
             )
         replaced = []
-        for name, entry in self.entries.items() if strength else ():
-            weight = parameters[name].data
-            index = entry.index.to(weight.device).long()
-            old = torch.take(weight, index)
-            change = entry.values.to(weight.device, torch.float32) * strength
-            weight.put_(index, (old.float() + change).to(weight.dtype))
-            replaced.append((weight, index.to(entry.index.dtype), old))
 
         def undo() -> None:
             for weight, index, old in reversed(replaced):
-                weight.put_(index.long(), old)
+                scatter.write_(weight, index, old)
 
+        try:
+            for name, entry in self.entries.items() if strength else ():
+                weight = parameters[name].data
+                index = entry.index.to(weight.device)
+                old = scatter.read(weight, index)
+                change = entry.values.to(weight.device, torch.float32) * strength
+                replaced.append((weight, index, old))
+                scatter.write_(weight, index, (old.float() + change).to(weight.dtype))
+        except BaseException:
+            undo()
+            raise
         return undo
 
 

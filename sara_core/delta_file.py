@@ -177,11 +177,12 @@ def _unpack(
             f"{len(values)} and {len(packed)} are there"
         )
     blocks = packed.split([row[4] for row in table])
-    parts = values.split([row[2] for row in table])
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         unpacking = threads.map(_unpack_positions, table, blocks)
+        values = values.clone()  # otherwise the file stays open, and cannot be replaced on Windows
         _refuse_damage(values, packed, metadata.get("modelspec.hash_sha256"))
         indices = list(unpacking)
+    parts = values.split([row[2] for row in table])
     return {
         row[0]: DeltaEntry(index, part, row[1])
         for row, index, part in zip(table, indices, parts, strict=True)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from . import scatter
 from .delta_file import DeltaEntry
 from .fingerprint import is_same_base
 from .sparse_weight import SparseWeight
@@ -63,12 +64,13 @@ class SparseModel:
     def detach(self) -> None:
         """Let go of the module as it is: remove the hooks, give `requires_grad` back."""
         self._unhook()
-        for weight in (*self.active, *self.frozen):
-            weight.keep()
-        for name, parameter in self.parameters.items():
-            parameter.requires_grad_(self._requires_grad[name])
-            if getattr(parameter, "sara_owner", lambda: None)() is self:
-                del parameter.sara_owner
+        try:
+            self._each(SparseWeight.keep)
+        finally:
+            for name, parameter in self.parameters.items():
+                parameter.requires_grad_(self._requires_grad[name])
+                if getattr(parameter, "sara_owner", lambda: None)() is self:
+                    del parameter.sara_owner
 
     def _unhook(self) -> None:
         for hook in self._hooks:
@@ -81,10 +83,14 @@ class SparseModel:
         Raises:
             Exception: The first error of any weight, after all others have been put back.
         """
+        self._each(SparseWeight.restore_)
+
+    def _each(self, act: Callable[[SparseWeight], None]) -> None:
+        """Do something with every weight; the first error is raised after all have had their turn."""
         first = None
         for weight in (*self.active, *self.frozen):
             try:
-                weight.restore_()
+                act(weight)
             except Exception as error:
                 first = first or error
         if first is not None:
@@ -93,14 +99,15 @@ class SparseModel:
     @contextlib.contextmanager
     def at_strength(self, strength: float) -> Iterator[None]:
         """Have the module hold base + strength * (trained - base) for a while."""
-        weights = (*self.active, *self.frozen)
+        if strength == 1:
+            yield
+            return
         try:
-            for weight in weights if strength != 1 else ():
+            for weight in (*self.active, *self.frozen):
                 weight.scale_(strength)
             yield
         finally:
-            for weight in weights if strength != 1 else ():
-                weight.write_(weight.trained, weight.index)
+            self._each(lambda weight: weight.write_(weight.trained, weight.index))
 
     def freeze(self, marks: Sequence[Tensor]) -> list[tuple[SparseWeight, SparseWeight | None]]:
         """Go on with the marked active weights only; the others keep their learned value.
@@ -186,7 +193,7 @@ class SparseModel:
     def _holds(self, record: Mapping) -> bool:
         """Tell whether the module holds a record's base values, or its trained ones."""
         weight = self.parameters[record["name"]].detach()
-        found = torch.take(weight, record["index"].to(weight.device).long()).cpu()
+        found = scatter.read(weight, record["index"].to(weight.device)).cpu()
         trained = record["values"].to(found.dtype)
         return any(torch.equal(found, values.cpu()) for values in (record["base"], trained))
 

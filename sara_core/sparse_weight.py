@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from . import scatter
 from .magnitudes import INT32_LIMIT
 
 GAP_DTYPES = (torch.uint8, torch.int16, torch.int32)
@@ -60,8 +61,7 @@ class SparseWeight:
 
     def gather(self, dense: Tensor, index: Tensor | None = None) -> Tensor:
         """Read the selected positions of a tensor of the parameter's shape. Returns `(k,)`."""
-        index = self.index if index is None else index
-        return dense.reshape(-1).gather(0, index.long())  # index_select uses one core
+        return scatter.read(dense, self.index if index is None else index)
 
     @property
     def trained(self) -> Tensor:
@@ -127,9 +127,14 @@ class SparseWeight:
 
     @torch.no_grad()
     def restore_(self) -> None:
-        """Put the base values back into the parameter, bit for bit, and keep the trained ones."""
-        self.keep()
-        self._put(self.base, self.index)
+        """Put the base values back into the parameter, bit for bit, and keep the trained ones.
+
+        They are put back even if there is no memory to keep the trained ones, which raises.
+        """
+        try:
+            self.keep()
+        finally:
+            self._put(self.base, self.index)
 
     @torch.no_grad()
     def scale_(self, strength: float) -> None:
@@ -144,11 +149,8 @@ class SparseWeight:
 
     def _put(self, values: Tensor, index: Tensor, accumulate: bool = False) -> None:
         self._refuse_other_parameter()
-        data, values, index = self.parameter.data, values.detach().to(self.base.dtype), index.long()
-        if torch.are_deterministic_algorithms_enabled():  # torch does not know of unique positions
-            data.index_put_(torch.unravel_index(index, data.shape), values, accumulate)
-        else:
-            data.put_(index, values, accumulate)
+        values = values.detach().to(self.base.dtype)
+        scatter.write_(self.parameter.data, index, values, accumulate)
 
     def _refuse_other_parameter(self) -> None:
         if self.parameter.dtype != self.base.dtype or self.parameter.device != self.base.device:

@@ -14,6 +14,7 @@ from .learning_rate import factor
 from .optimizer import SaraAdamW
 from .out_of_memory import is_out_of_memory
 from .training_task import StepReport, TrainingTask
+from .transfer import send
 
 logger = logging.getLogger("comfyui-sara")
 
@@ -184,21 +185,23 @@ class TrainingRun:
         )
 
     def _gradients_within_memory(self) -> Tensor:
-        try:
-            return self._gradients()
-        except Exception as error:
-            if not is_out_of_memory(error) or self._num_parts >= self.config.batch_size:
-                raise
-        # Outside the except block, where the error no longer keeps the step's tensors alive.
-        self._rewind()
-        self._free_memory()
-        self._num_parts = min(2 * self._num_parts, self.config.batch_size)
-        logger.warning(
-            "memory ran out in step %d; going on with each batch in %d parts, with the same result",
-            self.step + 1,
-            self._num_parts,
-        )
-        return self._gradients()
+        while True:
+            try:
+                return self._gradients()
+            except Exception as error:
+                if not is_out_of_memory(error) or self._num_parts >= self.config.batch_size:
+                    raise
+            # Outside the except block, where the error no longer keeps the step's tensors alive.
+            num_parts = min(2 * self._num_parts, self.config.batch_size)
+            self._rewind()
+            self._free_memory()
+            self._num_parts = num_parts
+            logger.warning(
+                "memory ran out in step %d; going on with each batch in %d parts, with the same "
+                "result",
+                self.step + 1,
+                num_parts,
+            )
 
     def _gradients(self) -> Tensor:
         """Add up the gradient of one update.
@@ -231,8 +234,8 @@ class TrainingRun:
     def _draw(self, pictures: list[int], generator: torch.Generator, dropout: float) -> tuple:
         latents = self.task.latents(pictures)
         count = len(pictures)
-        sigma = self.task.schedule.draw_sigma(count, generator).to(latents.device)
-        noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+        sigma = send(self.task.schedule.draw_sigma(count, generator), latents.device)
+        noise = send(torch.randn(latents.shape, generator=generator), latents.device)
         dropped = torch.rand(count, generator=generator) < dropout
         return pictures, latents, sigma, noise, dropped.tolist()
 
@@ -253,11 +256,10 @@ class TrainingRun:
         norm = torch.nn.utils.clip_grad_norm_(optimizer.parameters(), limit)
         finite = bool(torch.isfinite(loss) & torch.isfinite(norm))
         self._half_made = True
+        if finite:
+            optimizer.step() if scaler is None else scaler.step(optimizer)
         if scaler is not None:
-            scaler.step(optimizer)  # leaves the update out by itself on an overflow
             scaler.update()
-        elif finite:
-            optimizer.step()
         self._half_made = False
         # Overflows are the scaler's way to find its scale, unless there is nothing left to find.
         is_search = not finite and scaler is not None and scaler.get_scale() >= 1

@@ -79,19 +79,21 @@ class ModelCalls:
         groups: dict[str, list[int]] = {}
         for i, caption in enumerate(captions):
             groups.setdefault(_signature(caption), []).append(i)
+        if len(groups) == 1:
+            return self._denoise_group(noisy, sigma, captions)
         order, outputs = [], []
         for members in groups.values():
-            conds = comfy.samplers.cond_cat([captions[i] for i in members])
-            options = dict(self.patcher.model_options["transformer_options"])
-            options.update(cond_or_uncond=[0], sigmas=sigma[members])
-            outputs.append(
-                self.model.apply_model(
-                    noisy[members], sigma[members], **conds, transformer_options=options
-                )
-            )
+            group = [captions[i] for i in members]
+            outputs.append(self._denoise_group(noisy[members], sigma[members], group))
             order += members
         back = torch.argsort(torch.tensor(order)).to(noisy.device)
         return torch.cat(outputs)[back]
+
+    def _denoise_group(self, noisy: Tensor, sigma: Tensor, captions: list[dict]) -> Tensor:
+        conds = comfy.samplers.cond_cat(captions)
+        options = dict(self.patcher.model_options["transformer_options"])
+        options.update(cond_or_uncond=[0], sigmas=sigma)
+        return self.model.apply_model(noisy, sigma, **conds, transformer_options=options)
 
 
 def _signature(caption: dict) -> str:

@@ -10,7 +10,7 @@ from comfy.patcher_extension import CallbacksMP
 from comfy.weight_adapter import WeightAdapterBase
 from torch import Tensor
 
-from ...sara_core import SparseDelta
+from ...sara_core import SparseDelta, scatter
 from .weights import (
     PREFIX,
     BaseWeights,
@@ -42,9 +42,8 @@ class SparseAdapter(WeightAdapterBase):
     ):  # fmt: skip
         """Add `strength * values` in place; ComfyUI passes a copy of the weight."""
         index, values = (tensor.to(weight.device) for tensor in self.weights)
-        index, change = index.long(), values.float() * strength
-        old = torch.take(weight, index)
-        return weight.put_(index, (old.float() + change).to(weight.dtype))
+        changed = scatter.read(weight, index).float() + values.float() * strength
+        return scatter.write_(weight, index, changed.to(weight.dtype))
 
 
 class SparseAddition:

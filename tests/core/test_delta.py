@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from sara_core import DeltaEntry, SaraAdamW, SparseDelta
+from sara_core import DeltaEntry, SaraAdamW, SparseDelta, scatter
 
 from .helpers import Net, loss_of
 
@@ -49,6 +49,43 @@ def test_applying_gives_the_trained_weights_and_undoing_the_base(trained):
     undo()
     for a, b in zip(base.parameters(), original.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_an_error_half_way_leaves_the_model_as_it_was(trained, monkeypatch):
+    base, _, delta = trained
+    original = copy.deepcopy(base)
+    write, calls = scatter.write_, []
+
+    def fail_at_the_third(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise MemoryError
+        return write(*args)
+
+    monkeypatch.setattr(scatter, "write_", fail_at_the_third)
+    with pytest.raises(MemoryError):
+        delta.apply_to(base)
+    assert len(calls) == 3 + 3  # each of them is put back
+    for a, b in zip(base.parameters(), original.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("is_deterministic", [False, True])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_positions_are_row_major_in_any_layout_and_mode(is_deterministic, layout):
+    dense = torch.arange(2.0 * 3 * 4 * 5).view(2, 3, 4, 5).to(memory_format=layout)
+    expected = torch.arange(120.0)
+    index = torch.tensor([0, 7, 61, 119], dtype=torch.int32)
+    assert scatter.read(dense, index).tolist() == [0, 7, 61, 119]
+    torch.use_deterministic_algorithms(is_deterministic)
+    try:
+        assert scatter.write_(dense, index, torch.full((4,), -1.0)) is dense
+        scatter.write_(dense, index[1:], torch.tensor([10.0, 20.0, 30.0]), True)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    expected[index.long()] = torch.tensor([-1.0, 9, 19, 29])
+    assert torch.equal(dense, expected.view(2, 3, 4, 5))
+    assert dense.is_contiguous(memory_format=layout)
 
 
 def test_strength_scales_and_zero_changes_no_bit(trained):

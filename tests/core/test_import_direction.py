@@ -24,6 +24,8 @@ LAYERS = [
         "out_of_memory",
         "buckets",
         "captions",
+        "scatter",
+        "transfer",
     },
     {
         "picture_folder",
