@@ -2,8 +2,11 @@
 
 import { app } from "../../scripts/app.js";
 import { ACCENT, addCanvasWidget, bytes, short } from "./sara_chart.js";
+import { follow } from "./sara_shown.js";
 import { text } from "./sara_text.js";
 
+const charts = new WeakMap(); // element -> what shows data in it; nodes may be proxies
+const SMALLEST = 1e-6; // the widget's step; 0 would stand for the fraction
 const LEFT = 8, RIGHT = 8, TOP = 8, BOTTOM = 16, BAR = 12;
 
 // How many of the counted weights lie below a threshold; within a bin they are taken as even.
@@ -119,7 +122,7 @@ function setThreshold(node, value) {
   node.graph?.setDirtyCanvas?.(true, true);
 }
 
-function follow(node, chart) {
+function followPointer(node, chart) {
   // The pointer is taken from the canvas below only over the plot itself.
   const { canvas } = chart;
   const position = (event) => {
@@ -129,12 +132,12 @@ function follow(node, chart) {
   const choose = (event) => {
     const width = canvas.clientWidth;
     const x = Math.min(Math.max(position(event), LEFT), width - RIGHT);
-    setThreshold(node, scale(chart.data, width).toValue(x));
+    setThreshold(node, Math.max(scale(chart.data, width).toValue(x), SMALLEST));
   };
+  canvas.style.touchAction = "none"; // a finger drags the line, too
   canvas.addEventListener("pointerdown", (event) => {
     if (!chart.data || event.button !== 0) return;
     event.stopPropagation();
-    event.preventDefault();
     canvas.setPointerCapture(event.pointerId);
     chart.dragging = true;
     choose(event);
@@ -148,12 +151,15 @@ function follow(node, chart) {
     }
     chart.redraw();
   });
-  canvas.addEventListener("pointerup", () => (chart.dragging = false));
+  canvas.addEventListener("lostpointercapture", () => (chart.dragging = false));
   canvas.addEventListener("pointerleave", () => {
     chart.hover = null;
     chart.redraw();
   });
 }
+
+const analysed = follow("sara_analysis", (node, data) =>
+  charts.get(widgetNamed(node, "chart")?.element)?.(data));
 
 app.registerExtension({
   name: "SaRA.Analyze",
@@ -161,12 +167,16 @@ app.registerExtension({
     if (node.comfyClass !== "SaraAnalyze") return;
     const chart = addCanvasWidget(node, "chart", 230, (context, width, height, colour) =>
       draw(node, chart, context, width, height, colour));
-    follow(node, chart);
+    followPointer(node, chart);
     const refresh = () => {
       if (!chart.data) return;
       describe(node, chart);
       chart.redraw();
     };
+    charts.set(chart.box, (data) => {
+      chart.data = data;
+      refresh();
+    });
     const widget = widgetNamed(node, "threshold");
     if (widget) {
       const callback = widget.callback;
@@ -176,13 +186,11 @@ app.registerExtension({
         return result;
       };
     }
-    const executed = node.onExecuted;
-    node.onExecuted = function (output) {
-      if (output?.sara_analysis?.[0]) {
-        chart.data = output.sara_analysis[0];
-        refresh();
-      }
-      return executed?.apply(this, arguments);
-    };
+  },
+  async setup() {
+    await analysed.load();
+  },
+  async afterConfigureGraph() {
+    analysed.again();
   },
 });

@@ -1,5 +1,8 @@
 // Drawing that the widgets share: a canvas that follows its element's size and the palette's colours.
 
+import { app } from "../../scripts/app.js";
+
+const boxes = new Map(); // element -> its node, as long as that is in the graph
 const COLOURS = {
   text: ["--input-text", "#ddd"],
   faint: ["--descrip-text", "#999"],
@@ -31,6 +34,12 @@ export function addBoxWidget(node, name, height, className) {
     setValue: () => {},
   });
   widget.serialize = false; // not into the workflow either
+  boxes.set(box, node);
+  const removed = node.onRemoved;
+  node.onRemoved = function () {
+    boxes.delete(box);
+    return removed?.apply(this, arguments);
+  };
 
   function fit() {
     box.style.minHeight = `${height()}px`;
@@ -82,6 +91,22 @@ export function addCanvasWidget(node, name, height, draw, more = () => 0) {
   };
   return { box, canvas, caption, redraw, fit };
 }
+
+// A graph that is made anew, by undo or another tab, may have nodes of the same ids. Vue nodes then go on
+// showing the elements of the nodes before; this puts the new ones in their place.
+function takePlaces() {
+  for (const [box, node] of boxes) {
+    const shown = document.querySelector(`[data-node-id="${node.id}"] .${box.className}`);
+    if (shown && shown !== box) shown.replaceWith(box);
+  }
+}
+
+app.registerExtension({
+  name: "SaRA.Charts",
+  async afterConfigureGraph() {
+    for (const delay of [0, 200, 1000]) setTimeout(takePlaces, delay); // Vue draws when it likes
+  },
+});
 
 // The node that an execution id such as "12" or "57:3" (within a subgraph) stands for.
 export function nodeOf(graph, id) {

@@ -25,7 +25,8 @@ export function lines(told) {
   ].filter(Boolean).join("\n");
 }
 
-async function show(card, file) {
+async function show(card, widget) {
+  const file = widget.value, listed = widget.options?.values ?? [];
   card.file = file;
   let image = "", told = "";
   try {
@@ -33,7 +34,8 @@ async function show(card, file) {
     const answer = file ? await api.fetchApi(`/view_metadata/sara?${query}`) : { ok: false };
     const metadata = answer.ok ? await answer.json() : null;
     image = metadata?.["modelspec.thumbnail"] ?? "";
-    told = metadata ? lines(metadata) : file ? text("nothing_told") : "";
+    if (metadata) told = metadata["sara.format"] ? lines(metadata) : text("no_delta");
+    else if (file) told = listed.includes(file) ? text("nothing_told") : text("missing_file");
   } catch (error) {
     told = text("unreadable", { error: error.message });
   }
@@ -61,15 +63,15 @@ app.registerExtension({
     const callback = widget.callback;
     widget.callback = function () {
       const result = callback?.apply(this, arguments);
-      show(card, widget.value);
+      show(card, widget);
       return result;
     };
     const configured = node.onConfigure;
     node.onConfigure = function () {
       const result = configured?.apply(this, arguments);
-      show(card, widget.value);
+      show(card, widget);
       return result;
     };
-    show(card, widget.value);
+    show(card, widget);
   },
 });

@@ -2,15 +2,14 @@
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
-import { ACCENT, addCanvasWidget, bytes, nodeOf } from "./sara_chart.js";
+import { ACCENT, addCanvasWidget, bytes } from "./sara_chart.js";
+import { follow } from "./sara_shown.js";
 import { text } from "./sara_text.js";
 
 const EVENT = "sara.training";
 const SMOOTHING = 0.9;
 const PREVIEWS_HEIGHT = 220;
 const charts = new WeakMap(); // element -> what addCanvasWidget returned; nodes may be proxies
-const states = new Map(); // workflow and execution id -> last state
-const key = (state) => `${state.workflow}/${state.node}`;
 
 function time(seconds) {
   if (seconds == null) return "?";
@@ -108,8 +107,8 @@ function describe(state) {
 
 // Rows of previews, the newest on top; a click opens one in a tab of its own.
 function showPreviews(chart, state) {
-  if (chart.run !== state.run) {
-    chart.run = state.run;
+  if (chart.started !== state.started) { // another run, perhaps in a folder of the same name
+    chart.started = state.started;
     chart.previews.replaceChildren();
   }
   const shown = new Set([...chart.previews.children].map((row) => row.dataset.file));
@@ -117,7 +116,9 @@ function showPreviews(chart, state) {
     if (shown.has(file)) continue;
     const row = document.createElement("a"), label = document.createElement("div");
     const picture = document.createElement("img");
-    const query = new URLSearchParams({ filename: file, subfolder: state.preview_folder, type: "output" });
+    const query = new URLSearchParams({
+      filename: file, subfolder: state.preview_folder, type: "output", started: state.started,
+    });
     row.dataset.file = file;
     row.href = picture.src = api.apiURL(`/view?${query}`);
     row.target = "_blank";
@@ -142,42 +143,13 @@ function show(node, state) {
   chart.redraw();
 }
 
-function receive(state) {
-  states.set(key(state), state);
-  const graph = app.rootGraph ?? app.graph;
-  if (state.workflow !== graph?.id) return; // of another tab, or queued by a script
-  const node = nodeOf(graph, state.node);
-  if (node) show(node, state);
-}
-
-async function lastOnes() {
-  // A page that is opened after a training ended finds its chart among the server's outputs.
-  const answer = await api.fetchApi("/history?max_items=20");
-  for (const entry of Object.values(await answer.json()).reverse()) // the newest first
-    for (const [node, output] of Object.entries(entry.outputs ?? {}))
-      for (const found of output.sara_training ?? []) {
-        const state = { ...found, node };
-        if (!states.has(key(state))) states.set(key(state), state);
-      }
-}
+const charted = follow("sara_training", show);
 
 app.registerExtension({
   name: "SaRA.Train",
   async setup() {
-    api.addEventListener(EVENT, (event) => receive(event.detail));
-    api.addEventListener("executed", ({ detail }) => {
-      // An output from the cache may have been made by a node of another id, in another workflow.
-      const workflow = (app.rootGraph ?? app.graph)?.id;
-      for (const state of detail.output?.sara_training ?? [])
-        receive(state.node === detail.node && state.workflow ? state
-          : { ...state, node: detail.node, workflow });
-    });
-    try {
-      await lastOnes();
-      for (const state of states.values()) receive(state);
-    } catch (error) {
-      console.warn("SaRA: charts of earlier trainings are not shown", error);
-    }
+    api.addEventListener(EVENT, (event) => charted.receive(event.detail));
+    await charted.load();
   },
   nodeCreated(node) {
     if (node.comfyClass !== "SaraTrain") return;
@@ -195,6 +167,6 @@ app.registerExtension({
     charts.set(chart.box, chart);
   },
   async afterConfigureGraph() {
-    for (const state of states.values()) receive(state);
+    charted.again();
   },
 });

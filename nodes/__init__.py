@@ -2,7 +2,7 @@
 
 from comfy_api.latest import ComfyExtension
 
-from . import host
+from . import host, shown
 from .analyze import SaraAnalyze
 from .delta_nodes import SaraApply, SaraLoadDelta, SaraMergeDeltas, SaraSaveDelta
 from .delta_tools import (
@@ -38,4 +38,5 @@ class SaraExtension(ComfyExtension):
 
     async def get_node_list(self):
         host.register_folders()  # here, as 0.3.75 does not call on_load
+        host.add_route(shown.PATH, shown.everything)
         return NODES

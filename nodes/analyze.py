@@ -4,9 +4,11 @@ from comfy_api.latest import io
 
 from ..sara_core.analysis import Analysis, Tally, analyze
 from ..sara_core.parameters import filter_parameters
-from . import host, plots
+from . import host, plots, shown
 from .charts import analysis_chart
 from .inputs import filter_inputs, selection_inputs, selection_rule
+
+KIND = "sara_analysis"
 
 
 def report(analysis: Analysis) -> str:
@@ -51,6 +53,7 @@ class SaraAnalyze(io.ComfyNode):
             "The output zeroed is the model with exactly those weights at zero: sample with it "
             "to see how little they do.",
             is_output_node=True,
+            hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo],
             inputs=[
                 io.Model.Input("model", tooltip="Model to look at. It is not changed."),
                 *selection_inputs(),
@@ -86,6 +89,12 @@ class SaraAnalyze(io.ComfyNode):
         value = analysis.cutoff.threshold
         zeroed = host.zero_small_weights(model, list(weights), value)
         text, picture = report(analysis), plots.histogram(analysis)
-        chart = analysis_chart(analysis, host.bytes_per_trained_weight(model))
-        shown = {"text": (text,), "sara_analysis": (chart,)}
-        return io.NodeOutput(model, value, text, picture, zeroed, ui=shown)
+        told = cls.hidden.extra_pnginfo or {}
+        chart = {
+            **analysis_chart(analysis, host.bytes_per_trained_weight(model)),
+            "node": cls.hidden.unique_id,
+            "workflow": told.get("workflow", {}).get("id"),
+        }
+        shown.keep(KIND, chart)
+        ui = {"text": (text,), KIND: (chart,)}
+        return io.NodeOutput(model, value, text, picture, zeroed, ui=ui)

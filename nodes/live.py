@@ -5,12 +5,12 @@ import math
 import time
 
 from ..sara_core.training_task import StepReport
-from . import host
+from . import host, shown
 from .charts import Curve
 
 logger = logging.getLogger("comfyui-sara")
 
-EVENT = "sara.training"
+EVENT, KIND = "sara.training", "sara_training"
 SECONDS_BETWEEN = 1.0
 PACE = 0.1  # weight of the newest step in the mean time per step
 
@@ -44,6 +44,7 @@ class LiveChart:
         self._step, self._stage, self._status = 0, 1, "training"
         self._pace: float | None = None
         self._last_step = self._last_sent = time.monotonic()
+        self._started = time.time()
 
     def start(
         self,
@@ -109,8 +110,10 @@ class LiveChart:
         self._last_sent = time.monotonic()
         if self.node_id is None:
             return
+        state = self.state()
+        shown.keep(KIND, state)
         try:
-            host.send_event(EVENT, self.state())
+            host.send_event(EVENT, state)
         except Exception as error:
             logger.warning("SaRA Train: the chart is not shown: %s", error)
             self.node_id = None
@@ -123,6 +126,7 @@ class LiveChart:
             "node": self.node_id,
             "workflow": self.workflow,
             "run": self.run,
+            "started": self._started,
             "status": self._status,
             "step": self._step,
             "steps": self.num_steps,

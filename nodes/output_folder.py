@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from ..sara_core.run_folder import STATE
+from ..sara_core.run_folder import SETTINGS, STATE
 from . import host
 
 MAX_NAME = 100
@@ -70,15 +70,24 @@ def _is_delta(file: str) -> bool:
     return file.endswith(".safetensors") and file != STATE and not is_hidden
 
 
+def final_path(folder: str | os.PathLike, steps: int) -> Path:
+    """Return where a run of so many steps in a folder such as `style_00001` leaves its delta."""
+    folder = Path(folder)
+    return folder / f"{folder.name.rpartition('_')[0]}_{steps}_steps.safetensors"
+
+
 def run_path(name: str) -> str:
-    """Return the full path of a run that can be resumed.
+    """Return the full path of a run that can be resumed, or that has finished.
 
     Raises:
         ValueError: No such run.
     """
-    if name not in resumable_runs():
+    root = host.output_root()
+    path = os.path.abspath(os.path.join(root, name))
+    is_below = path != root and Path(path).is_relative_to(root)
+    if not is_below or not os.path.isfile(os.path.join(path, SETTINGS)):
         raise ValueError(
-            f"there is no run {name!r} to resume in output/sara: it has finished, or was moved. "
-            "Press R to refresh the list"
+            f"there is no run {name!r} in output/sara; it was moved or deleted. Press R to refresh "
+            "the list"
         )
-    return os.path.join(host.output_root(), name)
+    return path

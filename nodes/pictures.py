@@ -10,6 +10,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageCms, ImageColor, ImageFile, ImageOps
 
+with contextlib.suppress(ImportError):  # for the pictures of some phones
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+
 logger = logging.getLogger("comfyui-sara")
 
 MAX_PIXELS = 200_000_000  # a phone's largest; beyond it a file is taken for a decompression bomb

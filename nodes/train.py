@@ -6,9 +6,10 @@ from ..sara_core import SparseDelta
 from ..sara_core.run_folder import RunFolder
 from . import host, output_folder
 from .examples import gather_examples
+from .live import KIND
 from .sockets import LossMap, SaraDelta, SaraSampling
 from .training_inputs import FREE_TO_CHANGE, NEW_RUN, training_inputs
-from .training_run import run
+from .training_run import finished, run
 
 
 class SaraTrain(io.ComfyNode):
@@ -71,6 +72,16 @@ class SaraTrain(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, resume):
+        # A run that was chosen to be resumed leaves the list when it ends, and stays chosen.
+        try:
+            if resume[0] not in (NEW_RUN, None):
+                output_folder.run_path(resume[0])
+        except ValueError as error:
+            return str(error)
+        return True
+
+    @classmethod
     def execute(cls, model, latents, positive, empty=None, masks=None, regularisation_latents=None,
                 regularisation_positive=None, preview=(), **widgets) -> io.NodeOutput:  # fmt: skip
         settings = {name: values[0] for name, values in widgets.items()}
@@ -87,9 +98,15 @@ class SaraTrain(io.ComfyNode):
         told = cls.hidden.extra_pnginfo or {}
         workflow = told.get("workflow", {}).get("id")
         samplings = [sampling for group in preview for sampling in group]
-        path, losses, chart = run(
-            model[0], examples, folder, cls.hidden.unique_id, resume != NEW_RUN, workflow, samplings
-        )
+        shown = {}
+        if resume == NEW_RUN or folder.can_resume:
+            path, losses, chart = run(
+                model[0], examples, folder, cls.hidden.unique_id, resume != NEW_RUN, workflow,
+                samplings,
+            )  # fmt: skip
+            shown[KIND] = (chart,)
+        else:
+            path, losses = finished(folder)
         delta = SparseDelta.load(path)  # what is sampled is what is loaded
         file = output_folder.output_relative(path)
         return io.NodeOutput(
@@ -97,8 +114,5 @@ class SaraTrain(io.ComfyNode):
             delta,
             losses,
             file,
-            ui={
-                "text": (f"saved {file}, loss {losses['loss'][-1]:.4f}",),
-                "sara_training": (chart,),
-            },
+            ui={"text": (f"saved {file}, loss {losses['loss'][-1]:.4f}",), **shown},
         )

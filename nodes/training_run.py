@@ -23,7 +23,7 @@ from .examples import Examples, describe_examples, differences
 from .inputs import SAVE_DTYPES, selection_rule
 from .live import LiveChart
 from .previews import Previews
-from .training_inputs import COMPUTE_DTYPES
+from .training_inputs import COMPUTE_DTYPES, NEW_RUN
 from .training_set import TrainingSet
 
 logger = logging.getLogger("comfyui-sara")
@@ -81,9 +81,37 @@ def run(
             training.look_for_in_place_changes()
             with checkpointed(model, settings["gradient_checkpointing"], training.in_place):
                 session.train()
-            return session.finish(), session.loss_map(), session.chart.finish()
+            losses = _loss_map(session.losses, session.validation)
+            return session.finish(), losses, session.chart.finish()
         finally:
             optimizer.restore()
+
+
+def finished(folder: RunFolder) -> tuple[Path, dict[str, list]]:
+    """Return what `run` returned when a run ended: its final delta's file, and the losses.
+
+    Raises:
+        ValueError: The run has not ended, or its delta was deleted.
+    """
+    with contextlib.closing(folder):
+        steps = folder.settings["steps"]
+        path = output_folder.final_path(folder.path, steps)
+        if not path.is_file():
+            raise ValueError(
+                f"the run {folder.path.name} can neither be resumed nor has it finished: there is "
+                f"neither its state nor {path.name}. Choose another one under resume, or {NEW_RUN}"
+            )
+        logger.info("SaRA Train: %s has finished already; its delta is used", folder.path.name)
+        return path, _loss_map(folder.read_losses(steps), folder.read_validation(steps))
+
+
+def _loss_map(losses: list[float], validation: list[tuple[int, float]]) -> dict[str, list]:
+    """Return the losses as ComfyUI's Plot Loss Graph takes them, with the validation beside."""
+    return {
+        "loss": losses,
+        "validation_step": [step for step, _ in validation],
+        "validation_loss": [loss for _, loss in validation],
+    }
 
 
 class Session:
@@ -118,6 +146,7 @@ class Session:
             **describe_examples(examples),
         }
         self._metadata = _metadata(patcher, self.settings, training.optimizer)
+        self._foreign = host.foreign_prediction(patcher)
 
     def resume(self) -> None:
         """Take over the folder's state.
@@ -141,6 +170,7 @@ class Session:
                 f"the state of {self.folder.path.name} is damaged: {error!r}"
             ) from error
         self.folder.read_losses(self.training.step)
+        self.folder.read_validation(self.training.step)
         self._tell(f"resumed after step {self.training.step}")
 
     def train(self) -> None:
@@ -151,6 +181,11 @@ class Session:
             f"below {optimizer.threshold:.4g}, for {self.training.config.steps} steps at a learning "
             f"rate of {optimizer.param_groups[0]['lr']:.3g}, in {self.folder.path}"
         )
+        if self._foreign is not None:
+            self._tell(
+                "the model is trained for {} prediction, which a node before it such as ModelSamplingSD3 "
+                "has set; by itself the checkpoint is one for {} prediction".format(*self._foreign)
+            )
         stage = optimizer.stage
         rates = [self.training.learning_rate(step) for step in range(self.training.step)]
         self.chart.start(self.losses, rates, self.validation, stage)
@@ -206,23 +241,16 @@ class Session:
 
     def finish(self) -> Path:
         """Save the final delta and return its path."""
-        name = f"{self.folder.path.name.rpartition('_')[0]}_{self.training.config.steps}_steps"
+        steps = self.training.config.steps
+        path = output_folder.final_path(self.folder.path, steps)
         delta = self.training.optimizer.delta(self._metadata | self._present())
         try:
-            path = self.folder.finish(delta, name, SAVE_DTYPES[self.settings["save_dtype"]])
+            self.folder.finish(delta, path, SAVE_DTYPES[self.settings["save_dtype"]], steps)
         except BaseException as error:
             _add_line(error, self._save_at_the_end(type(error).__name__))
             raise
         logger.info("SaRA Train: saved %s", path)
         return path
-
-    def loss_map(self) -> dict[str, list]:
-        """Return the losses as ComfyUI's Plot Loss Graph takes them, with the validation beside."""
-        return {
-            "loss": self.losses,
-            "validation_step": [step for step, _ in self.validation],
-            "validation_loss": [loss for _, loss in self.validation],
-        }
 
     def _present(self) -> dict[str, str]:
         """Return the part of the metadata that changes during the training."""

@@ -22,6 +22,7 @@ from .training_task import StepReport
 
 STATE, SETTINGS, LOSSES, LOG = "state.safetensors", "settings.json", "loss.csv", "log.txt"
 LOCK = "lock"
+CHECKPOINT, CHECKPOINTS = "checkpoint_{:07}_steps.safetensors", "checkpoint_*_steps.safetensors"
 VALIDATION = "validation.csv"
 PREVIEWS, PREVIEW = "previews", "preview_{:07}_steps.png"
 COLUMNS = ("step", "loss", "learning_rate", "stage", "skipped", "regularisation_loss")
@@ -94,8 +95,12 @@ class RunFolder:
 
     def read_losses(self, up_to_step: int) -> list[float]:
         """Return the losses up to a step and forget later ones, which will be made again."""
-        self._cut(VALIDATION, VALIDATION_COLUMNS, up_to_step)
         return [float(row[1]) for row in self._cut(LOSSES, COLUMNS, up_to_step)]
+
+    def read_validation(self, up_to_step: int) -> list[tuple[int, float]]:
+        """Return step and validation loss up to a step and forget later ones."""
+        rows = self._cut(VALIDATION, VALIDATION_COLUMNS, up_to_step)
+        return [(int(step), float(loss)) for step, loss in rows]
 
     def _cut(self, name: str, columns: tuple, up_to_step: int) -> list[list[str]]:
         path = self.path / name
@@ -109,7 +114,10 @@ class RunFolder:
             with open(temporary, "w", newline="", encoding="utf-8") as file:
                 csv.writer(file).writerows([columns, *rows])
 
-        replace_atomically(path, write)
+        try:
+            replace_atomically(path, write)
+        except OSError as error:  # a table program has it open, or the disk is full
+            self.log(f"{name} keeps rows after step {up_to_step}: {error}")
         return rows
 
     def add_loss(self, report: StepReport) -> None:
@@ -187,14 +195,21 @@ class RunFolder:
             problems.append(f"the state to resume from: {error}")
         try:  # much smaller, so it may fit where the state does not
             delta = SparseDelta(entries_of(state["run"]["optimizer"]["sara"]["weights"]), metadata)
-            delta.save(self.path / f"checkpoint_{step:07}_steps.safetensors", dtype)
-            for old in sorted(self.path.glob("checkpoint_*_steps.safetensors"))[: -max(1, keep)]:
-                old.unlink()
+            delta.save(self.path / CHECKPOINT.format(step), dtype)
+            self._forget_checkpoints(step, keep)
         except (OSError, ValueError) as error:
             problems.append(f"the checkpoint: {error}")
         if problems:
             raise OSError("; ".join(problems))
         self.log(f"saved step {step}")
+
+    def _forget_checkpoints(self, step: int, keep: int) -> None:
+        """Delete all but the last ones up to a step; later ones are of before a resume."""
+        names = [path.name for path in self.path.glob(CHECKPOINTS)]
+        up_to_now = sorted(name for name in names if name <= CHECKPOINT.format(step))
+        for name in up_to_now[: -max(1, keep)]:
+            with contextlib.suppress(OSError):  # another program has it open
+                (self.path / name).unlink()
 
     def read_state(self) -> dict:
         """Read the state to go on from; see `state_file.read_state`."""
@@ -218,16 +233,20 @@ class RunFolder:
                 path.unlink(missing_ok=True)
         return found
 
-    def finish(self, delta: SparseDelta, name: str, dtype: torch.dtype) -> Path:
-        """Save the final delta; the state is no longer needed then. Returns the delta's path."""
+    def finish(
+        self, delta: SparseDelta, path: str | os.PathLike, dtype: torch.dtype, step: int
+    ) -> None:
+        """Save the final delta, after the last step, at a path in this folder.
+
+        The state and a checkpoint of the same step are no longer needed then, and deleted.
+        """
         problem = self.finish_saving()
         if problem is not None:
             self.log(f"an earlier save had failed: {problem}")
-        path = self.path / f"{name}.safetensors"
         delta.save(path, dtype)
         (self.path / STATE).unlink(missing_ok=True)
-        self.log(f"finished, saved {path.name}")
-        return path
+        (self.path / CHECKPOINT.format(step)).unlink(missing_ok=True)
+        self.log(f"finished, saved {Path(path).name}")
 
     def close(self) -> None:
         """Wait for the save under way and let go of the files; a run without a step leaves none."""

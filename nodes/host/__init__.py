@@ -26,9 +26,17 @@ from .patches import (
     create_hook,
     zero_small_weights,
 )
-from .running import Cancelled, Progress, check_cancelled, free_memory, memory_in_use, send_event
+from .running import (
+    Cancelled,
+    Progress,
+    add_route,
+    check_cancelled,
+    free_memory,
+    memory_in_use,
+    send_event,
+)
 from .sampling import SAMPLERS, SCHEDULERS, Sampling, sample, sample_in_training
-from .schedules import noise_schedule, sampling_summary
+from .schedules import foreign_prediction, noise_schedule, sampling_summary
 from .training import needs_loss_scaling, trainable
 from .weights import (
     architecture,
@@ -52,6 +60,7 @@ __all__ = [
     "Progress",
     "SparseAdapter",
     "ZeroSmallWeights",
+    "add_route",
     "apply_delta",
     "architecture",
     "base_weights",
@@ -68,6 +77,7 @@ __all__ = [
     "encode_text",
     "foreign_checkpoint_names",
     "foreign_checkpoint_path",
+    "foreign_prediction",
     "free_memory",
     "is_quantised",
     "memory_in_use",

@@ -1,9 +1,12 @@
 """Folders and files as ComfyUI lists them."""
 
+import contextlib
 import os
 from pathlib import Path
 
 import folder_paths
+
+from ...sara_core.run_folder import STATE
 
 FOLDER = "sara"
 DATASETS = "datasets"
@@ -11,6 +14,8 @@ DATASETS = "datasets"
 
 def register_folders() -> None:
     """Make models/sara and output/sara known, beside paths of extra_model_paths.yaml."""
+    with contextlib.suppress(OSError):  # a place to put files into, if it can be made
+        os.makedirs(os.path.join(folder_paths.models_dir, FOLDER), exist_ok=True)
     for root in (folder_paths.models_dir, folder_paths.get_output_directory()):
         folder_paths.add_model_folder_path(FOLDER, os.path.join(root, FOLDER))
     paths, extensions = folder_paths.folder_names_and_paths[FOLDER]
@@ -19,8 +24,8 @@ def register_folders() -> None:
 
 
 def delta_names() -> list[str]:
-    """List the delta files in the registered folders."""
-    return folder_paths.get_filename_list(FOLDER)
+    """List the delta files in the registered folders; states of runs are none."""
+    return [n for n in folder_paths.get_filename_list(FOLDER) if os.path.basename(n) != STATE]
 
 
 def delta_path(name: str) -> str:
@@ -29,7 +34,7 @@ def delta_path(name: str) -> str:
     Raises:
         ValueError: No such file in the registered folders.
     """
-    if name not in folder_paths.get_filename_list(FOLDER):
+    if name not in delta_names():
         raise ValueError(
             f"there is no delta {name!r} in {', '.join(folder_paths.get_folder_paths(FOLDER))}; "
             "press R to refresh the list"

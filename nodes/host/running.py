@@ -2,9 +2,12 @@
 
 import gc
 import logging
+from collections.abc import Callable
+from typing import Any
 
 import comfy.model_management
 import comfy.utils
+from aiohttp import web
 from server import PromptServer
 
 logger = logging.getLogger("comfyui-sara")
@@ -26,6 +29,15 @@ def check_cancelled() -> None:
 def send_event(name: str, data: dict) -> None:
     """Send a message to every browser that is connected; without one it goes nowhere."""
     PromptServer.instance.send_sync(name, data)
+
+
+def add_route(path: str, answer: Callable[[], Any]) -> None:
+    """Have the server answer GET requests for a path with what `answer` returns, as JSON."""
+
+    async def get(_request):
+        return web.json_response(answer())
+
+    PromptServer.instance.routes.get(path)(get)
 
 
 def memory_in_use() -> tuple[int, int]:

@@ -1,5 +1,6 @@
 """How a MODEL is noised."""
 
+import comfy.model_base
 import comfy.model_sampling as sampling
 import torch
 
@@ -13,17 +14,7 @@ def noise_schedule(patcher) -> NoiseSchedule:
         ValueError: A kind of prediction that cannot be trained.
     """
     model_sampling = patcher.get_model_object("model_sampling")
-    kinds = (  # subclasses before their bases
-        (sampling.IMG_TO_IMG, None),
-        (getattr(sampling, "IMG_TO_IMG_FLOW", sampling.IMG_TO_IMG), None),  # since 0.33
-        (sampling.X0, "x0"),
-        (sampling.EDM, "edm"),
-        (sampling.V_PREDICTION, "v"),
-        (sampling.COSMOS_RFLOW, "cosmos_flow"),
-        (sampling.CONST, "flow"),
-        (sampling.EPS, "epsilon"),
-    )
-    prediction = next((kind for cls, kind in kinds if isinstance(model_sampling, cls)), None)
+    prediction = _prediction(model_sampling)
     if prediction is None:
         names = [cls.__name__ for cls in type(model_sampling).__mro__[1:4]]
         raise ValueError(f"a model with the sampling {'/'.join(names)} cannot be trained with SaRA")
@@ -48,6 +39,28 @@ def noise_schedule(patcher) -> NoiseSchedule:
         lambda t: table[(t * len(table)).long().clamp(max=len(table) - 1)],
         float(getattr(model_sampling, "sigma_data", 1.0)),
     )
+
+
+def foreign_prediction(patcher) -> tuple[str, str] | None:
+    """Return what a MODEL's sampling patch makes of it, and what it is by itself; None if the same."""
+    model = patcher.model
+    own = comfy.model_base.model_sampling(model.model_config, model.model_type)
+    found = _prediction(patcher.get_model_object("model_sampling")), _prediction(own)
+    return found if found[0] != found[1] else None
+
+
+def _prediction(model_sampling) -> str | None:
+    kinds = (  # subclasses before their bases
+        (sampling.IMG_TO_IMG, None),
+        (getattr(sampling, "IMG_TO_IMG_FLOW", sampling.IMG_TO_IMG), None),  # since 0.33
+        (sampling.X0, "x0"),
+        (sampling.EDM, "edm"),
+        (sampling.V_PREDICTION, "v"),
+        (sampling.COSMOS_RFLOW, "cosmos_flow"),
+        (sampling.CONST, "flow"),
+        (sampling.EPS, "epsilon"),
+    )
+    return next((kind for cls, kind in kinds if isinstance(model_sampling, cls)), None)
 
 
 def sampling_summary(patcher) -> list:

@@ -155,6 +155,24 @@ def test_a_step_that_is_not_finite_changes_nothing():
     assert run.optimizer.num_steps == 11
 
 
+def test_a_loss_that_is_not_finite_changes_nothing_even_if_its_gradient_is():
+    """The absolute value's gradient is 1 at infinity, so the scaler has nothing against it."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    net, run = make(scaler=scaler, loss="l1", accumulation=1)
+    predict = run.task.predict
+    steps = iter(run)
+    assert not next(steps).skipped
+    before = [v.detach().clone() for v in net.state_dict().values()]
+    run.task.predict = lambda *args: predict(*args) + float("inf")
+    report = next(steps)
+    assert report.skipped
+    assert report.loss == float("inf")
+    assert_equal(before, list(net.state_dict().values()))
+    run.task.predict = predict
+    assert not next(steps).skipped
+    assert not torch.equal(before[0], net.state_dict()["0.weight"])
+
+
 def test_bad_steps_in_a_row_end_the_run_with_advice():
     net, run = make(lambda count: float("inf"))
     before = [v.clone() for v in net.state_dict().values()]
@@ -175,7 +193,8 @@ def test_bad_steps_in_a_row_end_the_run_with_advice():
         "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), RuntimeError(
         "MPS backend out of memory")],
 )  # fmt: skip
-def test_out_of_memory_splits_the_batch_with_the_same_result(error):
+@pytest.mark.parametrize(("fitting", "num_splits"), [(2, 1), (1, 2)])
+def test_out_of_memory_splits_the_batch_with_the_same_result(error, fitting, num_splits):
     assert is_out_of_memory(error)
     net, run = make(batch_size=4)
     reports = list(run)
@@ -183,29 +202,32 @@ def test_out_of_memory_splits_the_batch_with_the_same_result(error):
     freed = []
 
     def fail(count):
-        if count > 2:
+        if count > fitting:
             raise error
 
     net, run = make(fail, free=lambda: freed.append(1), batch_size=4)
     again = list(run)
-    assert len(freed) == 1
+    assert len(freed) == num_splits
     for one, two in zip(reports, again, strict=True):
         assert two.loss == pytest.approx(one.loss, rel=1e-4)
     for a, b in zip(expected, net.state_dict().values(), strict=True):
         assert torch.allclose(a, b, atol=2e-3)  # Adam magnifies the last bits of tiny gradients
 
 
-def test_out_of_memory_that_splitting_does_not_cure_is_raised_after_one_retry():
+@pytest.mark.parametrize(("batch_size", "tries"), [(1, 1), (2, 2), (5, 4)])
+def test_out_of_memory_that_splitting_does_not_cure_is_raised(batch_size, tries):
     calls = [0]
 
     def fail(count):
         calls[0] += 1
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    _, run = make(fail)
+    _, run = make(fail, batch_size=batch_size)
+    before = snapshot(run.state())
     with pytest.raises(torch.OutOfMemoryError):
         list(run)
-    assert calls[0] == 2
+    assert calls[0] == tries
+    assert run.state()["num_parts"] == before["num_parts"] == 1
     assert not is_out_of_memory(RuntimeError("shapes do not match"))
     assert not is_out_of_memory(ValueError("out of memory"))
 
@@ -302,9 +324,11 @@ def test_checkpoints_are_kept_and_the_final_delta_ends_the_state(tmp_path):
         assert torch.equal(last.entries[name].index, entry.index)
     assert folder.can_resume
     assert folder.read_state()["run"]["step"] == 12
-    path = folder.finish(run.optimizer.delta(), "style_12_steps", torch.float32)
+    path = folder.path / "style_12_steps.safetensors"
+    folder.finish(run.optimizer.delta(), path, torch.float32, 12)
     folder.close()
     assert path.is_file()
+    assert [p.name for p in folder.path.glob("checkpoint*")] == names[:1]
     assert not folder.can_resume
     assert not list(folder.path.glob(".*"))
     assert "saved step 12" in (folder.path / "log.txt").read_text()
@@ -349,6 +373,36 @@ def test_a_full_disk_is_told_and_the_last_good_save_stays(tmp_path, monkeypatch)
     assert folder.save(saved(run), {}, keep=2, wait=True) is None
     assert folder.read_state()["run"]["step"] == 3
     assert not [name for name in os.listdir(folder.path) if name.startswith(".")]
+
+
+def test_a_resumed_run_keeps_its_new_checkpoints_and_passes_by_those_of_later_steps(tmp_path):
+    _, run = make()
+    folder = RunFolder.create(tmp_path, "style", SETTINGS)
+    later = folder.path / "checkpoint_0000009_steps.safetensors"
+    later.write_bytes(b"of before the resume, when the state did not fit on the disk")
+    kept = []
+    for report in run:
+        if report.step % 2 == 0:
+            assert folder.save(saved(run), {}, keep=2, wait=True) is None
+            kept.append(sorted(int(p.name[11:18]) for p in folder.path.glob("checkpoint*")))
+    assert kept == [[2, 9], [2, 4, 9], [4, 6, 9], [6, 8, 9], [9, 10], [10, 12]]
+
+
+def test_a_loss_table_that_cannot_be_cut_does_not_stop_a_resume(tmp_path, monkeypatch):
+    _, run = make()
+    folder = RunFolder.create(tmp_path, "style", SETTINGS)
+    reports = list(islice(run, 4))
+    for report in reports:
+        folder.add_loss(report)
+
+    def refused(*_):
+        raise PermissionError(13, "open in another program")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("sara_core.atomic.os.replace", refused)
+        assert folder.read_losses(2) == [r.loss for r in reports[:2]]
+    assert "loss.csv keeps rows after step 2" in (folder.path / "log.txt").read_text()
+    assert folder.read_losses(4) == [r.loss for r in reports]
 
 
 def test_an_error_within_an_update_is_not_saved_as_a_whole_step(monkeypatch):

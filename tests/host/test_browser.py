@@ -114,6 +114,25 @@ def test_the_histogram_and_the_threshold_follow_each_other(page):
         seen.append((value, page.text(kind)))
     assert 0 < seen[0][0] < seen[1][0]
     assert seen[0][1] != seen[1][1]
+    recorded = (
+        "return window.app.extensionManager.workflow.activeWorkflow.changeTracker.activeState.nodes"
+        ".find((n) => n.type === 'SaraAnalyze').widgets_values[0]"
+    )
+    page.wait(f"{recorded} === arguments[0]", seen[1][0])  # so it can be undone
+    page.command("Comfy.Undo")
+    page.wait(  # the graph is made anew, and shows the analysis again
+        "const node = window.app.graph.nodes.find((n) => n.type === 'SaraAnalyze');"
+        "const box = node.widgets.find((w) => w.type === 'sara_chart').element;"
+        "return box.innerText.startsWith('threshold ' + arguments[0].toPrecision(3) + ':')",
+        seen[0][0],
+    )
+    time.sleep(1)  # until it has been laid out
+    canvas = page.js("return arguments[0].querySelector('canvas')", page.box(kind))
+    actions = ActionChains(page.driver, duration=50)
+    actions.move_to_element_with_offset(canvas, 0, 10).click_and_hold()
+    actions.move_to_element_with_offset(canvas, -round(canvas.rect["width"] / 2) + 1, 10)
+    actions.release().perform()
+    assert page.widget(kind, "threshold") == pytest.approx(1e-6)  # 0 would stand for the fraction
     page.set_widgets(kind, threshold=0.0075)
     page.wait("return arguments[0].innerText.startsWith('threshold 0.00750: ')", page.box(kind))
     assert page.js(place) == before  # the node was not dragged along
@@ -149,6 +168,11 @@ def test_the_loss_and_previews_appear_while_it_trains(page):
     page.wait("return /: stopped/.test(arguments[0].innerText)", box)
     assert "To go on, choose fluent3d_" in page.text("SaraTrain")
     idle(page)
+    page.open()  # what is told of a stopped run is still there
+    page.drop(WORKFLOWS / "first_training.json")
+    box = page.box("SaraTrain")
+    page.wait("return /: stopped/.test(arguments[0].innerText)", box)
+    assert "To go on, choose fluent3d_" in page.text("SaraTrain")
     assert page.errors() == []
 
 
@@ -191,7 +215,7 @@ def test_the_card_tells_what_is_in_a_file(page):
         assert part in text, text
     assert page.js("return arguments[0].querySelector('img').naturalWidth", box) == 64
     page.set_widgets("SaraLoadDelta", delta_name="no such file.safetensors")
-    page.wait("return arguments[0].innerText.includes('says nothing about itself')", box)
+    page.wait("return arguments[0].innerText.includes('this file is not there')", box)
 
 
 def test_the_arithmetic_of_the_histogram(page):
@@ -275,7 +299,7 @@ def test_the_widgets_speak_their_users_language(page):
         page.wait(
             "return arguments[0].textContent === arguments[1]",
             page.box("SaraLoadDelta"),
-            french["sara"]["nothing_told"],
+            french["sara"]["missing_file"],
         )
         names = json.loads((WORKFLOWS.parent / "locales" / "fr" / "nodeDefs.json").read_text())
         assert page.server.get("/i18n")["fr"]["nodeDefs"].items() >= names.items()

@@ -418,6 +418,33 @@ def test_a_cancelled_run_is_saved_and_resumed_exactly(server, dev):
     assert losses[0] == losses[1]
     assert len(losses[0].splitlines()) == 15
 
+    # The run is still chosen, but has left the list: queued once more, it gives what it gave.
+    graph, train = train_graph(server, "ignored", resume="stopped_00001", steps=2, seed=2)
+    assert graph.run()[train]["text"][0] == text
+    assert not list(folder.glob("ignored*"))
+    assert (folder / "stopped_00001" / "loss.csv").read_text() == losses[0]
+    for name in ("never_00001", "../sara", "", "stopped_00001/previews"):
+        graph, _ = train_graph(server, "ignored", resume=name)
+        with pytest.raises(dev.PromptError, match="there is no run"):
+            graph.run()
+
+
+def test_what_widgets_showed_is_told_to_a_page_that_is_opened_later(server, dev):
+    graph, train = train_graph(server, "shown", steps=2)
+    graph.run()
+    (state,) = [s for s in server.get("/sara/shown")["sara_training"] if s["run"] == "shown_00001"]
+    assert (state["node"], state["step"], state["status"]) == (train, 2, "finished")
+    assert [step for step, _ in state["losses"]] == [1, 2]
+    cancel_at(server, 1)
+    graph, train = train_graph(server, "halted", steps=400)
+    with pytest.raises(dev.PromptError, match="execution_interrupted"):
+        graph.run()
+    shown = server.get("/sara/shown")["sara_training"]
+    assert [s["run"] for s in shown].count("shown_00001") == 0  # the same node's, so replaced
+    (state,) = [s for s in shown if s["run"] == "halted_00001"]
+    assert state["status"] == "stopped"
+    assert "choose halted_00001 under resume" in state["marks"][-1][2]
+
 
 def test_pictures_of_mixed_sizes_train(server):
     from PIL import Image

@@ -74,9 +74,9 @@ def test_checkpoints_are_compared(trained, server, dev):
     (server.base / "sheet.png").write_bytes(picture)
     width, height = Image.open(server.base / "sheet.png").size
     row = 4 * 64 + 3 * 4
-    # Four strengths; the run has kept two checkpoints beside the final delta.
+    # Four strengths; of the two checkpoints kept one is of the same step as the final delta.
     assert width == 4 * row + 5 * 8
-    assert height == 22 + 3 * (22 + 64 + 8)
+    assert height == 22 + 2 * (22 + 64 + 8)
 
 
 def test_a_cancelled_run_is_resumed(server, dev):
