@@ -27,7 +27,8 @@ def selection_inputs() -> list:
             max=1.0,
             step=0.0001,
             tooltip="Share of the model's weights to select, the smallest ones. Used while the "
-            "threshold is 0 and no count is given. 0.1 is 10 %; 0.05 to 0.2 is usual.",
+            "threshold is 0 and, in SaRA Analyze, no count is given. 0.1 is 10 %; 0.05 to 0.2 is "
+            "usual.",
         ),
     ]
 

@@ -56,9 +56,13 @@ class Previews:
         Returns:
             The picture's path, or None and what went wrong; no more are made then.
         """
+        # Outside what is survived: if the trained values cannot be put back, the run must end.
+        with self.optimizer.at_strength(self.folder.settings["preview_strength"]):
+            return self._make(step)
+
+    def _make(self, step: int) -> tuple[Path | None, str]:
         try:
-            with self.optimizer.at_strength(self.folder.settings["preview_strength"]):
-                pictures = [host.sample_in_training(self.calls, s) for s in self.samplings]
+            pictures = [host.sample_in_training(self.calls, s) for s in self.samplings]
             sheet = stack([row_of(row) for row in pictures])
             path = self.folder.preview_path(step)
             path.parent.mkdir(exist_ok=True)

@@ -112,7 +112,8 @@ class SaraCompare(io.ComfyNode):
                 io.Image.Output(
                     display_name="images",
                     is_output_list=True,
-                    tooltip="Its pictures, row by row, a batch for each delta and strength.",
+                    tooltip="Its pictures, row by row, a batch for each delta, strength and "
+                    "SaRA Sampling.",
                 ),
             ],
         )

@@ -52,7 +52,8 @@ def sample(patcher, sampling: Sampling) -> Tensor:
 def sample_in_training(calls: ModelCalls, sampling: Sampling) -> Tensor:
     """Make pictures, as `sample`, by the model that is being trained, as it is at this moment.
 
-    Its weights stay on their device: ComfyUI does not see it while the VAE is being loaded.
+    Its weights stay on their device: it is not loaded anew, which might move some of them away, and
+    ComfyUI does not see it while the VAE is being loaded, which is unloaded again.
 
     Raises:
         ValueError: A conditioning carries hooks, which would change the weights in training.
@@ -66,11 +67,16 @@ def sample_in_training(calls: ModelCalls, sampling: Sampling) -> Tensor:
     patcher = calls.patcher
     with torch.no_grad(), _forked_generators(patcher.load_device), _not_in_training():
         try:
-            latent = _sample_latent(patcher, sampling)
+            with _loaded_as_it_is(patcher):
+                latent = _sample_latent(patcher, sampling)
         finally:
             patcher.pre_run()  # the sampler's end undoes that of the training
         with _hidden(patcher):
-            return _decode(sampling.vae, latent)
+            try:
+                return _decode(sampling.vae, latent)
+            finally:  # what is left is for the training
+                comfy.model_management.unload_all_models()
+                comfy.model_management.soft_empty_cache()
 
 
 def _sample_latent(patcher, sampling: Sampling) -> Tensor:
@@ -109,6 +115,16 @@ def _not_in_training() -> Iterator[None]:
         yield
     finally:
         comfy.model_management.in_training = before
+
+
+@contextlib.contextmanager
+def _loaded_as_it_is(patcher) -> Iterator[None]:
+    """Have ComfyUI take a MODEL for loaded, however little memory it finds free."""
+    patcher.partially_load = lambda *args, **kwargs: 0
+    try:
+        yield
+    finally:
+        del patcher.partially_load
 
 
 @contextlib.contextmanager

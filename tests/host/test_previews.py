@@ -92,6 +92,39 @@ def test_training_goes_on_exactly_as_without_previews(loaded, sara, sampling, st
     assert not np.array_equal(picture(folder, 0), picture(folder, 4))
 
 
+def test_little_free_memory_moves_no_weight_in_training(loaded, sara, sampling, monkeypatch):
+    """What ComfyUI does on a full graphics card when it is asked for a model it has loaded."""
+    import comfy.model_management
+    from comfy.model_patcher import ModelPatcher
+
+    model = loaded[0]
+    plain, losses, _, _ = train(sara, model, sampling.examples)
+    asked, real = [], ModelPatcher.partially_load
+
+    def make_room(self, device, *args, **kwargs):
+        if self.model is model.model and self.model.model_loaded_weight_memory > 0:
+            asked.append(self)
+            self.partially_unload(self.offload_device, 10**12)
+            return 0
+        return real(self, device, *args, **kwargs)
+
+    def preview(calls, one):
+        with monkeypatch.context() as patched:
+            patched.setattr(ModelPatcher, "partially_load", make_room)
+            made = sample(calls, one)
+        names = {type(entry.model.model).__name__ for entry in management.current_loaded_models}
+        assert names == {type(model.model).__name__}  # no VAE is left
+        return made
+
+    management, sample = comfy.model_management, sara.host.sample_in_training
+    monkeypatch.setattr(sara.host, "sample_in_training", preview)
+    delta, seen, chart, _ = train(sara, model, sampling.examples, [sampling()])
+    assert not asked
+    assert [step for step, _ in chart["previews"]] == [0, 2, 4]
+    assert seen == losses
+    assert_same(delta.entries, plain.entries)
+
+
 def test_a_preview_is_what_the_applied_delta_makes(loaded, sara, sampling):
     model = loaded[0]
     one = sampling()
