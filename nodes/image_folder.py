@@ -17,6 +17,7 @@ from .folder_plan import EncodedFolder, Variant
 PATCH = 2  # latent values a transformer's patch spans per side; U-Nets take it as well
 BATCH_SIZES = (1, 2, 4, 8)
 MAX_NAMES = 20
+NO_FOLDER = "put a folder of pictures into input/ and press R"
 
 
 def report(
@@ -69,7 +70,7 @@ class SaraImageFolder(io.ComfyNode):
                 io.Clip.Input("clip", tooltip="CLIP of the model to train."),
                 io.Combo.Input(
                     "folder",
-                    options=list(host.picture_folders()),
+                    options=list(host.picture_folders()) or [NO_FOLDER],
                     tooltip="A folder in ComfyUI's input or datasets folder. Captions are .txt or "
                     ".caption files beside the pictures, metadata.jsonl or captions.json; folders "
                     "in it such as 10_name repeat their pictures ten times. Press R to refresh.",

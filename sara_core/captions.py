@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -73,7 +74,35 @@ def read_tables(folder: Path, root: Path) -> tuple[dict[str, tuple[str, str]], l
                 )
             else:
                 table[entry[0]] = (_one_line(entry[1]), file)
-    return table, problems
+    return _as_on_disk(table, folder), problems
+
+
+def _as_on_disk(table: dict[str, tuple], folder: Path) -> dict[str, tuple]:
+    """Spell names as the disk does, where only case or the form of accents differs.
+
+    Some file systems take both spellings for the same file, which would come twice otherwise.
+    """
+    spelled: dict[str, tuple] = {}
+    listed: dict[Path, dict[str, str]] = {}
+    for name, value in table.items():
+        path, parent = PurePosixPath(name), (folder / name).parent
+        if parent not in listed:
+            try:
+                names = sorted(os.listdir(parent))
+            except OSError:
+                names = []
+            listed[parent] = {_folded(one): one for one in names} | {one: one for one in names}
+        others = listed[parent]
+        found = others.get(path.name) or others.get(_folded(path.name)) or path.name
+        if found == path.name:
+            spelled[name] = value
+        else:
+            spelled.setdefault(str(path.with_name(found)), value)
+    return spelled
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 def _rows(text: str, file: str) -> Iterator[tuple[str, object]]:

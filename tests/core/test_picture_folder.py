@@ -120,6 +120,23 @@ def test_endings_in_any_case_and_rare_line_ends(tmp_path):
     assert not problems
 
 
+def test_tables_may_spell_names_in_another_case_or_form(tmp_path):
+    rows = {"A.png": "other case", "b.png": "exact", "caf\u00e9.png": "composed", "SUB/d.PNG": "x",
+            "sub/D.png": "in a folder"}  # fmt: skip
+    lines = "\n".join(json.dumps({"file_name": n, "text": t}) for n, t in rows.items())
+    put(tmp_path, **{"a.PNG": "x", "b.png": "x", "B.png": "x", "cafe\u0301.png": "x",
+                     "sub/d.png": "x", "metadata.jsonl": lines})  # fmt: skip
+    found, problems = captions(tmp_path)
+    assert found == {
+        "a.PNG": ("other case", "metadata.jsonl"),
+        "b.png": ("exact", "metadata.jsonl"),
+        "B.png": (None, ""),
+        "cafe\u0301.png": ("composed", "metadata.jsonl"),
+        "sub/d.png": ("in a folder", "metadata.jsonl"),
+    }
+    assert problems == ["SUB/d.PNG: named in metadata.jsonl, but there is no such picture"]
+
+
 def test_names_longer_than_a_file_can_have(tmp_path):
     long = "p" * 245 + ".png"
     rows = json.dumps({"file_name": "q" * 300 + ".png", "text": "t"})
