@@ -154,10 +154,11 @@ class SparseDelta:
             for name, entry in self.entries.items() if strength else ():
                 weight = parameters[name].data
                 index = entry.index.to(weight.device)
-                old = scatter.read(weight, index)
+                positions = index.long()
+                old = scatter.read(weight, positions)
                 change = entry.values.to(weight.device, torch.float32) * strength
                 replaced.append((weight, index, old))
-                scatter.write_(weight, index, (old.float() + change).to(weight.dtype))
+                scatter.write_(weight, positions, (old.float() + change).to(weight.dtype))
         except BaseException:
             undo()
             raise

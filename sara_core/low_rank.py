@@ -155,7 +155,11 @@ def nuclear_norm_gradient(
     """
     rows, columns = as_matrix_shape(shape)
     positions = index.long()
-    matrix = values.new_zeros(rows * columns).index_copy_(0, positions, values)
-    factor = polar_factor(matrix.view(rows, columns)).reshape(-1)
-    gradient = factor.index_select(0, positions)
+    if (
+        rows > columns
+    ):  # the transpose's factor is the transpose, and needs no transposing on the way
+        positions = (positions % columns) * rows + positions // columns
+        rows, columns = columns, rows
+    matrix = values.new_zeros(rows * columns).scatter_(0, positions, values)
+    gradient = polar_factor(matrix.view(rows, columns)).view(-1).gather(0, positions)
     return torch.dot(values, gradient), gradient

@@ -6,7 +6,6 @@ Run by `tests/benchmark/run.py` in a process of its own; prints one JSON object,
 
 import gc
 import json
-import os
 import re
 import statistics
 import sys
@@ -24,10 +23,11 @@ from comfy.weight_adapter import LoRAAdapter
 from sara_pack.nodes import host
 from sara_pack.sara_core import SaraAdamW, SparseDelta
 from sara_pack.sara_core.analysis import analyze
+from sara_pack.sara_core.atomic import replace_atomically
 from sara_pack.sara_core.low_rank import nuclear_norm_gradient
 from sara_pack.sara_core.parameters import choose_parameters
 
-REPEATS = 3
+REPEATS = 5
 LARGE = (10240, 1280)
 
 
@@ -72,18 +72,19 @@ def large_low_rank():
 
 
 def files(delta, folder):
+    """Time a delta's file beside the same bytes written as safely, a new file flushed and renamed."""
     path, raw = folder / "delta.safetensors", folder / "raw"
-    found = {"save_seconds": median(lambda: delta.save(path)), "file_bytes": path.stat().st_size,
-             "load_seconds": median(lambda: SparseDelta.load(path))}  # fmt: skip
+    delta.save(path)
     data = path.read_bytes()
-
-    def write():
-        with open(raw, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-
-    return {**found, "write_seconds": median(write), "read_seconds": median(raw.read_bytes)}
+    jobs = {"save_seconds": lambda: delta.save(path),
+            "write_seconds": lambda: replace_atomically(raw, lambda to: to.write_bytes(data)),
+            "load_seconds": lambda: SparseDelta.load(path), "read_seconds": raw.read_bytes}  # fmt: skip
+    times = {name: [] for name in jobs}
+    for _ in range(REPEATS):
+        for name, job in jobs.items():
+            times[name].append(timed(job))
+    found = {name: statistics.median(seconds) for name, seconds in times.items()}
+    return {"file_bytes": len(data), **found}
 
 
 def patched(patcher):
