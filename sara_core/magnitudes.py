@@ -15,6 +15,7 @@ INT32_LIMIT = 1 << 31
 NUM_BINS = 1 << 15  # upper 16 bits of a non-negative float32
 COARSER = 4  # bits of the mantissa that coarse bins leave out
 NON_FINITE_BIN = 0x7F80  # bins from here on hold infinity and NaN
+NUM_COARSE_BINS = NON_FINITE_BIN >> COARSER
 
 
 def magnitudes(weight: Tensor) -> Iterator[Tensor]:
@@ -51,7 +52,7 @@ def coarsened(histogram: Tensor) -> Tensor:
     """Add up the counts of `magnitude_histogram` over eighths of an octave, NaN and infinity left out.
 
     Returns:
-        Shape `(2040,)`, int64; bin `i` begins at the float32 of the bits `i << 20`.
+        Shape `(NUM_COARSE_BINS,)`, int64; bin `i` begins at the float32 of the bits `i << 20`.
     """
     return histogram[:NON_FINITE_BIN].view(-1, 1 << COARSER).sum(1)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from .magnitudes import (
     NON_FINITE_BIN,
     NUM_BINS,
+    NUM_COARSE_BINS,
     bin_of,
     coarsened,
     count_small,
@@ -221,14 +222,15 @@ def _histogram_of_finite(
     parameters: Mapping[str, Tensor],
 ) -> tuple[Tensor, dict[str, int], dict[str, Tensor]]:
     total = torch.zeros(NUM_BINS, dtype=torch.int64)
-    zeros, coarse = {}, {}
-    broken = []
+    kept = torch.empty((len(parameters), NUM_COARSE_BINS), dtype=torch.int64)  # in one piece
+    coarse = dict(zip(parameters, kept, strict=True))
+    zeros, broken = {}, []
     for name, weight in parameters.items():
         counts, zeros[name] = magnitude_histogram(weight)
         if int(counts[NON_FINITE_BIN:].sum()):
             broken.append(f"{name} ({int(counts[NON_FINITE_BIN:].sum())})")
         total += counts
-        coarse[name] = coarsened(counts)
+        coarse[name].copy_(coarsened(counts))
     if broken:
         more = f" and {len(broken) - 10} more" if len(broken) > 10 else ""
         raise ValueError(
