@@ -42,7 +42,7 @@ class SparseAdapter(WeightAdapterBase):
     ):  # fmt: skip
         """Add `strength * values` in place; ComfyUI passes a copy of the weight."""
         index, values = (tensor.to(weight.device) for tensor in self.weights)
-        index = index.long()  # once for both, as memory for it is not given back at once
+        index = index.long()  # once for both
         changed = scatter.read(weight, index).float() + values.float() * strength
         return scatter.write_(weight, index, changed.to(weight.dtype))
 

@@ -93,6 +93,7 @@ def patched(patcher):
     comfy.model_management.load_models_gpu([patcher], force_full_load=True)
 
 
+@torch.inference_mode()  # as ComfyUI runs its nodes
 def applying(net, delta):
     """Patch a model with a delta and with a LoRA of rank 8 on the same layers."""
     model = torch.nn.Module()
