@@ -62,14 +62,14 @@ def decode(packed: np.ndarray, width: int, count: int, limit: int) -> np.ndarray
     last = (rests << width) + int(low.sum(dtype=np.int64)) + count - 1
     if last >= limit:
         raise ValueError(f"a position is out of range: {last}, expected less than {limit}")
-    dtype = np.int32 if limit < 1 << 31 else np.int64  # no part of a sum exceeds the last
-    number = np.arange(count, dtype=dtype)
-    index = ends.astype(dtype)
-    index -= number  # the rests, summed up
-    index <<= width
-    index += number
-    index += np.cumsum(low, dtype=dtype)
-    return index
+    dtype = np.int32 if limit < 1 << 31 else np.int64
+    sums, terms = (dtype, np.int16) if width <= 8 else (np.int64, np.int64)
+    less = (1 << width) - 1  # as `ends` counts the ones too, and each is now 1 << width
+    index = ends.astype(sums)
+    index <<= width  # may wrap around, and comes back
+    index += np.cumsum(low.astype(terms) - terms(less), dtype=sums)
+    index += sums(less)
+    return index.astype(dtype, copy=False)
 
 
 def _best_width(gaps: np.ndarray) -> int:

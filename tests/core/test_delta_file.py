@@ -71,6 +71,19 @@ def test_file_can_be_read_from_the_specification_alone(tmp_path):
         assert values.tolist() == delta.entries[name].values.half().tolist()
 
 
+@pytest.mark.parametrize("width", [0, 1, 3, 7, 8, 9, 31, positions.MAX_WIDTH])
+def test_positions_of_any_width_are_read(width, monkeypatch):
+    monkeypatch.setattr(positions, "_best_width", lambda gaps: width)
+    near = np.flatnonzero(np.random.default_rng(0).random(100_000) < 0.1)
+    far = 2**31 - 2 if width > 7 else near[-1] + 1000  # few ones in the unary part
+    index = np.append(near, far)
+    for dtype, limit in ((np.int32, 2**31 - 1), (np.int64, 2**40)):
+        _, packed = positions.encode(index.astype(dtype))
+        found = positions.decode(packed, width, len(index), limit)
+        assert found.dtype == dtype
+        np.testing.assert_array_equal(found, index)
+
+
 @pytest.mark.parametrize("density", [0.005, 0.02, 0.1, 0.2])
 def test_file_needs_at_most_3_2_bytes_a_weight(density, tmp_path):
     delta = random_delta(8_000_000, density)
