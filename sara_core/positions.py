@@ -8,7 +8,7 @@ of 20 %, 9.1 at 0.5 %. The layout is specified in docs/delta-format.md.
 import numpy as np
 
 MAX_WIDTH = 40
-SAMPLE = 1 << 16  # gaps the width is chosen by
+SAMPLE = 1 << 14  # gaps the width is chosen by
 
 
 def encode(index: np.ndarray) -> tuple[int, np.ndarray]:
