@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import scatter
+from .convolution import InParts, is_large
 from .delta_file import DeltaEntry
 from .fingerprint import is_same_base
 from .sparse_weight import SparseWeight
@@ -26,6 +27,7 @@ class SparseModel:
 
     def __init__(self, module: nn.Module, index: Mapping[str, Tensor]):
         self.parameters = dict(module.named_parameters())
+        self._large_convolutions = [part for part in module.modules() if is_large(part)]
         self.active = [SparseWeight(name, self.parameters[name], i) for name, i in index.items()]
         self.frozen: list[SparseWeight] = []
         self._requires_grad = {name: p.requires_grad for name, p in self.parameters.items()}
@@ -48,6 +50,12 @@ class SparseModel:
         self._hooks = [
             weight.parameter.register_post_accumulate_grad_hook(_weak_hook(weight))
             for weight in self.active
+        ]
+        by_parameter = {weight.parameter: weight for weight in self.active}
+        self._hooks += [
+            InParts(convolution, by_parameter[convolution.weight])
+            for convolution in self._large_convolutions
+            if convolution.weight in by_parameter
         ]
         for parameter in self.parameters.values():
             parameter.sara_owner = weakref.ref(self)

@@ -63,6 +63,20 @@ class SparseWeight:
         """Read the selected positions of a tensor of the parameter's shape. Returns `(k,)`."""
         return scatter.read(dense, self.index if index is None else index)
 
+    def gather_part(self, dense: Tensor, entries: slice, before: int) -> Tensor:
+        """Read some of the selected positions of a dense part of the parameter's shape.
+
+        Args:
+            dense: Consecutive rows of the parameter, on any device.
+            entries: Which of the selected weights lie in them.
+            before: The last selected position before them, counted from where they begin.
+
+        Returns:
+            Shape `(len(entries),)`, on the device of `dense`.
+        """
+        gaps = self._gaps[entries].to(dense.device)
+        return scatter.read(dense, torch.cumsum(gaps, 0, dtype=torch.int64).add_(before))
+
     @property
     def trained(self) -> Tensor:
         """Trained values, `(k,)`, `dtype`; a copy where the parameter holds them."""
@@ -82,6 +96,8 @@ class SparseWeight:
         this parameter's gradient is complete, so no two dense gradients need exist at a time.
         """
         gradient = parameter.grad
+        if gradient is None:  # all of it went to the leaf already, see `convolution`
+            return
         parameter.grad = None
         if gradient.is_sparse:
             gradient = gradient.to_dense()

@@ -38,6 +38,7 @@ LAYERS = [
         "fingerprint",
     },
     {"analysis", "delta", "sparse_weight", "encoding_cache"},
+    {"convolution"},
     {"sparse_model", "export", "authors_format", "block_strengths"},
     {"optimizer"},
     {"trainer"},
