@@ -62,11 +62,17 @@ def write_entries(
     entries = {name: entry for name, entry in entries.items() if len(entry.index)}
     if not entries:
         raise ValueError("the delta is empty: no weight was changed, so there is nothing to save")
-    values = torch.cat([entry.values.detach().to("cpu", dtype) for entry in entries.values()])
+    counts = [len(entry.index) for entry in entries.values()]
+    values = torch.empty(sum(counts), dtype=dtype)
+    for part, entry in zip(values.split(counts), entries.values(), strict=True):
+        part.copy_(entry.values.detach())
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         packing = threads.map(_pack_positions, entries.values())
         digest = hashlib.sha256(_bytes(values))
-        blocks = list(packing)
+        blocks = []
+        for width, block in packing:
+            digest.update(block)
+            blocks.append((width, block))
     table = [
         [name, list(entry.shape), len(entry.index), width, len(packed)]
         for (name, entry), (width, packed) in zip(entries.items(), blocks, strict=True)
@@ -77,7 +83,6 @@ def write_entries(
             "has diverged, or float32 is needed"
         )
     packed = torch.from_numpy(np.concatenate([block for _, block in blocks]))
-    digest.update(_bytes(packed))
     tensors = {"values": values, "positions": packed}
     text = {
         **metadata,

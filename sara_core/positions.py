@@ -8,7 +8,11 @@ of 20 %, 9.1 at 0.5 %. The layout is specified in docs/delta-format.md.
 import numpy as np
 
 MAX_WIDTH = 40
-SAMPLE = 1 << 14  # gaps the width is chosen by
+SAMPLE = 1 << 12  # gaps the width is chosen by
+EIGHT = 8  # widths up to here are packed eight low bits at a time, in a 64-bit number
+MANY = 1 << 23  # positions whose low bits of up to eight add up to less than 2**31
+ALL = (1 << 64) - 1
+LOWER_HALVES = (0x00FF00FF00FF00FF, 0x0000FFFF0000FFFF, 0x00000000FFFFFFFF)  # of 16, 32, 64 bits
 
 
 def encode(index: np.ndarray) -> tuple[int, np.ndarray]:
@@ -27,7 +31,10 @@ def encode(index: np.ndarray) -> tuple[int, np.ndarray]:
     np.subtract(steps, 1, out=gaps[1:], casting="unsafe")
     width = _best_width(gaps)
     low = _pack_low_bits(gaps, width)
-    ends = np.cumsum((gaps >> width) + gaps.dtype.type(1), dtype=np.int64)
+    gaps >>= width
+    gaps += 1
+    ends = gaps.astype(np.int64)
+    np.cumsum(ends, out=ends)
     unary = np.zeros(int(ends[-1]) + 1, bool)  # of which the first is not used
     unary[ends] = True
     return width, np.concatenate([low, np.packbits(unary[1:], bitorder="little")])
@@ -58,17 +65,18 @@ def decode(packed: np.ndarray, width: int, count: int, limit: int) -> np.ndarray
         raise ValueError(f"{num_ones} positions are packed where {count} were announced")
     ends = np.flatnonzero(unary)
     low = _unpack_low_bits(packed[:num_low], width, count)
-    rests = int(ends[-1]) - (count - 1)
-    last = (rests << width) + int(low.sum(dtype=np.int64)) + count - 1
+    dtype = np.int32 if limit < 1 << 31 else np.int64
+    narrow = width <= EIGHT and count < MANY
+    low = low.astype(np.int16 if narrow else np.int64)
+    low -= (1 << width) - 1  # as `ends` counts the ones too, and each becomes 1 << width
+    sums = np.cumsum(low, dtype=dtype if narrow else np.int64)
+    last = ((int(ends[-1]) + 1) << width) + int(sums[-1]) - 1
     if last >= limit:
         raise ValueError(f"a position is out of range: {last}, expected less than {limit}")
-    dtype = np.int32 if limit < 1 << 31 else np.int64
-    sums, terms = (dtype, np.int16) if width <= 8 else (np.int64, np.int64)
-    less = (1 << width) - 1  # as `ends` counts the ones too, and each is now 1 << width
-    index = ends.astype(sums)
+    index = ends.astype(sums.dtype)
     index <<= width  # may wrap around, and comes back
-    index += np.cumsum(low.astype(terms) - terms(less), dtype=sums)
-    index += sums(less)
+    index += sums
+    index += (1 << width) - 1
     return index.astype(dtype, copy=False)
 
 
@@ -81,17 +89,42 @@ def _best_width(gaps: np.ndarray) -> int:
 
 
 def _pack_low_bits(gaps: np.ndarray, width: int) -> np.ndarray:
-    bits = np.empty((len(gaps), width), np.uint8)
-    for bit in range(width):
-        bits[:, bit] = (gaps >> bit) & 1
-    return np.packbits(bits.reshape(-1), bitorder="little")
+    if width > EIGHT:
+        bits = np.empty((len(gaps), width), np.uint8)
+        for bit in range(width):
+            bits[:, bit] = (gaps >> bit) & 1
+        return np.packbits(bits.reshape(-1), bitorder="little")
+    low = np.zeros(-(-len(gaps) // 8) * 8, np.uint8)
+    np.bitwise_and(gaps, (1 << width) - 1, out=low[: len(gaps)], casting="unsafe")
+    words = low.view("<u8")
+    for level, lower in enumerate(LOWER_HALVES):  # of each pair, the upper comes down to the lower
+        upper = words & np.uint64(ALL - lower)
+        upper >>= np.uint64((8 - width) << level)
+        words &= np.uint64(lower)
+        words |= upper
+    packed = np.empty((len(words), width), np.uint8)
+    for byte in range(width):  # a column at a time, as numpy is slow to copy short rows
+        packed[:, byte] = low[byte::8]
+    return packed.reshape(-1)[: (len(gaps) * width + 7) // 8]
 
 
 def _unpack_low_bits(packed: np.ndarray, width: int, count: int) -> np.ndarray:
-    bits = np.unpackbits(packed, count=count * width, bitorder="little").reshape(count, width)
-    dtype = np.uint8 if width <= 8 else np.int64
-    low = np.zeros(count, dtype)
-    for bit in reversed(range(width)):
-        low += low
-        low += bits[:, bit]
-    return low
+    if width > EIGHT:
+        bits = np.unpackbits(packed, count=count * width, bitorder="little").reshape(count, width)
+        low = np.zeros(count, np.int64)
+        for bit in reversed(range(width)):
+            low += low
+            low += bits[:, bit]
+        return low
+    low = np.zeros(-(-count // 8) * 8, np.uint8)
+    for byte in range(width):
+        column = packed[byte::width]
+        low[byte::8][: len(column)] = column
+    words = low.view("<u8")
+    for level, lower in reversed(list(enumerate(LOWER_HALVES))):
+        shift = (8 - width) << level
+        upper = words << np.uint64(shift)
+        upper &= np.uint64(ALL - lower)
+        words &= np.uint64(lower & lower >> shift)
+        words |= upper
+    return low[:count]

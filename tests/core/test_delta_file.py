@@ -84,6 +84,15 @@ def test_positions_of_any_width_are_read(width, monkeypatch):
         np.testing.assert_array_equal(found, index)
 
 
+def test_as_many_positions_as_need_wide_sums_are_read(monkeypatch):
+    index = np.flatnonzero(np.random.default_rng(0).random(100_000) < 0.1).astype(np.int32)
+    width, packed = positions.encode(index)
+    monkeypatch.setattr(positions, "MANY", 1000)
+    found = positions.decode(packed, width, len(index), 100_000)
+    assert found.dtype == np.int32
+    np.testing.assert_array_equal(found, index)
+
+
 @pytest.mark.parametrize("density", [0.005, 0.02, 0.1, 0.2])
 def test_file_needs_at_most_3_2_bytes_a_weight(density, tmp_path):
     delta = random_delta(8_000_000, density)
