@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from .casts import is_copy
 from .sparse_weight import SparseWeight
 
 PART_ON_CPU, PART = 1 << 20, 1 << 23  # weights whose gradient is made at a time
@@ -97,21 +98,11 @@ def _forward(convolution, original: Callable, reference, parts, input, weight, b
         selected is None
         or not (torch.is_grad_enabled() and weight.requires_grad)
         or input.dim() != weight.dim()
-        or not _stands_for(weight, selected.parameter)
+        or not is_copy(weight, selected.parameter)
     ):
         return original(input, weight, bias)
     geometry = (convolution.stride, convolution.padding, convolution.dilation)
     return _Convolution.apply(selected.leaf, input, weight, bias, selected, parts, geometry)
-
-
-def _stands_for(weight: Tensor, parameter: nn.Parameter) -> bool:
-    """Tell whether a weight is the parameter, or a plain copy of it in another dtype or place."""
-    if weight is parameter:
-        return True
-    node = weight.grad_fn
-    while node is not None and node.name() in CASTS:
-        node = next((before for before, _ in reversed(node.next_functions) if before), None)
-    return getattr(node, "variable", None) is parameter
 
 
 class _Convolution(torch.autograd.Function):

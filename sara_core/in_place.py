@@ -15,6 +15,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from . import casts
+
 
 def changes_saved_tensors(forward: Callable[[], object]) -> bool:
     """Tell whether a forward pass changes a tensor after autograd has saved it.
@@ -39,12 +41,12 @@ def changes_saved_tensors(forward: Callable[[], object]) -> bool:
 def changes_allowed() -> Iterator[None]:
     """Let a forward pass change saved tensors: what backward needs of them is copied before.
 
-    Forward and backward pass both belong inside. As torch's `allow_mutation_on_saved_tensors`, which
+    Forward and backward pass both belong inside. Copies of weights are not kept, see `casts`. As torch's `allow_mutation_on_saved_tensors`, which
     goes by address and version of a tensor and so misses changes through a view that begins further
     on; this goes by the memory they share.
     """
     copies = _Copies()
-    with _Writes(copies.before_write), saved_tensors_hooks(copies.hold, lambda held: held.tensor):
+    with _Writes(copies.before_write), saved_tensors_hooks(copies.hold, copies.give):
         yield
 
 
@@ -96,10 +98,16 @@ class _Copies:
     def __init__(self):
         self._held: dict[int, list[weakref.ref]] = {}  # one that is alive keeps its memory alive
 
-    def hold(self, tensor: Tensor) -> _Held:
+    def hold(self, tensor: Tensor) -> _Held | casts.Cast:
+        kept = casts.pack(tensor)
+        if isinstance(kept, casts.Cast):
+            return kept
         held = _Held(tensor)
         self._held.setdefault(tensor.untyped_storage()._cdata, []).append(weakref.ref(held))
         return held
+
+    def give(self, held: _Held | casts.Cast) -> Tensor:
+        return held.tensor if isinstance(held, _Held) else casts.unpack(held)
 
     def before_write(self, tensor: Tensor) -> None:
         for reference in self._held.pop(tensor.untyped_storage()._cdata, ()):

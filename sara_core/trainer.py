@@ -1,12 +1,12 @@
 """The training loop: draw pictures and noise, ask the model, update."""
 
-import contextlib
 import logging
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
+from . import casts
 from .batches import BatchOrder, by_key
 from .config import TrainConfig
 from .in_place import changes_allowed, changes_saved_tensors
@@ -223,7 +223,7 @@ class TrainingRun:
         count, total = len(pictures), 0.0
         size = -(-count // self._num_parts)
         for start in range(0, count, size):
-            with changes_allowed() if self.in_place else contextlib.nullcontext():
+            with changes_allowed() if self.in_place else casts.made_again():
                 loss = self._loss(*(part[start : start + size] for part in draw))
                 share = min(size, count - start) / count
                 scaled = loss * (share * weight)

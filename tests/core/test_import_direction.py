@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CORE = ROOT / "sara_core"
 ALLOWED = {"torch", "safetensors", "numpy"} | set(sys.stdlib_module_names)
 LAYERS = [
-    {"atomic", "lock"},
+    {"atomic", "lock", "casts"},
     {
         "magnitudes",
         "positions",

@@ -1,0 +1,73 @@
+"""Weights that are cast, or copied to the device, whenever they are used: autograd need not keep the copies.
+
+A layer that computes in another precision than its weight is stored in, or on another device, makes a
+copy of it, and autograd holds the copies of all layers until the backward pass: a second model. Each
+can be made again from the weight when it is needed.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+CASTS = ("ToCopyBackward0", "torch::autograd::CopyBackwards")  # autograd's nodes of `to`, `copy_`
+TRANSPOSE = "TBackward0"  # a linear layer saves its weight so
+
+
+@dataclass(frozen=True)
+class Cast:
+    """What it takes to make a copy of a weight again; the weight must not change meanwhile."""
+
+    parameter: nn.Parameter
+    dtype: torch.dtype
+    device: torch.device
+    is_transposed: bool
+
+    def make(self) -> Tensor:
+        """Copy the weight."""
+        copied = self.parameter.detach().to(self.device, self.dtype)
+        return copied.t() if self.is_transposed else copied
+
+
+def is_copy(tensor: Tensor, parameter: nn.Parameter) -> bool:
+    """Tell whether a tensor is the parameter, or a plain copy of it in another dtype or place."""
+    return tensor is parameter or _copied(tensor.grad_fn) is parameter
+
+
+def _copied(node: torch.autograd.graph.Node | None) -> Tensor | None:
+    """Return the leaf that casts, which this node ends, begin with; None if there are other nodes."""
+    while node is not None and node.name() in CASTS:
+        node = next((before for before, _ in reversed(node.next_functions) if before), None)
+    return getattr(node, "variable", None)
+
+
+def pack(tensor: Tensor) -> Tensor | Cast:
+    """Return what to keep for the backward pass of a tensor that autograd wants to save."""
+    node = tensor.grad_fn
+    is_transposed = node is not None and node.name() == TRANSPOSE
+    if is_transposed:
+        node = node.next_functions[0][0]
+    if node is None or node.name() not in CASTS:
+        return tensor
+    leaf = _copied(node)
+    if not isinstance(leaf, nn.Parameter):
+        return tensor
+    return Cast(leaf, tensor.dtype, tensor.device, is_transposed)
+
+
+def unpack(kept: Tensor | Cast) -> Tensor:
+    """Return what `pack` was given."""
+    return kept.make() if isinstance(kept, Cast) else kept
+
+
+@contextlib.contextmanager
+def made_again() -> Iterator[None]:
+    """Have forward passes keep no copies of weights that require a gradient; backward makes them again.
+
+    Weights that do not require one cannot be told apart from activations, and their copies are kept.
+    """
+    with saved_tensors_hooks(pack, unpack):
+        yield
