@@ -45,16 +45,19 @@ def _copied(node: torch.autograd.graph.Node | None) -> Tensor | None:
 
 
 def pack(tensor: Tensor) -> Tensor | Cast:
-    """Return what to keep for the backward pass of a tensor that autograd wants to save."""
+    """Return what to keep for the backward pass of a tensor that autograd wants to save.
+
+    Kept with its history, a result that its own operation saves would hold itself alive.
+    """
     node = tensor.grad_fn
     is_transposed = node is not None and node.name() == TRANSPOSE
     if is_transposed:
         node = node.next_functions[0][0]
     if node is None or node.name() not in CASTS:
-        return tensor
+        return tensor.detach()
     leaf = _copied(node)
     if not isinstance(leaf, nn.Parameter):
-        return tensor
+        return tensor.detach()
     return Cast(leaf, tensor.dtype, tensor.device, is_transposed)
 
 

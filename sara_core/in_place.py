@@ -102,7 +102,7 @@ class _Copies:
         kept = casts.pack(tensor)
         if isinstance(kept, casts.Cast):
             return kept
-        held = _Held(tensor)
+        held = _Held(kept)
         self._held.setdefault(tensor.untyped_storage()._cdata, []).append(weakref.ref(held))
         return held
 

@@ -76,6 +76,16 @@ def test_no_copy_is_kept_and_gradients_are_the_same(kind, by_copy):
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+@pytest.mark.parametrize("within", [casts.made_again, changes_allowed])
+def test_a_forward_pass_without_a_backward_pass_leaves_nothing_behind(within):
+    x = torch.randn(4, 6, requires_grad=True)
+    with within():
+        kept = make("linear")(x).softmax(1)  # whose result it saves itself
+        storage = StorageWeakRef(kept.untyped_storage())
+    del kept
+    assert storage.expired()
+
+
 def test_what_is_no_plain_copy_is_kept():
     net = make("twice")
     expected, _ = gradients(net, contextlib.nullcontext())
