@@ -94,7 +94,7 @@ class SaraTrain(io.ComfyNode):
             folder = RunFolder.create(parent, name, settings)
         else:
             folder = RunFolder(output_folder.run_path(resume))
-            folder.settings |= {name: settings[name] for name in FREE_TO_CHANGE}
+            folder.settings |= {name: settings[name] for name in FREE_TO_CHANGE if name in settings}
         told = cls.hidden.extra_pnginfo or {}
         workflow = told.get("workflow", {}).get("id")
         samplings = [sampling for group in preview for sampling in group]

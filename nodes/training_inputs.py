@@ -12,6 +12,7 @@ from .inputs import SAVE_DTYPES, filter_inputs, selection_inputs, strength_input
 NEW_RUN = "new run"
 FREE_TO_CHANGE = (
     "gradient_checkpointing",
+    "offloading",
     "save_every_steps",
     "keep_checkpoints",
     "preview_every_steps",
@@ -175,8 +176,9 @@ def training_inputs() -> list:
             options=[NEW_RUN, *output_folder.resumable_runs()],
             default=NEW_RUN,
             tooltip="A cancelled or failed run to go on with, exactly where it stopped. Its own "
-            "settings are used; of the widgets here only gradient_checkpointing, "
-            "save_every_steps, keep_checkpoints, trigger_words and those of previews count. Press R to refresh the list.",
+            "settings are used; of the widgets here only gradient_checkpointing, offloading, "
+            "save_every_steps, keep_checkpoints, trigger_words and those of previews count. Press R to "
+            "refresh the list.",
         ),
         *filter_inputs(),
         io.Float.Input(
@@ -223,5 +225,12 @@ def training_inputs() -> list:
             default="",
             tooltip="Words that call up what was learned, if the captions have such; kept in the "
             "file, where Load SaRA Delta shows them.",
+        ),
+        io.Boolean.Input(
+            "offloading",
+            default=False,
+            optional=True,  # workflows in API form from before it was there
+            tooltip="Leaves most of the model in main memory and copies each layer to the graphics card "
+            "when it is used: for models that do not fit, and slower.",
         ),
     ]

@@ -31,7 +31,7 @@ logger = logging.getLogger("comfyui-sara")
 NUM_TEXT_UPDATES = 50
 MEMORY_ADVICE = (
     "To need less memory: turn gradient_checkpointing on, lower batch_size, use smaller pictures, "
-    "train a smaller fraction."
+    "train a smaller fraction, turn offloading on."
 )
 
 
@@ -64,7 +64,8 @@ def run(
     settings = folder.settings
     dtype = COMPUTE_DTYPES[settings["training_dtype"]]
     zeros = host.zero_rule(patcher, settings["zeros"])
-    with contextlib.closing(folder), host.trainable(patcher, dtype) as calls:
+    offloading = settings.get("offloading", False)
+    with contextlib.closing(folder), host.trainable(patcher, dtype, offloading) as calls:
         config = _config(settings, has_empty=examples.empty is not None)
         pictures = TrainingSet(calls, examples, settings["validation_split"], settings["seed"])
         model = calls.model.diffusion_model

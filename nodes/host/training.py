@@ -15,7 +15,9 @@ logger = logging.getLogger("comfyui-sara")
 
 
 @contextlib.contextmanager
-def trainable(patcher, dtype: torch.dtype | None) -> Iterator["ModelCalls"]:
+def trainable(
+    patcher, dtype: torch.dtype | None, offloading: bool = False
+) -> Iterator["ModelCalls"]:
     """Load a MODEL so that gradients can be taken through it, and yield the way to call it.
 
     ComfyUI loads weights in inference mode, where autograd cannot save them; each is replaced by
@@ -25,18 +27,26 @@ def trainable(patcher, dtype: torch.dtype | None) -> Iterator["ModelCalls"]:
     Args:
         patcher: The MODEL, with the patches it is to be trained with.
         dtype: To compute in; None leaves the model's own.
+        offloading: Leave what does not fit in a part of the device's memory in main memory, with all
+            that training needs of it; such layers copy their weight to the device when it is used.
     """
     patcher = _ordinary_clone(patcher)
     if dtype is not None:
         patcher.set_model_compute_dtype(dtype)
     with torch.inference_mode():  # moved outside it, weights would look ordinary and not be
         comfy.model_management.load_models_gpu(
-            [patcher], memory_required=1e20, force_full_load=True
+            [patcher], memory_required=1e20, force_full_load=not offloading
         )
+        patcher.unpin_all_weights()  # they are about to be replaced
     model = patcher.model.diffusion_model
     had_flag = getattr(comfy.model_management, "in_training", None)
     compute_dtype = patcher.model.manual_cast_dtype or torch.float32
-    with torch.inference_mode(False), torch.enable_grad(), _dequantised(model, compute_dtype):
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        _plain_copies(),
+        _dequantised(model, compute_dtype),
+    ):
         make_trackable(model)
         flags = {name: p.requires_grad for name, p in model.named_parameters()}
         try:
@@ -54,6 +64,21 @@ def trainable(patcher, dtype: torch.dtype | None) -> Iterator["ModelCalls"]:
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(flags[name])
                 parameter.grad = None
+
+
+@contextlib.contextmanager
+def _plain_copies() -> Iterator[None]:
+    """Have weights that wait outside the device copied there without streams of their own.
+
+    Since 0.33 those streams copy into buffers that are used again for the next layer, which autograd
+    must not keep.
+    """
+    num_streams = comfy.model_management.NUM_STREAMS
+    comfy.model_management.NUM_STREAMS = 0
+    try:
+        yield
+    finally:
+        comfy.model_management.NUM_STREAMS = num_streams
 
 
 @contextlib.contextmanager

@@ -719,3 +719,64 @@ def test_a_run_with_everything_resumes_exactly(sd15, sara, tmp_path, monkeypatch
     folder = sara.folder.RunFolder(tmp_path / "other" / "run_00001")
     with pytest.raises(ValueError, match="there are 4 regularisation pictures, the run had 3"):
         sara.run.run(sd15, fewer, folder, None, True)
+
+
+class Offloaded:
+    """Has ComfyUI leave all weights where they wait, as on a graphics card with little memory.
+
+    There is no second device here, so that a weight's way to it is a copy that is made each time.
+    """
+
+    def __init__(self, monkeypatch):
+        import comfy.model_management as management
+
+        self.full_loads, self.copied, self.largest = [], 0, 0
+        self._copies, self._load, self._cast = [], management.load_models_gpu, management.cast_to
+        self._management = management
+        monkeypatch.setattr(management, "load_models_gpu", self.load)
+        monkeypatch.setattr(management, "NUM_STREAMS", 2)
+
+    def load(self, models, force_full_load=False, **options):
+        self._load(models, force_full_load=force_full_load, **options)
+        self.full_loads.append(force_full_load)
+        if not force_full_load:
+            for patcher in models:
+                patcher.detach()
+                patcher.patch_model(torch.device("cpu"), lowvram_model_memory=1)
+
+    def cast(
+        self, weight, dtype=None, device=None, non_blocking=False, copy=False, stream=None, **_
+    ):
+        assert stream is None
+        assert self._management.NUM_STREAMS == 0
+        copied = self._cast(weight, dtype, device, non_blocking, True)
+        self._copies = [held for held in self._copies if not held[0].expired()]
+        reference = torch.multiprocessing.reductions.StorageWeakRef(copied.untyped_storage())
+        self._copies.append((reference, copied.nbytes))
+        self.copied += 1
+        self.largest = max(self.largest, sum(size for _, size in self._copies))
+        return copied
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bf16"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_offloaded_weights_train_to_the_same_and_no_copies_pile_up(
+    sd15, sara, monkeypatch, checkpointing, dtype
+):
+    latents, captions = pairs(2)
+    before = bits(sd15)
+    options = settings(sara, steps=2, batch_size=1, fraction=0.1, learning_rate=1e-3, exclude="",
+                       training_dtype=dtype, gradient_checkpointing=checkpointing)  # fmt: skip
+    expected, _ = train(sara, sd15, latents, captions, options)
+    watch = Offloaded(monkeypatch)
+    monkeypatch.setattr(watch._management, "cast_to", watch.cast)
+    delta, _ = train(sara, sd15, latents, captions, {**options, "offloading": True})
+    assert watch.full_loads == [False]
+    assert watch._management.NUM_STREAMS == 2
+    assert watch.copied > 100
+    for name, entry in expected.entries.items():
+        assert torch.equal(entry.values, delta.entries[name].values), name
+    largest_block = 0.2 if checkpointing else 0.1  # one block is made again as a whole
+    assert watch.largest < largest_block * sum(tensor.nbytes for tensor in before.values())
+    monkeypatch.undo()
+    assert_same_bits(before, sd15)
