@@ -28,7 +28,7 @@ from sara_pack.sara_core.atomic import replace_atomically
 from sara_pack.sara_core.low_rank import nuclear_norm_gradient
 from sara_pack.sara_core.parameters import choose_parameters
 
-REPEATS = 5
+REPEATS = 7
 LARGE = (10240, 1280)
 
 
@@ -95,6 +95,21 @@ def files(delta, folder):
     return {"file_bytes": len(data), **found}
 
 
+def applying_to_a_module(net, delta):
+    """Time adding a delta to a module, and a pass that reads and writes every weight."""
+    apply, touch = [], []
+    for _ in range(REPEATS):
+        started = time.perf_counter()
+        undo = delta.apply_to(net)
+        apply.append(time.perf_counter() - started)
+        undo()
+        touch.append(timed(lambda: [p.data.mul_(1.0) for p in net.parameters()]))
+    return {
+        "apply_to_seconds": statistics.median(apply),
+        "touch_seconds": statistics.median(touch),
+    }
+
+
 def patched(patcher):
     comfy.model_management.load_models_gpu([patcher], force_full_load=True)
 
@@ -126,7 +141,9 @@ def main():
     parameters = choose_parameters(net)
     analyze(dict(list(parameters.items())[:3]), fraction=0.1)  # loads what is loaded once
     analyze_seconds, analyze_bytes = growth(lambda: analyze(parameters, fraction=0.1))
-    optimizer = SaraAdamW(net, fraction=0.1)
+    made = []
+    _, setup_bytes = growth(lambda: made.append(SaraAdamW(net, fraction=0.1)))
+    (optimizer,) = made
     sizes = [len(leaf) for leaf in optimizer.parameters()]
     generator = torch.Generator().manual_seed(0)
     delta = optimizer.delta()
@@ -136,9 +153,10 @@ def main():
     found = {"trained": sum(sizes), "parameters": sum(p.numel() for p in net.parameters()),
              "largest_layer_bytes": 4 * max(p.numel() for p in net.parameters()),
              "plain_update_seconds": plain_update(sizes), "analyze_seconds": analyze_seconds,
-             "analyze_bytes": analyze_bytes, **large_low_rank()}  # fmt: skip
+             "analyze_bytes": analyze_bytes, "setup_bytes": setup_bytes, **large_low_rank()}  # fmt: skip
     with tempfile.TemporaryDirectory(dir=ROOT) as folder:
         found |= files(delta, Path(folder))
+    found |= applying_to_a_module(net, delta)
     found |= applying(net, delta)
     print(json.dumps(found), flush=True)
 

@@ -32,15 +32,21 @@ STD = 0.02  # of the random weights
 ON_THE_WAY = contextlib.ExitStack()  # what stays on for the whole process
 
 
-def make_unet(size, dtype=torch.float32):
+def make_unet(size, dtype=torch.float32, offloaded=False):
     """SD1.5's UNet as ComfyUI builds it, with random weights.
 
     In half precision it computes in float32, as ComfyUI does where the processor is slow in halves:
-    each layer casts its weight when it is used.
+    each layer casts its weight when it is used. Offloaded, each layer copies its weight when it is used,
+    as from main memory to a graphics card.
     """
     operations = comfy.ops.disable_weight_init
-    if dtype != torch.float32:
+    if dtype != torch.float32 or offloaded:
         operations = comfy.ops.manual_cast
+    if offloaded:
+        cast_to = comfy.model_management.cast_to
+        comfy.model_management.cast_to = lambda *args, **kwargs: cast_to(
+            *args, **{**kwargs, "copy": True}
+        )
     channels, multipliers = SIZES[size]
     net = UNetModel(
         image_size=32, in_channels=4, out_channels=4, model_channels=channels,
@@ -89,9 +95,10 @@ def floor_dense_backward(net, options):
 
 
 def sara(net, options):
-    from sara_core import SaraAdamW
+    from sara_core import SaraAdamW, casts
     from sara_core.checkpointing import checkpointed
 
+    ON_THE_WAY.enter_context(casts.made_again())  # as the trainer does
     optimizer = SaraAdamW(
         net, fraction=options["fraction"], lr=1e-4, low_rank_weight=options.get("low_rank", 5e-4)
     )
@@ -213,7 +220,8 @@ def timed_step(net, optimizer, batch):
 def main():
     method, size, options = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
     torch.manual_seed(0)
-    net = make_unet(size, getattr(torch, options.get("dtype", "float32")))
+    dtype = getattr(torch, options.get("dtype", "float32"))
+    net = make_unet(size, dtype, options.get("offloaded", False))
     total = sum(p.numel() for p in net.parameters())
     count = options.get("batch_size", 1)
     batch = (torch.randn(count, 4, 32, 32), torch.full((count,), 500.0),

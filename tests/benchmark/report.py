@@ -12,7 +12,7 @@ NOTES = """
 - **floor-frozen**: forward, and backward to the input alone. **floor-dense-backward**: every gradient of a matrix or convolution is made, and dropped at once; no method that looks at all weights can be faster.
 - **peft-shira** and **peft-supertuning** (`select_top=False`, the smallest weights) train linear layers only; peft-shira at rank 8, which is fewer weights.
 - **peft-lora**: rank 8 on all linear and convolution layers.
-- **sara-float16**, **sara-bfloat16**: weights in half precision that are cast to float32 when they are used, as ComfyUI does on this processor and with weights that wait outside the graphics card; the casts of all layers are held for the backward pass unless there is checkpointing. *Bytes per trained weight* are above floor-frozen of the same dtype.
+- **...-float16**, **...-bfloat16**: weights in half precision that are cast to float32 when they are used, as ComfyUI does on this processor. **...-offloaded**: float32 weights that are copied when they are used, as from main memory to a graphics card; here the copies are in the same memory. floor-frozen holds the casts and copies of all layers until the backward pass, as ordinary training does; SaRA's trainer makes them again. *Bytes per trained weight* are above floor-frozen of the same weights.
 """.strip()  # noqa: E501
 
 
@@ -37,7 +37,9 @@ def checks(data):
         seconds = data["around"]["large_low_rank_seconds"]
         if "sara" in rows:
             found.append((
-                f"low-rank loss of a 10240x1280 matrix at most 10 % of the step: {seconds:.2f} s",
+                f"low-rank loss of a 10240x1280 matrix at most 10 % of the step: {seconds:.2f} s; by "
+                f"products, as on a graphics card, {data['around']['large_low_rank_products_seconds']:.2f} "
+                f"s; its SVD takes {data['around']['large_svd_seconds']:.2f} s",
                 seconds <= 0.1 * rows["sara"]["step_seconds"],
             ))  # fmt: skip
     return found + checks_in_comfyui(rows)
@@ -89,6 +91,11 @@ def checks_around(a):
             f"{a['largest_layer_bytes'] / 1e6:.0f} MB",
             a["analyze_bytes"] <= a["largest_layer_bytes"],
         ),
+        (
+            "set-up needs at most one layer more than base values and positions, of 9 bytes: "
+            f"{(a['setup_bytes'] - 9 * a['trained']) / 1e6:.0f} MB more",
+            a["setup_bytes"] - 9 * a["trained"] <= a["largest_layer_bytes"],
+        ),
         *(
             (
                 f"{name} at most three times the {other} of the same {a['file_bytes'] / 1e6:.0f} MB: "
@@ -96,6 +103,11 @@ def checks_around(a):
                 a[f"{name}_seconds"] <= 3 * a[f"{other}_seconds"],
             )
             for name, other in (("save", "write"), ("load", "read"))
+        ),
+        (
+            "applying to a module at most three times a pass that reads and writes all its weights: "
+            f"{a['apply_to_seconds']:.2f} s, {a['touch_seconds']:.2f} s",
+            a["apply_to_seconds"] <= 3 * a["touch_seconds"],
         ),
         (
             "applying through ComfyUI at most twice as long as a LoRA of rank 8: "
@@ -134,11 +146,12 @@ def table(rows):
         "backward | update | low rank | set-up |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    floors = {r["dtype"]: r["peak_bytes"] for r in rows if r["method"].startswith("floor-frozen")}
+    floors = {r["dtype"]: r["peak_bytes"] for r in rows
+              if r["method"] in ("floor-frozen", "floor-frozen-float16")}  # fmt: skip
     for row in rows:
         above, frozen = "", floors.get(row["dtype"])
         is_plain = not row["method"].startswith("floor") and not row["method"].endswith(
-            ("checkpointing", "batch-4")
+            ("checkpointing", "batch-4", "offloaded")
         )
         if frozen and row["trained"] and is_plain:
             above = f"{(row['peak_bytes'] - frozen) / row['trained']:.1f}"

@@ -40,6 +40,10 @@ ROWS = [  # name, method, options
     ("sara-bfloat16", "sara", {"fraction": 0.1, "dtype": "bfloat16"}),
     ("sara-float16-checkpointing", "sara",
      {"fraction": 0.1, "dtype": "float16", "checkpointing": True}),
+    ("floor-frozen-offloaded", "floor-frozen", {"offloaded": True}),
+    ("sara-offloaded", "sara", {"fraction": 0.1, "offloaded": True}),
+    ("sara-offloaded-checkpointing", "sara",
+     {"fraction": 0.1, "offloaded": True, "checkpointing": True}),
     ("floor-dense-backward-batch-4", FLOOR, {"batch_size": 4}),
     ("sara-batch-4", "sara", {"fraction": 0.1, "batch_size": 4}),
 ]  # fmt: skip
