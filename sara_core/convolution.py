@@ -1,7 +1,8 @@
 """Convolutions that make their weight gradient a few output channels at a time.
 
 Of each part only the selected weights are kept, so the dense gradient of a large kernel never exists:
-on a processor a part stays in its cache, which halves the time, and elsewhere it bounds the memory.
+on a processor a part stays in its cache, which makes a step of SD1.5's UNet 6 % faster, and elsewhere
+it bounds the memory.
 Linear layers are left alone: their gradient is one product, which gains nothing from being cut.
 """
 
@@ -17,10 +18,6 @@ from .sparse_weight import SparseWeight
 
 PART_ON_CPU, PART = 1 << 20, 1 << 23  # weights whose gradient is made at a time
 KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-CASTS = (
-    "ToCopyBackward0",
-    "torch::autograd::CopyBackwards",
-)  # autograd's nodes of `to` and `copy_`
 
 
 class InParts:
