@@ -156,9 +156,10 @@ class SparseDelta:
                 index = entry.index.to(weight.device)
                 positions = index.long()
                 old = scatter.read(weight, positions)
-                change = entry.values.to(weight.device, torch.float32) * strength
+                values = entry.values.to(weight.device, torch.float32)
+                changed = torch.add(old.float(), values, alpha=strength)
                 replaced.append((weight, index, old))
-                scatter.write_(weight, positions, (old.float() + change).to(weight.dtype))
+                scatter.write_(weight, positions, changed.to(weight.dtype))
         except BaseException:
             undo()
             raise
