@@ -76,6 +76,7 @@ def _parts(selected: SparseWeight) -> list[tuple[slice, slice, int]]:
     weight, index = selected.parameter, selected.index
     rows, per_row = _rows(weight), weight[0].numel()
     starts = torch.arange(0, len(weight) + rows, rows, device=index.device) * per_row
+    starts.clamp_(max=weight.numel())
     bounds = torch.searchsorted(index, starts.to(index.dtype))
     before = torch.cat([index.new_zeros(1), index])[bounds] - starts
     bounds, before = bounds.tolist(), before.tolist()
