@@ -2,8 +2,8 @@
 
 Of each part only the selected weights are kept, so the dense gradient of a large kernel never exists:
 on a processor a part stays in its cache, which makes a step of SD1.5's UNet 6 % faster, and elsewhere
-it bounds the memory.
-Linear layers are left alone: their gradient is one product, which gains nothing from being cut.
+it bounds the memory. Linear layers are left alone: their gradient is one product, which gains nothing
+from being cut.
 """
 
 import functools

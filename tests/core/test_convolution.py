@@ -47,7 +47,7 @@ def dense_gradients(net, backward):
     twin = copy.deepcopy(net)
     backward(twin)
     return {
-        name: p.grad[p.detach().abs() < THRESHOLD]
+        name: p.grad[p.detach().float().abs() < THRESHOLD]
         for name, p in twin.named_parameters()
         if p.dim() > 1
     }
@@ -73,6 +73,15 @@ def _is_in_parts(net, name):
 def test_gradients_equal_the_dense_ones():
     net, optimizer = assert_equal_gradients(lambda net: net(inputs()).square().mean().backward())
     assert all(_is_in_parts(net, name) for name in optimizer.names())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_and_channels_last(dtype):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(4, 12, 3)).to(dtype).to(memory_format=torch.channels_last)
+    x = torch.randn(2, 4, 9, 9).to(dtype).to(memory_format=torch.channels_last)
+    precision = torch.finfo(dtype).eps
+    assert_equal_gradients(lambda net: net(x).sin().sum().backward(), net, atol=64 * precision)
 
 
 def test_backward_passes_add_up():
