@@ -3,6 +3,7 @@
 from comfy_api.latest import io
 
 from ..sara_core import SparseDelta
+from ..sara_core.adam_moments import refuse_unusable
 from ..sara_core.run_folder import RunFolder
 from . import host, output_folder
 from .examples import gather_examples
@@ -72,12 +73,13 @@ class SaraTrain(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, resume):
+    def validate_inputs(cls, resume, moments=("fp32",)):
         # A run that was chosen to be resumed leaves the list when it ends, and stays chosen.
         try:
+            refuse_unusable(moments[0])  # before anything is encoded for it
             if resume[0] not in (NEW_RUN, None):
                 output_folder.run_path(resume[0])
-        except ValueError as error:
+        except (ValueError, ImportError) as error:
             return str(error)
         return True
 

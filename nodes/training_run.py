@@ -31,7 +31,7 @@ logger = logging.getLogger("comfyui-sara")
 NUM_TEXT_UPDATES = 50
 MEMORY_ADVICE = (
     "To need less memory: turn gradient_checkpointing on, lower batch_size, use smaller pictures, "
-    "train a smaller fraction, turn offloading on."
+    "train a smaller fraction, set moments to 8bit, turn offloading on."
 )
 
 
@@ -366,6 +366,7 @@ def _optimizer(model: torch.nn.Module, settings: dict) -> SaraAdamW:
         exclude=settings["exclude"],
         zeros=settings["zeros"],
         seed=settings["seed"],
+        moments=settings.get("moments", "fp32"),
     )
 
 

@@ -100,8 +100,9 @@ def sara(net, options):
 
     ON_THE_WAY.enter_context(casts.made_again())  # as the trainer does
     optimizer = SaraAdamW(
-        net, fraction=options["fraction"], lr=1e-4, low_rank_weight=options.get("low_rank", 5e-4)
-    )
+        net, fraction=options["fraction"], lr=1e-4, low_rank_weight=options.get("low_rank", 5e-4),
+        moments=options.get("moments", "fp32"),
+    )  # fmt: skip
     if options.get("checkpointing"):
         ON_THE_WAY.enter_context(checkpointed(net, True))
     return optimizer, optimizer.num_trainable

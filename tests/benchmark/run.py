@@ -30,6 +30,7 @@ ROWS = [  # name, method, options
     ("pytorch-optimizer-sara", "pytorch-optimizer-sara", {"fraction": 0.1}),
     ("official-sara", "official-sara", {"fraction": 0.1}),
     ("sara-no-low-rank", "sara", {"fraction": 0.1, "low_rank": 0.0}),
+    ("sara-moments-8bit", "sara", {"fraction": 0.1, "moments": "8bit"}),
     ("sara-checkpointing", "sara", {"fraction": 0.1, "checkpointing": True}),
     ("sara-0.6%", "sara", {"fraction": 0.006}),
     ("sara-2%", "sara", {"fraction": 0.02}),

@@ -1,6 +1,7 @@
 """The host layer against ComfyUI's own model classes, in this process."""
 
 import copy
+import sys
 import tempfile
 
 import pytest
@@ -18,11 +19,11 @@ def sara():
 
     from sara_pack import sara_core
     from sara_pack.nodes import examples, host, training_inputs, training_run, training_set
-    from sara_pack.sara_core import learning_rate, run_folder
+    from sara_pack.sara_core import adam_moments, learning_rate, run_folder
 
     return types.SimpleNamespace(
         host=host, run=training_run, sets=training_set, examples=examples, core=sara_core, rate=learning_rate,
-        inputs=training_inputs, folder=run_folder,
+        inputs=training_inputs, folder=run_folder, moments=adam_moments,
     )  # fmt: skip
 
 
@@ -661,14 +662,15 @@ def test_masks_reach_the_loss_at_the_latents_size(sd15, sara):
         sara.examples.flatten_masks(masks[:2], 3)
 
 
-def test_a_run_with_everything_resumes_exactly(sd15, sara, tmp_path, monkeypatch):
+@pytest.mark.parametrize("moments", ["fp32", "8bit"])
+def test_a_run_with_everything_resumes_exactly(sd15, sara, tmp_path, monkeypatch, moments):
     """Held-out pictures, masks and regularisation pictures, stopped in the middle."""
     latents, captions = pairs(10)
     masks = [torch.rand(1, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(7)]
     examples = sara.examples.Examples(latents, captions, None, masks, num_regularisation=3)
     options = settings(
         sara, steps=8, validation_split=0.3, validate_every_steps=2, output_name="x",
-        regularisation_weight=0.7,
+        regularisation_weight=0.7, moments=moments,
     )  # fmt: skip
 
     def run(parent, resume=None, stop=None):
@@ -719,6 +721,34 @@ def test_a_run_with_everything_resumes_exactly(sd15, sara, tmp_path, monkeypatch
     folder = sara.folder.RunFolder(tmp_path / "other" / "run_00001")
     with pytest.raises(ValueError, match="there are 4 regularisation pictures, the run had 3"):
         sara.run.run(sd15, fewer, folder, None, True)
+
+
+def test_moments_in_eight_bits_learn_nearly_the_same(sd15, sara):
+    latents, captions = pairs(4)
+    options = settings(sara, steps=20, learning_rate=1e-4, exclude="")
+    expected, losses = train(sara, sd15, latents, captions, options)
+    del options["moments"]  # a run from before the setting was there
+    again, _ = train(sara, sd15, latents, captions, options)
+    found, losses_too = train(sara, sd15, latents, captions, {**options, "moments": "8bit"})
+    assert losses == pytest.approx(losses_too, rel=0.01)
+    for name, entry in expected.entries.items():
+        assert torch.equal(entry.values, again.entries[name].values), name
+    one, two = (
+        torch.cat([entry.values for entry in delta.entries.values()]) for delta in (expected, found)
+    )
+    assert not torch.equal(one, two)
+    assert ((one - two).norm() / one.norm()).item() < 0.1
+
+
+def test_moments_in_eight_bits_without_torchao_are_refused_before_anything_runs(sara, monkeypatch):
+    from sara_pack.nodes.train import SaraTrain
+
+    assert SaraTrain.validate_inputs(["new run"], ["8bit"]) is True
+    sara.moments._map.cache_clear()
+    monkeypatch.setitem(sys.modules, "torchao.optim.quant_utils", None)
+    assert "pip install torchao" in SaraTrain.validate_inputs(["new run"], ["8bit"])
+    assert SaraTrain.validate_inputs(["new run"]) is True
+    assert "expected one of fp32, 8bit" in SaraTrain.validate_inputs(["new run"], ["4bit"])
 
 
 class Offloaded:

@@ -21,7 +21,7 @@ INPUTS = {  # public: saved workflows depend on every name
     "max_grad_norm loss_function caption_dropout weight_decay seed gradient_checkpointing "
     "training_dtype save_dtype output_name save_every_steps keep_checkpoints resume include exclude "
     "zeros regularisation_weight validation_split validate_every_steps preview_every_steps "
-    "preview_strength trigger_words empty offloading masks regularisation_latents regularisation_positive "
+    "preview_strength trigger_words empty offloading moments masks regularisation_latents regularisation_positive "
     "preview",
     "SaraSampling": "vae positive negative latent seed steps cfg sampler_name scheduler previous",
     "SaraLoadCheckpoints": "run",
