@@ -1,7 +1,7 @@
 """AdamW's two moments of the trained weights: in float32, or in eight bits each.
 
 Eight bits are a code of torchao's dynamic map (Dettmers et al. 2021, arXiv:2110.02861) and a scale for
-each 256 neighbours, their largest magnitude. Of the second moment the root is stored. Stored itself, as
+each 256 neighbours, by which the largest of them is kept exactly. Of the second moment the root is stored. Stored itself, as
 other optimizers do, it becomes zero where a gradient is a few thousandths of the largest of its block,
 and the update, which is divided by it, hundreds of times too large.
 """
@@ -52,15 +52,18 @@ def opened(states: Sequence[Mapping]) -> Iterator[tuple[list[Tensor], list[Tenso
 
     Those in eight bits are unpacked together, and packed again unless an error strikes.
     """
-    packed = [state for state in states if _is_packed(state)]
-    flat = {key: _unpacked(packed, key) for key in SIGNED if packed}
-    parts = {key: iter(_parts(values, packed)) for key, values in flat.items()}
-    yield tuple(
-        [next(parts[key]) if _is_packed(state) else state[key] for state in states]
-        for key in SIGNED
-    )
-    for key, values in flat.items():
-        _pack_(packed, key, values)
+    by_device = {}
+    for state in filter(_is_packed, states):
+        by_device.setdefault(state["exp_avg"].device, []).append(state)
+    flat = [(group, key, _unpacked(group, key)) for group in by_device.values() for key in SIGNED]
+    parts = {
+        (id(state), key): moment
+        for group, key, values in flat
+        for state, moment in zip(group, _parts(values, group), strict=True)
+    }
+    yield tuple([parts.get((id(state), key), state[key]) for state in states] for key in SIGNED)
+    for group, key, values in flat:
+        _pack_(group, key, values)
 
 
 def part(state: Mapping[str, Tensor], mark: Tensor) -> dict[str, Tensor]:
@@ -130,9 +133,11 @@ def _unpacked(states: Sequence[Mapping], key: str) -> Tensor:
 
 def _pack_(states: Sequence[Mapping], key: str, flat: Tensor) -> None:
     blocks = (flat if SIGNED[key] else flat.sqrt_()).view(-1, BLOCK)
-    scale = blocks.abs().amax(1)
+    values, codes, _ = _map(SIGNED[key], flat.device)
+    scale = blocks.amax(1)
+    if SIGNED[key]:  # the map ends at 1 and, on the other side, a little before -1
+        scale = torch.maximum(scale, blocks.amin(1) / values[0])
     blocks /= scale.clamp(min=torch.finfo(scale.dtype).tiny)[:, None]
-    _, codes, _ = _map(SIGNED[key], flat.device)
     bits = flat.half().view(torch.int16).int()
     bits += len(codes) // 2
     codes = codes.index_select(0, bits)

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 from torch import nn
-from torchao.optim.subclass_8bit import OptimState8bit
+from torchao.optim.quant_utils import create_dynamic_map
 
 from sara_core import SaraAdamW, adam_moments
 from sara_core.state_file import read_state, snapshot, write_state
@@ -36,25 +36,34 @@ def read(state):
         return first.clone(), second.clone()
 
 
-def of_torchao(values, signed):
-    reference = OptimState8bit.zeros(values.shape, signed, adam_moments.BLOCK)
-    reference.copy_(values)
-    return reference.dequantize()
+def nearest(values, signed):
+    """The nearest numbers of torchao's map, found by trying all; the block's largest is among them."""
+    numbers_of_map = torch.tensor(create_dynamic_map(signed=signed))
+    found = []
+    for block in values.split(adam_moments.BLOCK):
+        ends = [block.max() / numbers_of_map[-1]]
+        ends += [block.min() / numbers_of_map[0]] if signed else []
+        numbers = numbers_of_map * max(ends)
+        found.append(numbers[(block[:, None] - numbers).abs().argmin(1)])
+    return torch.cat(found)
 
 
-def test_it_stores_what_torchao_stores_and_of_the_second_moment_the_root():
+def test_it_keeps_the_nearest_number_and_of_the_second_moment_that_of_the_root():
     count = 100 * adam_moments.BLOCK
     first, second = read(filled(count, 0))
     for found, exact, signed in (
         (first, numbers(count, 0), True),
         (second.sqrt(), numbers(count, 1).abs(), False),
     ):
-        reference = of_torchao(exact, signed)
+        reference = nearest(exact, signed)
         same = (found - reference).abs() <= 1e-6 * reference.abs()
         assert same.float().mean() > 0.99
-        # Where torchao rounds a float32 to the nearest code, this rounds its float16.
+        # Where the reference rounds a float32, this rounds its float16.
         rounding = exact.abs() / 2**10 + 1.2e-7 * exact.abs().max()
         assert ((found - exact).abs() <= (reference - exact).abs() + rounding).all()
+        largest = exact.view(-1, adam_moments.BLOCK).abs().argmax(1, keepdim=True)
+        kept = found.view(-1, adam_moments.BLOCK).gather(1, largest)
+        torch.testing.assert_close(kept, exact.view(-1, adam_moments.BLOCK).gather(1, largest))
 
 
 def test_several_weights_at_once_come_out_as_each_alone():
@@ -69,6 +78,26 @@ def test_several_weights_at_once_come_out_as_each_alone():
         alone = filled(count, seed)
         assert state.keys() == alone.keys()
         assert all(torch.equal(state[key], alone[key]) for key in state)
+
+
+def test_what_is_opened_and_left_alone_stays_as_it_is():
+    state = filled(1000, 0)
+    before = copy.deepcopy(state)
+    with adam_moments.opened([state]):
+        pass
+    assert all(torch.equal(before[key], state[key]) for key in state)
+
+
+def test_offloaded_weights_are_updated_where_they_are():
+    here, there = filled(300, 0), adam_moments.zeros(torch.empty(300, device="meta"), "8bit")
+    expected = read(here)
+    with adam_moments.opened([there, here, there]) as moments:
+        for (first, second, third), wanted in zip(moments, expected, strict=True):
+            assert [m.device.type for m in (first, second, third)] == ["meta", "cpu", "meta"]
+            assert torch.equal(second, wanted)
+            second *= 2
+    for found, wanted in zip(read(here), expected, strict=True):
+        torch.testing.assert_close(found, 2 * wanted)
 
 
 def test_an_error_leaves_moments_as_they_were():
