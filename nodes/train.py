@@ -76,7 +76,8 @@ class SaraTrain(io.ComfyNode):
     def validate_inputs(cls, resume, moments=("fp32",)):
         # A run that was chosen to be resumed leaves the list when it ends, and stays chosen.
         try:
-            refuse_unusable(moments[0])  # before anything is encoded for it
+            if moments[0] is not None:  # None if it is linked
+                refuse_unusable(moments[0])  # before anything is encoded for it
             if resume[0] not in (NEW_RUN, None):
                 output_folder.run_path(resume[0])
         except (ValueError, ImportError) as error:
@@ -97,6 +98,8 @@ class SaraTrain(io.ComfyNode):
         else:
             folder = RunFolder(output_folder.run_path(resume))
             folder.settings |= {name: settings[name] for name in FREE_TO_CHANGE if name in settings}
+            if settings.get("moments") == "8bit":  # what a run that ran out of memory may need
+                folder.settings["moments"] = "8bit"
         told = cls.hidden.extra_pnginfo or {}
         workflow = told.get("workflow", {}).get("id")
         samplings = [sampling for group in preview for sampling in group]

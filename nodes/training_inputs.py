@@ -178,8 +178,8 @@ def training_inputs() -> list:
             default=NEW_RUN,
             tooltip="A cancelled or failed run to go on with, exactly where it stopped. Its own "
             "settings are used; of the widgets here only gradient_checkpointing, offloading, "
-            "save_every_steps, keep_checkpoints, trigger_words and those of previews count. Press R to "
-            "refresh the list.",
+            "save_every_steps, keep_checkpoints, trigger_words, moments if it is 8bit, and those of "
+            "previews count. Press R to refresh the list.",
         ),
         *filter_inputs(),
         io.Float.Input(

@@ -21,7 +21,7 @@ logger = logging.getLogger("comfyui-sara")
 
 TRAINABLE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 STATE_FORMAT = 1
-BATCH = 1 << 21  # trained values updated in one go
+BATCH_ON_CPU, BATCH = 1 << 19, 1 << 23  # trained values updated in one go
 LOW_RANK_WEIGHT = 5e-4  # measured in docs/low-rank.md
 PLAIN_STATE = (
     "threshold",
@@ -232,7 +232,7 @@ class SaraAdamW(torch.optim.Optimizer):
                 weight.decay_(group["lr"] * group["weight_decay"], index)
         targets = [weight.update_target() for weight in batch]
         states = [self.state[weight.leaf] for weight in batch]
-        with adam_moments.opened(states) as (exp_avgs, exp_avg_sqs):
+        with adam_moments.opened(states, self.num_steps) as (exp_avgs, exp_avg_sqs):
             adamw(
                 targets,
                 [weight.leaf.grad for weight in batch],
@@ -338,6 +338,7 @@ class SaraAdamW(torch.optim.Optimizer):
         Raises:
             ValueError: Not a state of this optimizer, or it does not fit the model; nothing has
                 been changed then.
+            ImportError: Its moments are in 8 bits, and torchao is missing; the same holds.
         """
         saved = state_dict.get("sara") if isinstance(state_dict, dict) else None
         needed = {"format", "generator", "weights", *PLAIN_STATE}
@@ -355,7 +356,7 @@ class SaraAdamW(torch.optim.Optimizer):
         # Torch itself would make floats of eight-bit codes.
         for i, state in state_dict["state"].items():
             moments = adam_moments.restored(state, leaves[i], self.moments)
-            self.state[leaves[i]] = {"step": state["step"].clone(), **moments}
+            self.state[leaves[i]] = {"step": state["step"].to("cpu", copy=True), **moments}
         for name in PLAIN_STATE:
             setattr(self, name, saved[name])
         self.generator.set_state(saved["generator"].cpu())
@@ -366,7 +367,8 @@ def _batches(weights: list[SparseWeight]) -> Iterator[list[SparseWeight]]:
     """Yield weights in groups that are updated in one go; bounds the copies of trained values."""
     batch, size = [], 0
     for weight in weights:
-        if batch and size + len(weight) > BATCH:
+        limit = BATCH_ON_CPU if weight.base.device.type == "cpu" else BATCH
+        if batch and size + len(weight) > limit:
             yield batch
             batch, size = [], 0
         batch.append(weight)
@@ -380,9 +382,12 @@ def _refuse_unsound_moments(state_dict: dict) -> None:
     groups = state_dict.get("param_groups", [])
     sound = len(groups) == 1 and groups[0].get("params") == list(range(len(lengths)))
     for i, state in state_dict.get("state", {}).items() if sound else ():
-        sound = sound and i < len(lengths) and adam_moments.is_sound(state, lengths[i])
+        sound = sound and i < len(lengths) and "step" in state
+        sound = sound and adam_moments.is_sound(state, lengths[i])
     if not sound:
         raise ValueError("the saved state is damaged: its moments do not fit its trained weights")
+    if any(map(adam_moments.is_packed, state_dict["state"].values())):
+        adam_moments.refuse_unusable("8bit")
 
 
 def _refuse_dtypes(parameters: dict[str, nn.Parameter]) -> None:

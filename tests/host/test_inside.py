@@ -746,8 +746,9 @@ def test_moments_in_eight_bits_without_torchao_are_refused_before_anything_runs(
     assert SaraTrain.validate_inputs(["new run"], ["8bit"]) is True
     sara.moments._map.cache_clear()
     monkeypatch.setitem(sys.modules, "torchao.optim.quant_utils", None)
-    assert "pip install torchao" in SaraTrain.validate_inputs(["new run"], ["8bit"])
+    assert "pip install -U torchao" in SaraTrain.validate_inputs(["new run"], ["8bit"])
     assert SaraTrain.validate_inputs(["new run"]) is True
+    assert SaraTrain.validate_inputs([None], [None]) is True  # linked
     assert "expected one of fp32, 8bit" in SaraTrain.validate_inputs(["new run"], ["4bit"])
 
 
