@@ -12,6 +12,7 @@ NOTES = """
 - **floor-frozen**: forward, and backward to the input alone. **floor-dense-backward**: every gradient of a matrix or convolution is made whole, and dropped at once. SaRA makes those of large convolutions in parts, so that it can be below.
 - **peft-shira** and **peft-supertuning** (`select_top=False`, the smallest weights) train linear layers only; peft-shira at rank 8, which is fewer weights.
 - **peft-lora**: rank 8 on all linear and convolution layers.
+- **...-moments-8bit**: AdamW's moments in eight bits; torchao, imported for their map, takes up to 170 MB of its own.
 - **...-float16**, **...-bfloat16**: weights in half precision that are cast to float32 when they are used, as ComfyUI does on this processor. **...-offloaded**: float32 weights that are copied when they are used, as from main memory to a graphics card; here the copies are in the same memory. floor-frozen holds the casts and copies of all layers until the backward pass, as ordinary training does; SaRA's trainer makes them again, so that it can need less than that floor. *Bytes per trained weight* are above floor-frozen of the same weights.
 """.strip()  # noqa: E501
 
