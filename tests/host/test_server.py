@@ -379,6 +379,30 @@ def cancel_at(server, step):
     return thread
 
 
+def test_a_run_goes_on_with_moments_in_eight_bits_if_asked_to(server, dev):
+    """As one has to that ran out of memory; the run's own moments stay where it is not asked for."""
+    folder = server.base / "output" / "sara"
+    cancel_at(server, 4)
+    graph, _ = train_graph(server, "small")
+    with pytest.raises(dev.PromptError, match="execution_interrupted"):
+        graph.run()
+    values = {}
+    for name, options in (
+        ("again", {}),
+        ("eight", {"moments": "8bit"}),
+        ("fp32", {"moments": "fp32"}),
+    ):
+        shutil.copytree(folder / "small_00001", folder / f"{name}_00001")
+        server.get("/object_info/SaraTrain")
+        graph, train = train_graph(server, "ignored", resume=f"{name}_00001", **options)
+        file = graph.run()[train]["text"][0].removeprefix("saved ").split(",")[0]
+        entries = SparseDelta.load(folder / file).entries
+        values[name] = torch.cat([entry.values for entry in entries.values()])
+    assert torch.equal(values["again"], values["fp32"])
+    off = (values["eight"] - values["fp32"]).norm() / values["fp32"].norm()
+    assert 0 < off.item() < 0.1
+
+
 def test_a_cancelled_run_is_saved_and_resumed_exactly(server, dev):
     folder = server.base / "output" / "sara"
     graph, _ = train_graph(server, "straight")
