@@ -20,7 +20,7 @@ from .sparse_weight import SparseWeight
 logger = logging.getLogger("comfyui-sara")
 
 TRAINABLE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-STATE_FORMAT = 1
+STATE_FORMATS = {"fp32": 1, "8bit": 2}  # a version that knows only 1 would take codes for moments
 BATCH_ON_CPU, BATCH = 1 << 19, 1 << 23  # trained values updated in one go
 LOW_RANK_WEIGHT = 5e-4  # measured in docs/low-rank.md
 PLAIN_STATE = (
@@ -317,7 +317,7 @@ class SaraAdamW(torch.optim.Optimizer):
     def state_dict(self) -> dict:
         """Return everything a reloaded run needs to continue exactly; tensors and plain values."""
         own = {
-            "format": STATE_FORMAT,
+            "format": STATE_FORMATS[self.moments],
             **{name: getattr(self, name) for name in PLAIN_STATE},
             "generator": self.generator.get_state(),
             "weights": self._weights.state(),
@@ -342,10 +342,11 @@ class SaraAdamW(torch.optim.Optimizer):
         """
         saved = state_dict.get("sara") if isinstance(state_dict, dict) else None
         needed = {"format", "generator", "weights", *PLAIN_STATE}
-        if not isinstance(saved, dict) or saved.keys() != needed or saved["format"] != STATE_FORMAT:
+        formats = STATE_FORMATS.values()
+        if not isinstance(saved, dict) or saved.keys() != needed or saved["format"] not in formats:
             raise ValueError(
                 "not a SaraAdamW state: the key 'sara' of format "
-                f"{STATE_FORMAT} is missing; found keys {sorted(map(str, state_dict or ()))[:5]}"
+                f"{max(formats)} or earlier is missing; found keys {sorted(map(str, state_dict or ()))[:5]}"
             )
         _refuse_unsound_moments(state_dict)
         self._weights.load_state(saved["weights"], saved["fingerprint"])

@@ -245,6 +245,7 @@ def test_a_state_of_the_other_kind_is_taken_over(tmp_path, before, after):
     net, optimizer = make(before)
     trained(net, optimizer, range(2))
     state = saved(optimizer, tmp_path)
+    assert state["sara"]["format"] == (2 if before == "8bit" else 1)
     other, resumed = make(after)
     resumed.load_state_dict(state)
     wanted = [read(state) for state in optimizer.state.values()]
