@@ -346,7 +346,8 @@ class SaraAdamW(torch.optim.Optimizer):
         if not isinstance(saved, dict) or saved.keys() != needed or saved["format"] not in formats:
             raise ValueError(
                 "not a SaraAdamW state: the key 'sara' of format "
-                f"{max(formats)} or earlier is missing; found keys {sorted(map(str, state_dict or ()))[:5]}"
+                f"{max(formats)} or earlier is missing; found keys "
+                f"{sorted(map(str, state_dict or ()))[:5]}"
             )
         _refuse_unsound_moments(state_dict)
         self._weights.load_state(saved["weights"], saved["fingerprint"])
@@ -381,13 +382,19 @@ def _batches(weights: list[SparseWeight]) -> Iterator[list[SparseWeight]]:
 def _refuse_unsound_moments(state_dict: dict) -> None:
     lengths = [len(w["values"]) for w in state_dict["sara"]["weights"] if not w["frozen"]]
     groups = state_dict.get("param_groups", [])
+    states = state_dict.get("state")
     sound = len(groups) == 1 and groups[0].get("params") == list(range(len(lengths)))
-    for i, state in state_dict.get("state", {}).items() if sound else ():
-        sound = sound and i < len(lengths) and "step" in state
-        sound = sound and adam_moments.is_sound(state, lengths[i])
+    sound = (
+        sound
+        and states is not None
+        and all(
+            i < len(lengths) and "step" in state and adam_moments.is_sound(state, lengths[i])
+            for i, state in states.items()
+        )
+    )
     if not sound:
         raise ValueError("the saved state is damaged: its moments do not fit its trained weights")
-    if any(map(adam_moments.is_packed, state_dict["state"].values())):
+    if any(map(adam_moments.is_packed, states.values())):
         adam_moments.refuse_unusable("8bit")
 
 

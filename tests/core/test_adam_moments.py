@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torchao.optim.quant_utils import create_dynamic_map
 
-from sara_core import SaraAdamW, adam_moments
+from sara_core import SaraAdamW, adam_moments, eight_bits
+from sara_core.eight_bits import BLOCK
 from sara_core.state_file import read_state, snapshot, write_state
 
 from .helpers import Net, loss_of
@@ -40,7 +41,7 @@ def nearest(values, signed):
     """The nearest numbers of torchao's map, found by trying all; the block's largest is among them."""
     numbers_of_map = torch.tensor(create_dynamic_map(signed=signed))
     found = []
-    for block in values.split(adam_moments.BLOCK):
+    for block in values.split(BLOCK):
         ends = [block.max() / numbers_of_map[-1]]
         ends += [block.min() / numbers_of_map[0]] if signed else []
         numbers = numbers_of_map * max(ends)
@@ -49,7 +50,7 @@ def nearest(values, signed):
 
 
 def test_it_keeps_the_nearest_number_and_of_the_second_moment_that_of_the_root():
-    count = 100 * adam_moments.BLOCK
+    count = 100 * BLOCK
     first, second = read(filled(count, 0))
     for found, exact, signed in (
         (first, numbers(count, 0), True),
@@ -58,9 +59,9 @@ def test_it_keeps_the_nearest_number_and_of_the_second_moment_that_of_the_root()
         reference = nearest(exact, signed)
         off = (found - exact).abs() - (reference - exact).abs()
         assert (off <= 1e-6 * exact.abs()).all()
-        largest = exact.view(-1, adam_moments.BLOCK).abs().argmax(1, keepdim=True)
-        kept = found.view(-1, adam_moments.BLOCK).gather(1, largest)
-        torch.testing.assert_close(kept, exact.view(-1, adam_moments.BLOCK).gather(1, largest))
+        largest = exact.view(-1, BLOCK).abs().argmax(1, keepdim=True)
+        kept = found.view(-1, BLOCK).gather(1, largest)
+        torch.testing.assert_close(kept, exact.view(-1, BLOCK).gather(1, largest))
 
 
 def test_several_weights_at_once_come_out_as_each_alone():
@@ -87,7 +88,7 @@ def test_what_is_opened_and_left_alone_stays_as_it_is(step):
 
 
 def test_over_many_steps_rounding_takes_nothing_away_and_adds_nothing():
-    exact = numbers(adam_moments.BLOCK, 3), numbers(adam_moments.BLOCK, 4).abs()
+    exact = numbers(BLOCK, 3), numbers(BLOCK, 4).abs()
     found = [[], []]
     for step in range(1000):
         state = adam_moments.zeros(exact[0], "8bit")
@@ -106,7 +107,7 @@ def test_over_many_steps_rounding_takes_nothing_away_and_adds_nothing():
 def test_moments_follow_gradients_that_grow_and_fade():
     """The nearest code would hold the root of the second moment for ever."""
     torch.manual_seed(0)
-    size = 1e-3 * torch.exp(torch.randn(20 * adam_moments.BLOCK))
+    size = 1e-3 * torch.exp(torch.randn(20 * BLOCK))
     state, step = adam_moments.zeros(size, "8bit"), 0
     first, second = torch.zeros_like(size), torch.zeros_like(size)
     louder = torch.where(torch.arange(len(size)) % 2 == 0, 3.0, 1.0)
@@ -284,7 +285,7 @@ def test_without_torchao_it_says_what_to_install(monkeypatch):
     trained(net, optimizer, range(1))
     state = copy.deepcopy(optimizer.state_dict())
     monkeypatch.setitem(sys.modules, "torchao.optim.quant_utils", None)
-    adam_moments._map.cache_clear()
+    eight_bits._map.cache_clear()
     net = nn.Linear(4, 4)
     with pytest.raises(ImportError, match="pip install -U torchao"):
         SaraAdamW(net, fraction=0.5, lr=1e-3, moments="8bit")

@@ -10,9 +10,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 CORE = ROOT / "sara_core"
 ALLOWED = {"torch", "safetensors", "numpy"} | set(sys.stdlib_module_names)
-OPTIONAL = {"adam_moments": {"torchao"}}  # within a function, for those who ask for it
+OPTIONAL = {"eight_bits": {"torchao"}}  # within a function, for those who ask for it
 LAYERS = [
-    {"atomic", "lock", "casts"},
+    {"atomic", "lock", "casts", "eight_bits"},
     {
         "magnitudes",
         "positions",

@@ -412,6 +412,8 @@ def break_state(state, how):
         del own["generator"]
     elif how == "no groups":
         state["param_groups"] = []
+    elif how == "no moments":
+        del state["state"]
     elif how == "out of range":
         first["index"] = first["index"] + 10**6
     elif how == "unsorted":
@@ -427,6 +429,7 @@ def break_state(state, how):
     [
         ("no generator", "not a SaraAdamW state"),
         ("no groups", "moments do not fit"),
+        ("no moments", "moments do not fit"),
         ("out of range", "do not belong together"),
         ("unsorted", "do not belong together"),
         ("short", "moments do not fit"),

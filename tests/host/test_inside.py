@@ -19,11 +19,11 @@ def sara():
 
     from sara_pack import sara_core
     from sara_pack.nodes import examples, host, training_inputs, training_run, training_set
-    from sara_pack.sara_core import adam_moments, learning_rate, run_folder
+    from sara_pack.sara_core import eight_bits, learning_rate, run_folder
 
     return types.SimpleNamespace(
         host=host, run=training_run, sets=training_set, examples=examples, core=sara_core, rate=learning_rate,
-        inputs=training_inputs, folder=run_folder, moments=adam_moments,
+        inputs=training_inputs, folder=run_folder, eight_bits=eight_bits,
     )  # fmt: skip
 
 
@@ -744,7 +744,7 @@ def test_moments_in_eight_bits_without_torchao_are_refused_before_anything_runs(
     from sara_pack.nodes.train import SaraTrain
 
     assert SaraTrain.validate_inputs(["new run"], ["8bit"]) is True
-    sara.moments._map.cache_clear()
+    sara.eight_bits._map.cache_clear()
     monkeypatch.setitem(sys.modules, "torchao.optim.quant_utils", None)
     assert "pip install -U torchao" in SaraTrain.validate_inputs(["new run"], ["8bit"])
     assert SaraTrain.validate_inputs(["new run"]) is True
