@@ -8,7 +8,6 @@ ends must have learned the same bits as one that was never stopped.
 
 import argparse
 import csv
-import importlib.util
 import os
 import random
 import shutil
@@ -25,24 +24,20 @@ import torch  # noqa: E402
 from sara_core import SparseDelta  # noqa: E402
 from sara_core.state_file import read_state  # noqa: E402
 
+from .harness.server import Server, make_base  # noqa: E402
+from .harness.workflows import load_workflow, node_titled  # noqa: E402
+
 STEPS, SAVE_EVERY = 16, 1
 
 
-def load_dev():
-    spec = importlib.util.spec_from_file_location("sara_dev", ROOT / "dev.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def training_prompt(server, dev, name, resume):
-    prompt = dev.load_workflow(server, "first_training")
-    train = dev.node_of(prompt, "SaraTrain")
+def training_prompt(server, name, resume):
+    prompt = load_workflow(server, "first_training")
+    train = node_titled(prompt, "SaRA Train")
     prompt[train]["inputs"].update(
         steps=STEPS, save_every_steps=SAVE_EVERY, keep_checkpoints=2, output_name=name,
         resume=resume, save_dtype="fp32", seed=4,
     )  # fmt: skip
-    prompt[dev.node_of(prompt, "SaraImageFolder")]["inputs"]["folder"] = "input/few"
+    prompt[node_titled(prompt, "SaRA Image Folder")]["inputs"]["folder"] = "input/few"
     needed, todo = {}, [train]
     while todo:
         key = todo.pop()
@@ -51,17 +46,17 @@ def training_prompt(server, dev, name, resume):
     return needed
 
 
-def run_to_the_end(server, dev, name, resume="new run"):
-    server.run(training_prompt(server, dev, name, resume))
+def run_to_the_end(server, name, resume="new run"):
+    server.run(training_prompt(server, name, resume))
 
 
-def kill_during(server, dev, name, resume, moment):
+def kill_during(server, name, resume, moment):
     """Start or resume a run and kill the server `moment` seconds after its first step.
 
     Returns whether it was killed before the run had ended.
     """
     events = server.events()
-    server.submit(training_prompt(server, dev, name, resume))
+    server.submit(training_prompt(server, name, resume))
     for event in events:
         if event["type"] == "progress" and event["data"]["max"] == STEPS:
             break
@@ -128,21 +123,21 @@ def assert_same_delta(one, two, atol=0.0, rtol=0.0):
         )
 
 
-def lay_out(dev, base):
+def lay_out(base):
     """Lay out a ComfyUI base folder with sixteen pictures to train on."""
-    dev.make_base(base)
+    make_base(base)
     (base / "input" / "few").mkdir()
     for file in sorted((base / "input" / "fluent3d").iterdir())[:16]:
         shutil.copy(file, base / "input" / "few")
 
 
-def run_kills(dev, base, kills, seed=0, say=print):
+def run_kills(base, kills, seed=0, say=print):
     """Try `kills` kills. Returns how many were tried, survived, and the most steps lost."""
-    lay_out(dev, base)
+    lay_out(base)
     output = base / "output" / "sara"
-    with dev.Server(base) as server:
+    with Server(base) as server:
         started = time.time()
-        run_to_the_end(server, dev, "straight")
+        run_to_the_end(server, "straight")
         longest = time.time() - started
     straight = output / "straight_00001" / f"straight_{STEPS}_steps.safetensors"
 
@@ -153,9 +148,9 @@ def run_kills(dev, base, kills, seed=0, say=print):
         if resume == "new run":
             number += 1
             folder = output / f"killed{number}_00001"
-        with dev.Server(base) as server:
+        with Server(base) as server:
             moment = dice.uniform(0, longest)
-            killed = kill_during(server, dev, f"killed{number}", resume, moment)
+            killed = kill_during(server, f"killed{number}", resume, moment)
         if killed:
             tried += 1
             try:
@@ -174,8 +169,8 @@ def run_kills(dev, base, kills, seed=0, say=print):
             finished += 1
             assert_same_delta(straight, final)
     if resume != "new run":
-        with dev.Server(base) as server:
-            run_to_the_end(server, dev, "ignored", resume)
+        with Server(base) as server:
+            run_to_the_end(server, "ignored", resume)
         finished += 1
         assert_same_delta(straight, folder / f"killed{number}_{STEPS}_steps.safetensors")
     say(
@@ -196,7 +191,7 @@ def main():
     results = []
     for run, count in ((run_kills, options.kills), (run_injected, options.rounds)):
         with tempfile.TemporaryDirectory() as scratch:
-            results.append(run(load_dev(), Path(scratch), count, options.seed))
+            results.append(run(Path(scratch), count, options.seed))
     (kills, whole, lost), (injected, mended, lost_too) = results
     tried, survived = kills + injected, whole + mended
     sys.stdout.write(

@@ -19,6 +19,8 @@ import torch
 from sara_core import SparseDelta
 
 from . import faults
+from .harness.server import PromptError, Server
+from .harness.workflows import node_titled
 
 CLOSE = {"atol": 2e-5, "rtol": 0.0}  # of a batch in parts, beside updates of 1e-4 and more
 ENDINGS = {  # how each fault must end, and what the user must read
@@ -45,8 +47,8 @@ def confined():
 class Suite:
     """A server, the model in it and a run that nothing happened to."""
 
-    def __init__(self, server, dev, seed=0):
-        self.server, self.dev, self.dice = server, dev, random.Random(seed)
+    def __init__(self, server, seed=0):
+        self.server, self.dice = server, random.Random(seed)
         self.output = server.base / "output" / "sara"
         self.number = 0
         self.train("straight")
@@ -58,8 +60,8 @@ class Suite:
         return path
 
     def prompt(self, name, kind="none", at=1, resume="new run"):
-        prompt = faults.training_prompt(self.server, self.dev, name, resume)
-        train = prompt[self.dev.node_of(prompt, "SaraTrain")]["inputs"]
+        prompt = faults.training_prompt(self.server, name, resume)
+        train = prompt[node_titled(prompt, "SaRA Train")]["inputs"]
         self.number += 1
         inputs = {"model": train["model"], "kind": kind, "at": at, "folder": str(self.output)}
         prompt["fault"] = {"class_type": "TestFault",
@@ -75,7 +77,7 @@ class Suite:
         """Message that a prompt ends with, or nothing if it succeeds."""
         try:
             call(*args, **kwargs)
-        except self.dev.PromptError as error:
+        except PromptError as error:
             kind, data = json.loads(str(error))
             return data.get("exception_message", kind)
         return ""
@@ -191,19 +193,19 @@ class Suite:
         return self.after(folder, kind, at)
 
 
-def run_injected(dev, base, rounds=1, seed=0, say=print):
+def run_injected(base, rounds=1, seed=0, say=print):
     """Let every kind of fault happen `rounds` times. Returns how many, survived, most steps lost."""
-    faults.lay_out(dev, base)
+    faults.lay_out(base)
     shutil.copy(Path(__file__).with_name("fault_nodes.py"), base / "custom_nodes")
     subprocess.run([*confined(), "true"], check=True)
     tried = survived = most_lost = 0
-    with dev.Server(base, prefix=confined()) as server:
-        suite = Suite(server, dev, seed)
+    with Server(base, prefix=confined()) as server:
+        suite = Suite(server, seed)
         for kind in KINDS * rounds:
             tried += 1
             try:
                 lost = suite.run(kind)
-            except (AssertionError, ValueError, OSError, dev.PromptError) as error:
+            except (AssertionError, ValueError, OSError, PromptError) as error:
                 say(f"{kind}: NOT SURVIVED, {str(error)[:1000]}")
                 continue
             survived += 1

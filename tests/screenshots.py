@@ -3,7 +3,6 @@
 usage: python dev.py screenshots
 """
 
-import importlib.util
 import io
 import shutil
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from .harness.server import Server, make_base
 from .host.browser import Page
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -148,19 +148,16 @@ def further(page, server):
 
 def main():
     """Take all of them anew."""
-    spec = importlib.util.spec_from_file_location("dev", ROOT / "dev.py")
-    dev = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(dev)
     HELP.mkdir(exist_ok=True)
     for old in (*HELP.glob("*.jpg"), *EXAMPLES.glob("*.jpg")):
         old.unlink()
     with tempfile.TemporaryDirectory() as base:
-        dev.make_base(Path(base))
+        make_base(Path(base))
         for name in STAND_INS:
             (Path(base) / "models" / name).parent.mkdir(exist_ok=True)
             (Path(base) / "models" / name).touch()
         shutil.copy(Path(base, "input", "fluent3d", "bat.png"), Path(base, "input", "example.png"))
-        with dev.Server(base, sys.argv[1:]) as server:
+        with Server(base, sys.argv[1:]) as server:
             page = Page(server, "vue")
             page.js("document.querySelectorAll('.litegraph-minimap').forEach((e) => e.remove())")
             names = sorted(path.stem for path in EXAMPLES.glob("*.json"))

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 
 from sara_core import SparseDelta
 
-from ..faults import load_dev
+from ..harness.server import PromptError, Server, make_base
 from .report import checks_in_comfyui, in_comfyui, write
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -129,14 +129,14 @@ def add_unet(base):
     save_file(assemble.clip_l(), base / "models" / "text_encoders" / "clip_l.safetensors")
 
 
-def measure(dev, node, options, size):
+def measure(node, options, size):
     """Train short, then long. Returns a row of docs/benchmark.json."""
     short, long, _ = SIZES[size]
     with tempfile.TemporaryDirectory() as scratch:
-        dev.make_base(Path(scratch))
+        make_base(Path(scratch))
         if size == "full":
             add_unet(Path(scratch))
-        with dev.Server(scratch) as server:
+        with Server(scratch) as server:
             info = server.get("/object_info")
             server.run(prompt(info, node, 2, options, size))  # loads and encodes
             (Path("/proc") / str(server.process.pid) / "clear_refs").write_text("5")
@@ -168,14 +168,14 @@ def main():
     parser.add_argument("--out", type=Path, help="such as docs/benchmark: add the rows there")
     options = parser.parse_args()
     size = "full" if options.full else "small"
-    dev, rows = load_dev(), []
+    rows = []
     for node, widgets in (
         ("SaraTrain", {"output_name": "bench", "save_every_steps": 0}),
         ("TrainLoraNode", {"rank": 8, "lora_dtype": "fp32", "existing_lora": "[None]"}),
     ):
         try:
-            rows.append(measure(dev, node, widgets, size))
-        except dev.PromptError as error:
+            rows.append(measure(node, widgets, size))
+        except PromptError as error:
             print(f"{node}: not measured, {str(error)[:300]}")
     print("\n".join(in_comfyui(rows)))
     for text, holds in checks_in_comfyui({row["method"]: row for row in rows}):

@@ -64,11 +64,17 @@ class Page:
         return answer.get("value")
 
     def wait(self, script, *arguments, seconds=90):
-        """Wait until a script returns something true; returns it."""
+        """Wait until a script returns something true; returns it.
+
+        It gives up when the server has had nothing to do for so many seconds: how long a workflow
+        takes depends on what else the machine does.
+        """
         from selenium.common.exceptions import JavascriptException
 
         deadline, last = time.time() + seconds, None
         while time.time() < deadline:
+            if self.server.get("/queue")["queue_running"]:
+                deadline = time.time() + seconds
             try:
                 last = self.js(script, *arguments)
             except JavascriptException as error:  # the page is still being built

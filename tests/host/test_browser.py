@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from ..harness.workflows import api_form, load_workflow, node_titled
 from .browser import Page, find_chromium
 
-pytest.importorskip("comfy.sd", reason="set COMFYUI_PATH")
-pytest.importorskip("selenium", reason="python dev.py test installs it")
 pytestmark = pytest.mark.skipif(find_chromium() is None, reason="needs chromium and chromedriver")
 
 WORKFLOWS = Path(__file__).resolve().parents[2] / "example_workflows"
@@ -51,7 +50,7 @@ def first_training(page, **train):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_example_loads_whole(page, dev, name):
+def test_every_example_loads_whole(page, name):
     page.drop(WORKFLOWS / f"{name}.json")
     missing = page.js(
         "return window.app.graph.nodes.map((n) => n.type)"
@@ -59,7 +58,7 @@ def test_every_example_loads_whole(page, dev, name):
     )
     assert missing == []
     saved = json.loads((WORKFLOWS / f"{name}.json").read_text())
-    expected = dev.api_form(saved, page.server.get("/object_info"))
+    expected = api_form(saved, page.server.get("/object_info"))
     sent = page.later("return (await window.app.graphToPrompt()).output")
     assert sent.keys() == expected.keys()
     for number, node in expected.items():
@@ -176,9 +175,9 @@ def test_the_loss_and_previews_appear_while_it_trains(page):
     assert page.errors() == []
 
 
-def test_queue_after_queue_and_a_reload_show_the_last_run(page, dev):
-    by_script = dev.load_workflow(page.server, "first_training")
-    train = dev.node_of(by_script, "SaraTrain")
+def test_queue_after_queue_and_a_reload_show_the_last_run(page):
+    by_script = load_workflow(page.server, "first_training")
+    train = node_titled(by_script, "SaRA Train")
     by_script[train]["inputs"].update(steps=2, batch_size=2)
     kept = ("CheckpointLoaderSimple", "ModelSamplingSD3", "SaraAnalyze", "SaraImageFolder")
     del by_script[train]["inputs"]["preview"]

@@ -10,8 +10,6 @@ import torch
 
 from .test_inside import pairs, sara, sd15, settings  # noqa: F401
 
-pytest.importorskip("comfy.sd", reason="set COMFYUI_PATH")
-
 
 @pytest.fixture(scope="module")
 def charts():

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from sara_core import DeltaEntry, SparseDelta
 
 from ..diffusers_names import parameter_names
+from ..harness.environment import checkpoint
+from ..harness.server import PromptError
 from .test_server import Graph, emoji64, saved_latents, saved_weights
-
-pytest.importorskip("comfy.sd", reason="set COMFYUI_PATH")
 
 STEPS = 4
 
@@ -36,11 +36,11 @@ def make_delta(path, checkpoint, prefix="model.diffusion_model.", size=0.02, see
 
 
 @pytest.fixture(scope="module")
-def deltas(server, dev):
+def deltas(server):
     folder = server.base / "models" / "sara"
-    make_delta(folder / "one.safetensors", dev.checkpoint())
-    make_delta(folder / "two.safetensors", dev.checkpoint(), seed=1)
-    make_delta(folder / "three.safetensors", dev.checkpoint(), seed=4)
+    make_delta(folder / "one.safetensors", checkpoint())
+    make_delta(folder / "two.safetensors", checkpoint(), seed=1)
+    make_delta(folder / "three.safetensors", checkpoint(), seed=4)
     mini = server.base / "models" / "diffusion_models" / "mini_sd15.safetensors"
     make_delta(folder / "mini.safetensors", mini, prefix="", seed=2)
 
@@ -136,11 +136,11 @@ def test_a_hook_on_one_region_changes_that_region_as_the_delta_does(server, delt
     assert not torch.allclose(applied, base, atol=0.05)
 
 
-def test_a_hook_refuses_another_model(server, deltas, dev):
+def test_a_hook_refuses_another_model(server, deltas):
     scene = Scene(server)
     hooks = scene.graph("SaraCreateHook", delta=scene.delta("mini"), strength=1.0)
     scene.sample("x", scene.base, scene.graph("ConditioningSetProperties", cond_NEW=scene.text, hooks=hooks))  # fmt: skip
-    with pytest.raises(dev.PromptError, match="does not fit the SD3 model"):
+    with pytest.raises(PromptError, match="does not fit the SD3 model"):
         scene.graph.run()
 
 
@@ -309,7 +309,7 @@ def write_mini_controlnet(path):
     save_file(state, path)
 
 
-def test_a_checkpoint_of_the_authors_is_imported_with_its_base(server, deltas, dev):
+def test_a_checkpoint_of_the_authors_is_imported_with_its_base(server, deltas):
     """As their code saves it: values by number, of everything below the threshold, biases too."""
     import comfy.utils
 
@@ -345,11 +345,11 @@ def test_a_checkpoint_of_the_authors_is_imported_with_its_base(server, deltas, d
     for name, weight in learned.items():
         key = next(k for k in found if k.endswith(f"diffusion_model.{name}"))
         assert torch.allclose(found[key], weight, atol=1e-6), name
-    with pytest.raises(dev.PromptError, match="was trained on another base"):
+    with pytest.raises(PromptError, match="was trained on another base"):
         imported("other_sd15.safetensors")
 
 
-def test_an_8_bit_model_trains_and_keeps_the_delta_through_the_executor(server, dev):
+def test_an_8_bit_model_trains_and_keeps_the_delta_through_the_executor(server):
     graph = Graph(server)
     clip = graph("CLIPLoader", clip_name="clip_l.safetensors", type="stable_diffusion")
     text = graph("CLIPTextEncode", clip=clip, text="3d strawberry")

@@ -4,6 +4,8 @@ ComfyUI does not do so on a CPU; its refusal is taken out here, and what a GPU d
 patches while it casts the layer is done by hand, with ComfyUI's own LowVramPatch.
 """
 
+import comfy.model_patcher as patchers
+import comfy.sd as comfy
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -11,8 +13,6 @@ from safetensors.torch import load_file, save_file
 from .models import write_mini_sd15
 from .test_inside import pairs, sara, settings, train  # noqa: F401
 
-comfy = pytest.importorskip("comfy.sd", reason="set COMFYUI_PATH")
-patchers = pytest.importorskip("comfy.model_patcher")
 pytestmark = pytest.mark.skipif(
     not hasattr(patchers, "ModelPatcherDynamic"), reason="ComfyUI has no dynamic models yet"
 )

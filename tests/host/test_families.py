@@ -13,10 +13,9 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from ..harness.server import Server, make_base
 from . import zoo
 from .test_server import Graph
-
-pytest.importorskip("comfy.sd", reason="set COMFYUI_PATH")
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs" / "families.json"
@@ -61,12 +60,12 @@ NOTES = {
 
 
 @pytest.fixture(scope="module")
-def server(dev, tmp_path_factory):
+def server(tmp_path_factory):
     base = tmp_path_factory.mktemp("zoo")
-    dev.make_base(base)
+    make_base(base)
     shutil.copy(ROOT / "tests" / "zoo_nodes.py", base / "custom_nodes")
     (base / "models" / "diffusion_models").mkdir()
-    with dev.Server(base) as running:
+    with Server(base) as running:
         yield running
 
 

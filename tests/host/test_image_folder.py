@@ -15,9 +15,9 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from ..harness.environment import checkpoint
+from ..harness.server import PromptError
 from .test_server import Graph, cancel_at, emoji64
-
-pytest.importorskip("comfy.sd", reason="set COMFYUI_PATH")
 
 
 def folder_node(graph, checkpoint, folder, **options):
@@ -154,7 +154,7 @@ def test_a_changed_file_runs_the_node_again_and_nothing_else_does(server):
     assert executed()
 
 
-def test_phone_pictures_and_odd_files(server, dev):
+def test_phone_pictures_and_odd_files(server):
     exif = Image.Exif()
     exif[0x0112] = 6
     buffer = io.BytesIO()
@@ -188,17 +188,15 @@ def test_phone_pictures_and_odd_files(server, dev):
     assert any(h > w for h, w in shapes)
     assert any(w > h for h, w in shapes)
 
-    with pytest.raises(
-        dev.PromptError, match=r"(?s)files that cannot be used.*zero\.webp"
-    ) as error:
+    with pytest.raises(PromptError, match=r"(?s)files that cannot be used.*zero\.webp") as error:
         run_folder(server, "input/phone", problems="refuse")
     assert "cut.png" in str(error.value)
     make(server, "nothing", **{"a.txt": "no picture"})
-    with pytest.raises(dev.PromptError, match="no picture that can be used; put pictures into it"):
+    with pytest.raises(PromptError, match="no picture that can be used; put pictures into it"):
         run_folder(server, "input/nothing")
-    with pytest.raises(dev.PromptError, match="background 'blurple' is no colour"):
+    with pytest.raises(PromptError, match="background 'blurple' is no colour"):
         run_folder(server, "input/phone", background="blurple")
-    with pytest.raises(dev.PromptError, match="divisible by 24, but this VAE needs"):
+    with pytest.raises(PromptError, match="divisible by 24, but this VAE needs"):
         run_folder(server, "input/phone", divisible_by=24)
 
 
@@ -207,7 +205,7 @@ def test_phone_pictures_and_odd_files(server, dev):
     ["input", "input/..", "../secret", "/etc", "input/../../secret", "C:\\secret", "input/link",
      "input/fluent3d/../../../secret", "input/fluent3d\0", "fluent3d", ""],
 )  # fmt: skip
-def test_no_other_folder_can_be_named(server, dev, name):
+def test_no_other_folder_can_be_named(server, name):
     secret = server.base.parent / "secret"
     if not secret.exists():
         secret.mkdir()
@@ -215,7 +213,7 @@ def test_no_other_folder_can_be_named(server, dev, name):
         os.symlink(secret, server.base / "input" / "link")
     listed = server.get("/object_info/SaraImageFolder")["SaraImageFolder"]["input"]["required"]
     assert name not in listed["folder"][1]["options"]
-    with pytest.raises(dev.PromptError, match="not in list|there is no picture folder"):
+    with pytest.raises(PromptError, match="not in list|there is no picture folder"):
         run_folder(server, name, "hostile")
 
 
@@ -286,10 +284,10 @@ def test_four_hundred_mixed_pictures_fit_in_little_memory(server):
 
 
 @pytest.mark.slow
-def test_cores_train_lora_takes_the_outputs_in_one_prompt(server, dev):
+def test_cores_train_lora_takes_the_outputs_in_one_prompt(server):
     """In half precision: core's node fails on float32 checkpoints in 0.3.75."""
     half = server.base / "models" / "checkpoints" / "half.safetensors"
-    with safe_open(dev.checkpoint(), "pt") as file:
+    with safe_open(checkpoint(), "pt") as file:
         weights = {
             k: file.get_tensor(k).half() if "diffusion_model" in k else file.get_tensor(k)
             for k in file.keys()  # noqa: SIM118
@@ -297,14 +295,14 @@ def test_cores_train_lora_takes_the_outputs_in_one_prompt(server, dev):
         save_file(weights, half, metadata=file.metadata())
     make(server, "two_sizes", **{f"{i}.png": noise(64 + 32 * i, 64, i) for i in range(3)})
     graph = Graph(server)
-    checkpoint = graph("CheckpointLoaderSimple", ckpt_name="half.safetensors")
-    data = folder_node(graph, checkpoint, "input/two_sizes")
+    loader = graph("CheckpointLoaderSimple", ckpt_name="half.safetensors")
+    data = folder_node(graph, loader, "input/two_sizes")
     lora = graph(
-        "TrainLoraNode", model=checkpoint, latents=data, positive=data.out(1), steps=2,
+        "TrainLoraNode", model=loader, latents=data, positive=data.out(1), steps=2,
         batch_size=1, rank=1, gradient_checkpointing=False,
     )  # fmt: skip
     ours = graph(
-        "SaraTrain", model=checkpoint, latents=data, positive=data.out(1), masks=data.out(2),
+        "SaraTrain", model=loader, latents=data, positive=data.out(1), masks=data.out(2),
         empty=data.out(3), steps=1, batch_size=1, output_name="beside_lora", training_dtype="fp32",
     )  # fmt: skip
     slot = graph.info["TrainLoraNode"]["output"].index("LOSS_MAP")  # moved in 0.33
@@ -314,10 +312,10 @@ def test_cores_train_lora_takes_the_outputs_in_one_prompt(server, dev):
     assert "saved beside_lora_00001" in outputs[ours]["text"][0]
 
 
-def test_cancel_ends_the_encoding_and_what_is_encoded_is_kept(server, dev):
+def test_cancel_ends_the_encoding_and_what_is_encoded_is_kept(server):
     make(server, "long", **{f"{i}.png": noise(64, 64, 1000 + i) for i in range(60)})
     cancel_at(server, 10)
-    with pytest.raises(dev.PromptError, match="execution_interrupted"):
+    with pytest.raises(PromptError, match="execution_interrupted"):
         run_folder(server, "input/long")
     outputs, _ = run_folder(server, "input/long", "long_again")
     kept = int(re.search(r"cache: (\d+) of 60", outputs["text"][0])[1])
@@ -411,7 +409,7 @@ def test_captions_with_embeddings_are_encoded_every_time(encoding, tmp_path):
     assert texts == ["", "by embedding:mine", "by embedding:mine"]
 
 
-def test_bad_combinations_are_explained(server, dev):
+def test_bad_combinations_are_explained(server):
     graph = Graph(server)
     checkpoint, model, _ = emoji64(graph)
     data = folder_node(graph, checkpoint, "input/fluent3d")
@@ -420,7 +418,7 @@ def test_bad_combinations_are_explained(server, dev):
     both = graph("MaskComposite", destination=one, source=two, x=0, y=0, operation="add")
     common = {"model": model, "latents": data, "positive": data.out(1), "steps": 1}
     graph("SaraTrain", **common, regularisation_latents=data)
-    with pytest.raises(dev.PromptError, match="regularisation pictures need their captions"):
+    with pytest.raises(PromptError, match="regularisation pictures need their captions"):
         graph.run()
     graph.prompt.pop(max(graph.prompt, key=int))
     train = graph("SaraTrain", **common, masks=both, batch_size=2, output_name="one_mask")

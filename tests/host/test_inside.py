@@ -4,12 +4,12 @@ import copy
 import sys
 import tempfile
 
+import comfy.sd as comfy
 import pytest
 import torch
 
+from ..harness.environment import checkpoint
 from .models import sd15_unet, write_mini_sd15
-
-comfy = pytest.importorskip("comfy.sd", reason="set COMFYUI_PATH")
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +35,9 @@ def sd15(tmp_path):
 
 
 @pytest.fixture
-def emoji64(dev):
+def emoji64():
     with torch.inference_mode():
-        return comfy.load_checkpoint_guess_config(str(dev.checkpoint()), output_vae=False)[0]
+        return comfy.load_checkpoint_guess_config(str(checkpoint()), output_vae=False)[0]
 
 
 def pairs(count, channels=4, size=8, width=768, pooled=None, length=77, seed=0):

@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("comfy.sd", reason="set COMFYUI_PATH")
-
 LOCALES = Path(__file__).resolve().parents[2] / "locales"
 LANGUAGES = ("zh", "ja", "de", "fr")
 

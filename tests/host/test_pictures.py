@@ -7,8 +7,6 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageFile, ImageOps
 
-pytest.importorskip("comfy.sd", reason="set COMFYUI_PATH")
-
 COLOUR = (200, 100, 50)
 
 

@@ -4,20 +4,20 @@ import base64
 import io
 import tempfile
 
+import comfy.sd as comfy
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from ..harness.environment import checkpoint
 from .test_inside import assert_same_bits, bits, sara, settings  # noqa: F401
-
-comfy = pytest.importorskip("comfy.sd", reason="set COMFYUI_PATH")
 
 
 @pytest.fixture(scope="module")
-def loaded(dev):
+def loaded():
     with torch.inference_mode():
-        model, clip, vae = comfy.load_checkpoint_guess_config(str(dev.checkpoint()))[:3]
+        model, clip, vae = comfy.load_checkpoint_guess_config(str(checkpoint()))[:3]
         encode = lambda text: clip.encode_from_tokens_scheduled(clip.tokenize(text))  # noqa: E731
         captions = [encode(text) for text in ("a red apple", "a green frog", "")]
     return model, vae, captions

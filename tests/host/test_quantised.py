@@ -2,13 +2,13 @@
 
 import json
 
+import comfy.sd as comfy_sd
 import pytest
 import torch
 
 from . import zoo
 from .test_inside import bits, sara, settings, train  # noqa: F401
 
-comfy_sd = pytest.importorskip("comfy.sd", reason="set COMFYUI_PATH")
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 FAMILY = "SD3"
 

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 
 from sara_core import SparseDelta
 
-pytest.importorskip("comfy.sd", reason="set COMFYUI_PATH")
+from ..harness.environment import checkpoint
+from ..harness.server import PromptError
 
 INPUTS = {  # public: saved workflows depend on every name
     "SaraImageFolder": "vae clip folder size max_buckets divisible_by crop crops max_upscale flip "
@@ -171,11 +172,11 @@ def delta_name(trained):
     return re.fullmatch(r"saved (\S+), loss [\d.]+", text)[1]
 
 
-def test_analyze_reports_what_the_core_finds(server, trained, dev):
+def test_analyze_reports_what_the_core_finds(server, trained):
     text = trained["outputs"][trained["analyze"]]["text"][0]
     assert "selects 1,051,4" in text
     assert "joint_blocks.3" in text
-    weights = load_file(dev.checkpoint())
+    weights = load_file(checkpoint())
     prefix = "model.diffusion_model."
     flat = torch.cat(
         [w.float().abs().flatten() for k, w in weights.items()
@@ -307,7 +308,7 @@ def test_same_seed_gives_the_same_delta_and_the_base_is_untouched(server, traine
     assert_same_weights(saved_weights(server, "before"), saved_weights(server, "after_success"))
 
 
-def test_cancel_and_errors_bring_the_base_back_and_the_server_goes_on(server, trained, dev):
+def test_cancel_and_errors_bring_the_base_back_and_the_server_goes_on(server, trained):
     graph = Graph(server)
     checkpoint, model, empty = emoji64(graph)
     data = dataset(graph, checkpoint)
@@ -329,7 +330,7 @@ def test_cancel_and_errors_bring_the_base_back_and_the_server_goes_on(server, tr
 
     watcher = threading.Thread(target=cancel, daemon=True)
     watcher.start()
-    with pytest.raises(dev.PromptError, match="execution_interrupted"):
+    with pytest.raises(PromptError, match="execution_interrupted"):
         graph.run()
     assert seen.is_set()
 
@@ -340,7 +341,7 @@ def test_cancel_and_errors_bring_the_base_back_and_the_server_goes_on(server, tr
         "SaraTrain", model=model, latents=data, positive=data.out(1), steps=5, threshold=0.2,
         output_name="failed",
     )  # fmt: skip
-    with pytest.raises(dev.PromptError, match="learning-rate rule"):
+    with pytest.raises(PromptError, match="learning-rate rule"):
         graph.run()
 
     graph = Graph(server)
@@ -379,12 +380,12 @@ def cancel_at(server, step):
     return thread
 
 
-def test_a_run_goes_on_with_moments_in_eight_bits_if_asked_to(server, dev):
+def test_a_run_goes_on_with_moments_in_eight_bits_if_asked_to(server):
     """As one has to that ran out of memory; the run's own moments stay where it is not asked for."""
     folder = server.base / "output" / "sara"
     cancel_at(server, 4)
     graph, _ = train_graph(server, "small")
-    with pytest.raises(dev.PromptError, match="execution_interrupted"):
+    with pytest.raises(PromptError, match="execution_interrupted"):
         graph.run()
     values = {}
     for name, options in (
@@ -403,13 +404,13 @@ def test_a_run_goes_on_with_moments_in_eight_bits_if_asked_to(server, dev):
     assert 0 < off.item() < 0.1
 
 
-def test_a_cancelled_run_is_saved_and_resumed_exactly(server, dev):
+def test_a_cancelled_run_is_saved_and_resumed_exactly(server):
     folder = server.base / "output" / "sara"
     graph, _ = train_graph(server, "straight")
     graph.run()
     cancel_at(server, 4)
     graph, _ = train_graph(server, "stopped")
-    with pytest.raises(dev.PromptError, match="execution_interrupted"):
+    with pytest.raises(PromptError, match="execution_interrupted"):
         graph.run()
     assert (folder / "stopped_00001" / "state.safetensors").is_file()
     (checkpoint,) = (folder / "stopped_00001").glob("checkpoint*")
@@ -427,7 +428,7 @@ def test_a_cancelled_run_is_saved_and_resumed_exactly(server, dev):
     state.write_bytes(data)
     server.get("/object_info/SaraTrain")
     graph, _ = train_graph(server, "ignored", resume="broken_00001")
-    with pytest.raises(dev.PromptError, match="do not fit its checksum, the file is damaged"):
+    with pytest.raises(PromptError, match="do not fit its checksum, the file is damaged"):
         graph.run()
     assert bytes(data) == state.read_bytes()
 
@@ -449,11 +450,11 @@ def test_a_cancelled_run_is_saved_and_resumed_exactly(server, dev):
     assert (folder / "stopped_00001" / "loss.csv").read_text() == losses[0]
     for name in ("never_00001", "../sara", "", "stopped_00001/previews"):
         graph, _ = train_graph(server, "ignored", resume=name)
-        with pytest.raises(dev.PromptError, match="there is no run"):
+        with pytest.raises(PromptError, match="there is no run"):
             graph.run()
 
 
-def test_what_widgets_showed_is_told_to_a_page_that_is_opened_later(server, dev):
+def test_what_widgets_showed_is_told_to_a_page_that_is_opened_later(server):
     graph, train = train_graph(server, "shown", steps=2)
     graph.run()
     (state,) = [s for s in server.get("/sara/shown")["sara_training"] if s["run"] == "shown_00001"]
@@ -461,7 +462,7 @@ def test_what_widgets_showed_is_told_to_a_page_that_is_opened_later(server, dev)
     assert [step for step, _ in state["losses"]] == [1, 2]
     cancel_at(server, 1)
     graph, train = train_graph(server, "halted", steps=400)
-    with pytest.raises(dev.PromptError, match="execution_interrupted"):
+    with pytest.raises(PromptError, match="execution_interrupted"):
         graph.run()
     shown = server.get("/sara/shown")["sara_training"]
     assert [s["run"] for s in shown].count("shown_00001") == 0  # the same node's, so replaced
@@ -488,7 +489,7 @@ def test_pictures_of_mixed_sizes_train(server):
     assert "saved mixed_00001/mixed_4_steps" in graph.run()[train]["text"][0]
 
 
-def test_a_miniature_sd15_trains_on_a_batched_latent_with_one_caption(server, delta_name, dev):
+def test_a_miniature_sd15_trains_on_a_batched_latent_with_one_caption(server, delta_name):
     begun = len(server.log_text())
     graph = Graph(server)
     model = graph("UNETLoader", unet_name="mini_sd15.safetensors", weight_dtype="default")
@@ -520,7 +521,7 @@ def test_a_miniature_sd15_trains_on_a_batched_latent_with_one_caption(server, de
     loaded = wrong("SaraLoadDelta", delta_name=delta_name)
     applied = wrong("SaraApply", model=model, delta=loaded)
     wrong("ModelSave", model=applied, filename_prefix="weights/never")
-    with pytest.raises(dev.PromptError, match=r"does not fit the SD15 model.*is not in the model"):
+    with pytest.raises(PromptError, match=r"does not fit the SD15 model.*is not in the model"):
         wrong.run()
 
     other = Graph(server)
@@ -534,12 +535,12 @@ def test_a_miniature_sd15_trains_on_a_batched_latent_with_one_caption(server, de
     assert saved_weights(server, "other_base")
 
 
-def test_files_outside_the_folders_cannot_be_reached(server, dev):
+def test_files_outside_the_folders_cannot_be_reached(server):
     for name in ("../../server.log", "/etc/passwd", "missing.safetensors"):
         graph = Graph(server)
         delta = graph("SaraLoadDelta", delta_name=name)
         graph("SaraSaveDelta", delta=delta)
-        with pytest.raises(dev.PromptError, match="not in list|there is no delta"):
+        with pytest.raises(PromptError, match="not in list|there is no delta"):
             graph.run()
     graph = Graph(server)
     checkpoint, model, empty = emoji64(graph)
@@ -548,7 +549,7 @@ def test_files_outside_the_folders_cannot_be_reached(server, dev):
         "SaraTrain", model=model, latents=data, positive=data.out(1), steps=1,
         output_name="../../escaped",
     )  # fmt: skip
-    with pytest.raises(dev.PromptError, match="output folder"):
+    with pytest.raises(PromptError, match="output folder"):
         graph.run()
     assert train
     assert not list(server.base.parent.glob("**/escaped*"))

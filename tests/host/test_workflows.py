@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-pytest.importorskip("comfy.sd", reason="set COMFYUI_PATH")
+from ..harness.server import PromptError
+from ..harness.workflows import load_workflow, node_titled
 
 WORKFLOWS = Path(__file__).resolve().parents[2] / "example_workflows"
 NAMES = sorted(path.stem for path in WORKFLOWS.glob("*.json"))
@@ -26,11 +27,11 @@ def short(prompt, **train):
 
 
 @pytest.fixture(scope="module")
-def trained(server, dev):
+def trained(server):
     """The first workflow's outputs, and the names of its run and its delta."""
-    prompt = short(dev.load_workflow(server, "first_training"))
+    prompt = short(load_workflow(server, "first_training"))
     outputs = server.run(prompt)
-    text = outputs[dev.node_of(prompt, "SaraTrain")]["text"][0]
+    text = outputs[node_titled(prompt, "SaRA Train")]["text"][0]
     name = re.search(r"saved (\S+),", text)[1]
     return outputs, name.partition("/")[0], name
 
@@ -49,8 +50,8 @@ def test_the_first_training_trains_and_draws(trained, server):
 
 
 @pytest.mark.parametrize("name", ["use_delta", "merge_two_deltas"])
-def test_deltas_are_used(trained, server, dev, name):
-    prompt = short(dev.load_workflow(server, name))
+def test_deltas_are_used(trained, server, name):
+    prompt = short(load_workflow(server, name))
     for node in prompt.values():
         if node["class_type"] == "SaraLoadDelta":
             node["inputs"]["delta_name"] = trained[2]
@@ -59,17 +60,17 @@ def test_deltas_are_used(trained, server, dev, name):
         assert list((server.base / "output" / "sara").glob("merged_*_.safetensors"))
 
 
-def test_the_small_weights_are_looked_at_and_zeroed(server, dev):
-    outputs = server.run(short(dev.load_workflow(server, "analyze_and_zero_out")))
+def test_the_small_weights_are_looked_at_and_zeroed(server):
+    outputs = server.run(short(load_workflow(server, "analyze_and_zero_out")))
     assert len(pictures(outputs)) == 4 + 4 + 1
     assert any("sara_analysis" in output for output in outputs.values())
 
 
-def test_checkpoints_are_compared(trained, server, dev):
-    prompt = short(dev.load_workflow(server, "compare"))
-    prompt[dev.node_of(prompt, "SaraLoadCheckpoints")]["inputs"]["run"] = trained[1]
+def test_checkpoints_are_compared(trained, server):
+    prompt = short(load_workflow(server, "compare"))
+    prompt[node_titled(prompt, "Load SaRA Checkpoints")]["inputs"]["run"] = trained[1]
     outputs = server.run(prompt)
-    (sheet,) = outputs[dev.node_of(prompt, "SaraCompare")]["images"]
+    (sheet,) = outputs[node_titled(prompt, "SaRA Compare")]["images"]
     picture = server.picture(sheet)
     (server.base / "sheet.png").write_bytes(picture)
     width, height = Image.open(server.base / "sheet.png").size
@@ -79,9 +80,9 @@ def test_checkpoints_are_compared(trained, server, dev):
     assert height == 22 + 2 * (22 + 64 + 8)
 
 
-def test_a_cancelled_run_is_resumed(server, dev):
-    prompt = short(dev.load_workflow(server, "resume"), steps=2000, save_every_steps=0)
-    train = dev.node_of(prompt, "SaraTrain")
+def test_a_cancelled_run_is_resumed(server):
+    prompt = short(load_workflow(server, "resume"), steps=2000, save_every_steps=0)
+    train = node_titled(prompt, "SaRA Train")
     before = {path.name for path in (server.base / "output" / "sara").glob("long_*")}
     queued = server.submit(prompt)
     folder = None
@@ -93,7 +94,7 @@ def test_a_cancelled_run_is_resumed(server, dev):
     while len((folder / "loss.csv").read_text().splitlines()) < 4:
         time.sleep(0.05)
     server.post("/interrupt", {})
-    with pytest.raises(dev.PromptError):
+    with pytest.raises(PromptError):
         server.wait(queued)
     settings = json.loads((folder / "settings.json").read_text())
     made = len((folder / "loss.csv").read_text().splitlines()) - 1

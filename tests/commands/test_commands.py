@@ -1,0 +1,96 @@
+"""The commands of dev.py that the README tells people to run, as processes of their own, to their end."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import urllib.request
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sara_core import SparseDelta
+
+from ..harness.environment import ROOT
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif("COMFYUI_PATH" not in os.environ, reason="set COMFYUI_PATH"),
+]
+
+
+def command(*arguments):
+    return [sys.executable, str(ROOT / "dev.py"), *map(str, arguments)]
+
+
+def run(*arguments):
+    """What a command prints; it must succeed."""
+    done = subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def pixels(path):
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB")).astype(float)
+
+
+def test_without_a_command_it_says_what_there_is():
+    assert "usage: python dev.py COMMAND" in run()
+    wrong = subprocess.run(command("tset"), cwd=ROOT, capture_output=True, text=True)
+    assert wrong.returncode == 1
+    assert "no such command: tset" in wrong.stderr
+
+
+def test_the_demo_leaves_what_it_promises(tmp_path):
+    printed = run("demo", tmp_path)
+    named = set(re.findall(r"[\w-]+\.(?:png|txt|safetensors)", printed))
+    assert named == {path.name for path in tmp_path.iterdir()}
+    before, after = pixels(tmp_path / "before.png"), pixels(tmp_path / "after.png")
+    assert before.shape == after.shape
+    assert 5 < np.abs(before - after).mean() < 100  # other pictures, of the same things
+    for name in ("before.png", "after.png", "loss.png", "weights.png"):
+        assert pixels(tmp_path / name).std() > 10  # not blank
+    assert "selects" in (tmp_path / "report.txt").read_text(encoding="utf-8")
+    delta = SparseDelta.load(tmp_path / "fluent3d.safetensors")
+    assert delta.metadata["sara.steps"] == "300"
+    assert max(float(entry.values.abs().max()) for entry in delta.entries.values()) > 1e-4
+
+
+def test_the_server_answers_and_ends_on_ctrl_c():
+    process = subprocess.Popen(
+        command("server"), cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        address = next(
+            found[1] for line in process.stdout if (found := re.search(r"Open (http://\S+)", line))
+        )
+        with urllib.request.urlopen(f"{address}/object_info/SaraTrain", timeout=60) as answer:
+            assert "SaraTrain" in json.load(answer)
+        with urllib.request.urlopen(f"{address}/internal/logs", timeout=60) as answer:
+            log = json.load(answer)
+        assert "ComfyUI-SaRA" in log
+        assert "IMPORT FAILED" not in log
+    finally:
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        assert process.wait(60) == 0
+
+
+def test_trainings_survive_kills_and_every_other_fault():
+    printed = run("faults", "--kills", 3, "--rounds", 1)
+    tried, survived, lost = map(
+        int, re.search(r"tried (\d+), survived (\d+), .* (\d+)", printed).groups()
+    )
+    assert tried == survived > 3 + 10
+    assert lost < 16
+
+
+def test_the_benchmark_measures_each_method(tmp_path):
+    run("bench", "--quick", "--steps", 1, "--warm-up", 1, "--out", tmp_path / "benchmark")
+    rows = json.loads((tmp_path / "benchmark.json").read_text())["rows"]
+    methods = {row["method"] for row in rows}
+    assert {"sara", "adamw-full", "peft-lora", "floor-frozen"} <= methods
+    assert all(row["peak_bytes"] > 0 and row["step_seconds"] > 0 for row in rows)
