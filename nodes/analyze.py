@@ -2,8 +2,8 @@
 
 from comfy_api.latest import io
 
-from ..sara_core.analysis import Analysis, Tally, analyze
-from ..sara_core.parameters import filter_parameters
+from ..sara_core.weights.analysis import Analysis, Tally, analyze
+from ..sara_core.weights.parameters import filter_parameters
 from . import host, plots, shown
 from .charts import analysis_chart
 from .inputs import filter_inputs, selection_inputs, selection_rule

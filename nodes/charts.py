@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
-from ..sara_core.analysis import Analysis, block_of
-from ..sara_core.magnitudes import coarse_edge
+from ..sara_core.weights.analysis import Analysis, block_of
+from ..sara_core.weights.magnitudes import coarse_edge
 
 SMALLEST = 1e-8  # magnitudes below are shown together
 MAX_POINTS = 400  # about; up to twice as many on the way

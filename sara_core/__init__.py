@@ -3,6 +3,6 @@
 from .delta import SparseDelta
 from .delta_file import DeltaEntry
 from .optimizer import SaraAdamW
-from .selection import Selection, select
+from .weights.selection import Selection, select
 
 __all__ = ["DeltaEntry", "SaraAdamW", "Selection", "SparseDelta", "select"]

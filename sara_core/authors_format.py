@@ -14,11 +14,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from . import scatter
 from .delta import SparseDelta
 from .delta_file import DeltaEntry
-from .fingerprint import take_fingerprint
-from .magnitudes import small_weight_index
+from .weights import at_positions
+from .weights.fingerprint import take_fingerprint
+from .weights.magnitudes import small_weight_index
 
 
 def read_authors_checkpoint(
@@ -55,7 +55,7 @@ def read_authors_checkpoint(
             )
         if not bool(torch.isfinite(values).all()):
             raise ValueError(f"{path} holds values that are NaN or infinite, for {name}")
-        change = values - scatter.read(weight.cpu().float(), index)
+        change = values - at_positions.read(weight.cpu().float(), index)
         moved = change != 0
         if bool(moved.any()):
             entries[name] = DeltaEntry(index[moved], change[moved], tuple(weight.shape))

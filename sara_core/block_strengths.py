@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
-from .analysis import block_of
 from .delta import SparseDelta
 from .delta_file import DeltaEntry
+from .weights.analysis import block_of
 
 
 def blocks_in(delta: SparseDelta) -> list[str]:

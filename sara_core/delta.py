@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from . import scatter
 from .delta_file import DeltaEntry, read_entries, write_entries
-from .fingerprint import is_same_base
-from .magnitudes import INT32_LIMIT
+from .weights import at_positions
+from .weights.fingerprint import is_same_base
+from .weights.magnitudes import INT32_LIMIT
 
 logger = logging.getLogger("comfyui-sara")
 
@@ -148,18 +148,18 @@ class SparseDelta:
 
         def undo() -> None:
             for weight, index, old in reversed(replaced):
-                scatter.write_(weight, index, old)
+                at_positions.write_(weight, index, old)
 
         try:
             for name, entry in self.entries.items() if strength else ():
                 weight = parameters[name].data
                 index = entry.index.to(weight.device)
                 positions = index.long()
-                old = scatter.read(weight, positions)
+                old = at_positions.read(weight, positions)
                 values = entry.values.to(weight.device, torch.float32)
                 changed = torch.add(old.float(), values, alpha=strength)
                 replaced.append((weight, index, old))
-                scatter.write_(weight, positions, changed.to(weight.dtype))
+                at_positions.write_(weight, positions, changed.to(weight.dtype))
         except BaseException:
             undo()
             raise

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from . import scatter
 from .convolution import InParts, is_large
 from .delta_file import DeltaEntry
-from .fingerprint import is_same_base
 from .sparse_weight import SparseWeight
+from .weights import at_positions
+from .weights.fingerprint import is_same_base
 
 
 class SparseModel:
@@ -201,7 +201,7 @@ class SparseModel:
     def _holds(self, record: Mapping) -> bool:
         """Tell whether the module holds a record's base values, or its trained ones."""
         weight = self.parameters[record["name"]].detach()
-        found = scatter.read(weight, record["index"].to(weight.device)).cpu()
+        found = at_positions.read(weight, record["index"].to(weight.device)).cpu()
         trained = record["values"].to(found.dtype)
         return any(torch.equal(found, values.cpu()) for values in (record["base"], trained))
 

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from . import scatter
-from .magnitudes import INT32_LIMIT
+from .weights import at_positions
+from .weights.magnitudes import INT32_LIMIT
 
 GAP_DTYPES = (torch.uint8, torch.int16, torch.int32)
 
@@ -61,7 +61,7 @@ class SparseWeight:
 
     def gather(self, dense: Tensor, index: Tensor | None = None) -> Tensor:
         """Read the selected positions of a tensor of the parameter's shape. Returns `(k,)`."""
-        return scatter.read(dense, self.index if index is None else index)
+        return at_positions.read(dense, self.index if index is None else index)
 
     def gather_part(self, dense: Tensor, entries: slice, before: int) -> Tensor:
         """Read some of the selected positions of a dense part of the parameter's shape.
@@ -75,7 +75,7 @@ class SparseWeight:
             Shape `(len(entries),)`, on the device of `dense`.
         """
         gaps = self._gaps[entries].to(dense.device)
-        return scatter.read(dense, torch.cumsum(gaps, 0, dtype=torch.int64).add_(before))
+        return at_positions.read(dense, torch.cumsum(gaps, 0, dtype=torch.int64).add_(before))
 
     @property
     def trained(self) -> Tensor:
@@ -166,7 +166,7 @@ class SparseWeight:
     def _put(self, values: Tensor, index: Tensor, accumulate: bool = False) -> None:
         self._refuse_other_parameter()
         values = values.detach().to(self.base.dtype)
-        scatter.write_(self.parameter.data, index, values, accumulate)
+        at_positions.write_(self.parameter.data, index, values, accumulate)
 
     def _refuse_other_parameter(self) -> None:
         if self.parameter.dtype != self.base.dtype or self.parameter.device != self.base.device:

@@ -10,7 +10,8 @@ from comfy.patcher_extension import CallbacksMP
 from comfy.weight_adapter import WeightAdapterBase
 from torch import Tensor
 
-from ...sara_core import SparseDelta, scatter
+from ...sara_core import SparseDelta
+from ...sara_core.weights import at_positions
 from .weights import (
     PREFIX,
     BaseWeights,
@@ -43,8 +44,8 @@ class SparseAdapter(WeightAdapterBase):
         """Add `strength * values` in place; ComfyUI passes a copy of the weight."""
         index, values = (tensor.to(weight.device) for tensor in self.weights)
         index = index.long()  # once for both
-        changed = scatter.read(weight, index).float() + values.float() * strength
-        return scatter.write_(weight, index, changed.to(weight.dtype))
+        changed = at_positions.read(weight, index).float() + values.float() * strength
+        return at_positions.write_(weight, index, changed.to(weight.dtype))
 
 
 class SparseAddition:

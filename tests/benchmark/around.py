@@ -23,10 +23,10 @@ import torch
 from comfy.weight_adapter import LoRAAdapter
 from sara_pack.nodes import host
 from sara_pack.sara_core import SaraAdamW, SparseDelta, low_rank
-from sara_pack.sara_core.analysis import analyze
+from sara_pack.sara_core.weights.analysis import analyze
 from sara_pack.sara_core.atomic import replace_atomically
 from sara_pack.sara_core.low_rank import nuclear_norm_gradient
-from sara_pack.sara_core.parameters import choose_parameters
+from sara_pack.sara_core.weights.parameters import choose_parameters
 
 REPEATS = 7
 LARGE = (10240, 1280)

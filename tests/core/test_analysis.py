@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from sara_core.analysis import Tally, analyze, block_of
-from sara_core.selection import select
+from sara_core.weights.analysis import Tally, analyze, block_of
+from sara_core.weights.selection import select
 
 
 def weights():

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from sara_core import DeltaEntry, SaraAdamW, SparseDelta, scatter
+from sara_core import DeltaEntry, SaraAdamW, SparseDelta
+from sara_core.weights import at_positions
 
 from .helpers import Net, loss_of
 
@@ -54,7 +55,7 @@ def test_applying_gives_the_trained_weights_and_undoing_the_base(trained):
 def test_an_error_half_way_leaves_the_model_as_it_was(trained, monkeypatch):
     base, _, delta = trained
     original = copy.deepcopy(base)
-    write, calls = scatter.write_, []
+    write, calls = at_positions.write_, []
 
     def fail_at_the_third(*args):
         calls.append(1)
@@ -62,7 +63,7 @@ def test_an_error_half_way_leaves_the_model_as_it_was(trained, monkeypatch):
             raise MemoryError
         return write(*args)
 
-    monkeypatch.setattr(scatter, "write_", fail_at_the_third)
+    monkeypatch.setattr(at_positions, "write_", fail_at_the_third)
     with pytest.raises(MemoryError):
         delta.apply_to(base)
     assert len(calls) == 3 + 3  # each of them is put back
@@ -76,11 +77,11 @@ def test_positions_are_row_major_in_any_layout_and_mode(is_deterministic, layout
     dense = torch.arange(2.0 * 3 * 4 * 5).view(2, 3, 4, 5).to(memory_format=layout)
     expected = torch.arange(120.0)
     index = torch.tensor([0, 7, 61, 119], dtype=torch.int32)
-    assert scatter.read(dense, index).tolist() == [0, 7, 61, 119]
+    assert at_positions.read(dense, index).tolist() == [0, 7, 61, 119]
     torch.use_deterministic_algorithms(is_deterministic)
     try:
-        assert scatter.write_(dense, index, torch.full((4,), -1.0)) is dense
-        scatter.write_(dense, index[1:], torch.tensor([10.0, 20.0, 30.0]), True)
+        assert at_positions.write_(dense, index, torch.full((4,), -1.0)) is dense
+        at_positions.write_(dense, index[1:], torch.tensor([10.0, 20.0, 30.0]), True)
     finally:
         torch.use_deterministic_algorithms(False)
     expected[index.long()] = torch.tensor([-1.0, 9, 19, 29])

@@ -1,98 +1,99 @@
-"""sara_core must run where ComfyUI is not installed."""
+"""Which room may import which, and that sara_core runs where ComfyUI is not installed."""
 
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-CORE = ROOT / "sara_core"
-ALLOWED = {"torch", "safetensors", "numpy"} | set(sys.stdlib_module_names)
+PACKAGES = {"torch", "safetensors", "numpy"} | set(sys.stdlib_module_names)
 OPTIONAL = {"eight_bits": {"torchao"}}  # within a function, for those who ask for it
-LAYERS = [
-    {"atomic", "lock", "casts", "eight_bits"},
-    {
-        "magnitudes",
-        "positions",
-        "learning_rate",
-        "objective",
-        "batches",
-        "low_rank",
-        "adam_moments",
-        "parameters",
-        "in_place",
-        "tracking",
-        "out_of_memory",
-        "buckets",
-        "captions",
-        "scatter",
-        "transfer",
+INTERNALS = {"comfy", "comfy_extras", "comfy_execution", "folder_paths", "server", "node_helpers"}
+ROOMS = {  # each may import itself and these
+    "sara_core/weights": set(),
+    "sara_core/files": set(),
+    "sara_core/delta": {"sara_core/weights", "sara_core/files"},
+    "sara_core/pictures": {"sara_core/files"},
+    "sara_core/optimizer": {"sara_core/weights", "sara_core/delta"},
+    "sara_core/training": {
+        "sara_core/weights",
+        "sara_core/files",
+        "sara_core/delta",
+        "sara_core/optimizer",
     },
-    {
-        "picture_folder",
-        "checkpointing",
-        "training_task",
-        "selection",
-        "config",
-        "state_file",
-        "delta_file",
-        "fingerprint",
-    },
-    {"analysis", "delta", "sparse_weight", "encoding_cache"},
-    {"convolution"},
-    {"sparse_model", "export", "authors_format", "block_strengths"},
-    {"optimizer"},
-    {"trainer"},
-    {"run_folder"},
-    {"__init__"},
-]
+}
 
 
 def imported(path):
+    """Level, module or package, and names of each import in a file."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            yield from ((0, alias.name) for alias in node.names)
+            yield from ((0, alias.name, []) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            names = [node.module] if node.module else [alias.name for alias in node.names]
-            yield from ((node.level, name) for name in names)
+            yield node.level, node.module or "", [alias.name for alias in node.names]
 
 
-@pytest.mark.parametrize("path", sorted(CORE.rglob("*.py")), ids=lambda p: p.name)
-def test_core_imports_only_its_packages_and_lower_layers(path):
-    rank = {name: i for i, layer in enumerate(LAYERS) for name in layer}
-    own = rank[path.stem]
-    for level, name in imported(path):
+def modules_imported(path):
+    """Files of the repository that a file imports."""
+    for level, module, names in imported(path):
         if level == 0:
-            allowed = ALLOWED | OPTIONAL.get(path.stem, set())
-            assert name.split(".")[0] in allowed, f"{path.name} imports {name}"
-        else:
-            assert level == 1, f"{path.name} imports from outside the core"
-            assert rank[name] < own, f"{path.name} imports {name}, which is not below it"
+            continue
+        base = path.parents[level - 1].joinpath(*module.split(".") if module else ())
+        if base.with_suffix(".py").is_file():
+            yield base.with_suffix(".py")
+            continue
+        for name in names:
+            candidates = base / f"{name}.py", base / name / "__init__.py", base / "__init__.py"
+            yield next(file for file in candidates if file.is_file())
+
+
+def room_of(path):
+    return path.parent.relative_to(ROOT).as_posix()
+
+
+def files(folder):
+    return sorted((ROOT / folder).rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", files("sara_core"), ids=lambda p: p.name)
+def test_the_core_imports_its_packages_alone(path):
+    allowed = PACKAGES | OPTIONAL.get(path.stem, set())
+    for level, module, _ in imported(path):
+        assert level or module.split(".")[0] in allowed, f"{path.name} imports {module}"
+    for target in modules_imported(path):
+        assert target.is_relative_to(ROOT / "sara_core"), f"{path.name} imports {target}"
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_only_those_below_it(room):
+    for path in (ROOT / room).glob("*.py"):
+        for target in modules_imported(path):
+            assert room_of(target) in {room, *ROOMS[room]}, f"{path} imports {target}"
+
+
+def test_imports_run_one_way():
+    graph = {path: set(modules_imported(path)) for path in files("sara_core") + files("nodes")}
+    list(TopologicalSorter(graph).static_order())  # raises on a cycle
 
 
 def test_it_is_imported_without_the_optional_packages():
-    code = "import sys; import sara_core.optimizer; print(*sorted(sys.modules))"
+    code = "import sys; import sara_core; print(*sorted(sys.modules))"
     modules = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).split()
     assert not set.union(*OPTIONAL.values()) & set(modules)
 
 
 def test_only_host_touches_comfyui():
-    internals = {
-        "comfy",
-        "comfy_extras",
-        "comfy_execution",
-        "folder_paths",
-        "server",
-        "node_helpers",
-    }
-    for path in sorted((ROOT / "nodes").glob("*.py")):
-        roots = {name.split(".")[0] for level, name in imported(path) if level == 0}
-        assert not roots & internals, f"{path.name} imports {roots & internals}"
+    for path in files("nodes"):
+        if room_of(path) != "nodes/host":
+            roots = {module.split(".")[0] for level, module, _ in imported(path) if level == 0}
+            assert not roots & INTERNALS, f"{path.name} imports {roots & INTERNALS}"
 
 
 def test_host_knows_nothing_of_the_nodes():
-    for path in sorted((ROOT / "nodes" / "host").glob("*.py")):
-        above = [name for level, name in imported(path) if level == 2]
-        assert not above, f"host/{path.name} imports {above} of the nodes"
+    for path in (ROOT / "nodes" / "host").glob("*.py"):
+        for target in modules_imported(path):
+            is_above = target.is_relative_to(ROOT / "nodes") and room_of(target) != "nodes/host"
+            assert not is_above, f"host/{path.name} imports {target}"

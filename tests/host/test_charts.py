@@ -27,7 +27,7 @@ def no_server(monkeypatch):
 
 
 def test_the_histogram_holds_every_weight_by_block_and_bin(charts):
-    from sara_pack.sara_core.analysis import analyze
+    from sara_pack.sara_core.weights.analysis import analyze
 
     torch.manual_seed(0)
     weights = {

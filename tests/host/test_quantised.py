@@ -164,7 +164,7 @@ def test_weights_left_outside_the_device_get_the_delta_when_they_are_used(sara, 
 
 
 def test_analyze_counts_the_zeros_of_float8(sara):
-    from sara_pack.sara_core.analysis import analyze
+    from sara_pack.sara_core.weights.analysis import analyze
 
     weights = sara.host.trainable_weights(load("e4m3fn"))
     found = analyze(weights, fraction=0.1, zeros="train")
