@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 
 from ..sara_core import SaraAdamW
-from ..sara_core.atomic import replace_atomically
+from ..sara_core.files.atomic import replace_atomically
 from ..sara_core.out_of_memory import is_out_of_memory
 from ..sara_core.run_folder import RunFolder
 from . import host

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from . import positions
-from .atomic import replace_atomically
+from .files.atomic import replace_atomically
 
 FORMAT, VERSION = "sara-delta", "1"
 VALUE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)

@@ -13,11 +13,11 @@ from typing import TextIO
 
 import torch
 
-from .atomic import replace_atomically
 from .delta import SparseDelta
-from .lock import hold
+from .files.atomic import replace_atomically
+from .files.lock import hold
+from .files.state_file import read_state, snapshot, write_state
 from .sparse_model import entries_of
-from .state_file import read_state, snapshot, write_state
 from .training_task import StepReport
 
 STATE, SETTINGS, LOSSES, LOG = "state.safetensors", "settings.json", "loss.csv", "log.txt"

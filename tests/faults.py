@@ -22,7 +22,7 @@ sys.path.append(str(ROOT))
 import torch  # noqa: E402
 
 from sara_core import SparseDelta  # noqa: E402
-from sara_core.state_file import read_state  # noqa: E402
+from sara_core.files.state_file import read_state  # noqa: E402
 
 from .harness.server import Server, make_base  # noqa: E402
 from .harness.workflows import load_workflow, node_titled  # noqa: E402

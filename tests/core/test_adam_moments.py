@@ -10,7 +10,7 @@ from torchao.optim.quant_utils import create_dynamic_map
 
 from sara_core import SaraAdamW, adam_moments, eight_bits
 from sara_core.eight_bits import BLOCK
-from sara_core.state_file import read_state, snapshot, write_state
+from sara_core.files.state_file import read_state, snapshot, write_state
 
 from .helpers import Net, loss_of
 

@@ -126,7 +126,7 @@ def test_other_weights_have_another_digest():
 def test_a_full_disk_is_the_same_error_from_every_library(tmp_path):
     from safetensors import SafetensorError
 
-    from sara_core.atomic import replace_atomically
+    from sara_core.files.atomic import replace_atomically
 
     def write(path):
         raise SafetensorError("I/O error: No space left on device (os error 28)")

@@ -11,10 +11,10 @@ from torch import nn
 
 from sara_core import SaraAdamW, SparseDelta
 from sara_core.config import TrainConfig
+from sara_core.files.state_file import read_state, snapshot, write_state
 from sara_core.objective import NoiseSchedule
 from sara_core.out_of_memory import is_out_of_memory
 from sara_core.run_folder import RunFolder
-from sara_core.state_file import read_state, snapshot, write_state
 from sara_core.trainer import MAX_BAD_STEPS, TrainingRun
 from sara_core.training_task import StepReport
 
@@ -362,7 +362,7 @@ def test_a_full_disk_is_told_and_the_last_good_save_stays(tmp_path, monkeypatch)
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr("sara_core.state_file.save_file", full)
+        patched.setattr("sara_core.files.state_file.save_file", full)
         next(steps)
         assert folder.save(saved(run), {}, keep=2) is None  # in the background
         next(steps)
@@ -399,7 +399,7 @@ def test_a_loss_table_that_cannot_be_cut_does_not_stop_a_resume(tmp_path, monkey
         raise PermissionError(13, "open in another program")
 
     with monkeypatch.context() as patched:
-        patched.setattr("sara_core.atomic.os.replace", refused)
+        patched.setattr("sara_core.files.atomic.os.replace", refused)
         assert folder.read_losses(2) == [r.loss for r in reports[:2]]
     assert "loss.csv keeps rows after step 2" in (folder.path / "log.txt").read_text()
     assert folder.read_losses(4) == [r.loss for r in reports]

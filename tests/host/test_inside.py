@@ -428,7 +428,7 @@ def test_the_switch_is_saved(sd15, sara, tmp_path):
 
 def test_a_full_disk_does_not_stop_the_training(sd15, sara, monkeypatch, caplog):
     latents, captions = pairs(2)
-    from sara_pack.sara_core import state_file
+    from sara_pack.sara_core.files import state_file
 
     original, count = state_file.save_file, [0]
 
