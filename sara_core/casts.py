@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-CASTS = ("ToCopyBackward0", "torch::autograd::CopyBackwards")  # autograd's nodes of `to`, `copy_`
+from .weights.copies import CASTS, copied_leaf
+
 TRANSPOSE = "TBackward0"  # a linear layer saves its weight so
 
 
@@ -32,18 +33,6 @@ class Cast:
         return copied.t() if self.is_transposed else copied
 
 
-def is_copy(tensor: Tensor, parameter: nn.Parameter) -> bool:
-    """Tell whether a tensor is the parameter, or a plain copy of it in another dtype or place."""
-    return tensor is parameter or _copied(tensor.grad_fn) is parameter
-
-
-def _copied(node: torch.autograd.graph.Node | None) -> Tensor | None:
-    """Return the leaf that casts, which this node ends, begin with; None if there are other nodes."""
-    while node is not None and node.name() in CASTS:
-        node = next((before for before, _ in reversed(node.next_functions) if before), None)
-    return getattr(node, "variable", None)
-
-
 def pack(tensor: Tensor) -> Tensor | Cast:
     """Return what to keep for the backward pass of a tensor that autograd wants to save.
 
@@ -55,7 +44,7 @@ def pack(tensor: Tensor) -> Tensor | Cast:
         node = node.next_functions[0][0]
     if node is None or node.name() not in CASTS:
         return tensor.detach()
-    leaf = _copied(node)
+    leaf = copied_leaf(node)
     if not isinstance(leaf, nn.Parameter):
         return tensor.detach()
     return Cast(leaf, tensor.dtype, tensor.device, is_transposed)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .delta import SparseDelta
 from .delta_file import DeltaEntry
-from .low_rank import as_matrix_shape
+from .weights.parameters import as_matrix_shape
 
 PREFIX = "diffusion_model."
 OVERSAMPLING, POWER_ITERATIONS = 16, 4  # of the randomised decomposition

@@ -13,6 +13,8 @@ from math import sqrt
 import torch
 from torch import Tensor
 
+from .weights.parameters import as_matrix_shape
+
 NUM_ITERATIONS = 8
 SMALLEST_SINGULAR_VALUE = 1e-4  # of the bound on the largest; smaller ones are not fully raised
 SMALLEST_OF_DECOMPOSED = 5e-6
@@ -156,15 +158,6 @@ def _spectral_norm_bound(matrix: Tensor) -> Tensor:
     size = matrix.abs()
     mixed = (size.sum(0).max() * size.sum(1).max()).sqrt()
     return torch.minimum(torch.linalg.matrix_norm(matrix), mixed)
-
-
-def as_matrix_shape(shape: torch.Size | tuple[int, ...]) -> tuple[int, int]:
-    """View a weight's shape as `(out, rest)`: conv kernels become `(out, in * kh * kw)`."""
-    rows = shape[0] if len(shape) else 1
-    columns = 1
-    for size in shape[1:]:
-        columns *= size
-    return rows, columns
 
 
 def nuclear_norm_gradient(

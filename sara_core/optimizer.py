@@ -10,11 +10,11 @@ from torch.optim.adamw import adamw
 
 from . import adam_moments, learning_rate
 from .delta import SparseDelta
-from .low_rank import as_matrix_shape, nuclear_norm_gradient
+from .low_rank import nuclear_norm_gradient
 from .sparse_model import SparseModel
 from .sparse_weight import SparseWeight
 from .weights.fingerprint import take_fingerprint
-from .weights.parameters import choose_parameters
+from .weights.parameters import as_matrix_shape, choose_parameters
 from .weights.selection import select
 
 logger = logging.getLogger("comfyui-sara")

@@ -1,8 +1,9 @@
-"""Choose the parameters of a module that may train, by name and shape."""
+"""Choose the parameters of a module that may train, by name, and see their shapes as matrices."""
 
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 
+import torch
 from torch import Tensor, nn
 
 
@@ -100,3 +101,12 @@ def _refuse_overlapping(parameters: Mapping[str, Tensor]) -> None:
                 f"parameters {name!r} and {other!r} are different objects that share memory, so "
                 "training one would change the other; tie them as one nn.Parameter or exclude one"
             )
+
+
+def as_matrix_shape(shape: torch.Size | tuple[int, ...]) -> tuple[int, int]:
+    """View a weight's shape as `(out, rest)`: conv kernels become `(out, in * kh * kw)`."""
+    rows = shape[0] if len(shape) else 1
+    columns = 1
+    for size in shape[1:]:
+        columns *= size
+    return rows, columns
