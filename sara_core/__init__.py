@@ -1,7 +1,7 @@
 """SaRA: fine-tune a model by training only its smallest weights (arXiv:2409.06633)."""
 
-from .delta import SparseDelta
-from .delta_file import DeltaEntry
+from .delta.delta_file import DeltaEntry
+from .delta.sparse_delta import SparseDelta
 from .optimizer import SaraAdamW
 from .weights.selection import Selection, select
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from . import adam_moments, learning_rate
-from .delta import SparseDelta
+from .delta.sparse_delta import SparseDelta
 from .low_rank import nuclear_norm_gradient
 from .sparse_model import SparseModel
 from .sparse_weight import SparseWeight

@@ -13,7 +13,7 @@ from typing import TextIO
 
 import torch
 
-from .delta import SparseDelta
+from .delta.sparse_delta import SparseDelta
 from .files.atomic import replace_atomically
 from .files.lock import hold
 from .files.state_file import read_state, snapshot, write_state

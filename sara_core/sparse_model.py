@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .convolution import InParts, is_large
-from .delta_file import DeltaEntry
+from .delta.delta_file import DeltaEntry
 from .sparse_weight import SparseWeight
 from .weights import at_positions
 from .weights.fingerprint import is_same_base

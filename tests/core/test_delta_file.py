@@ -10,7 +10,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from sara_core import DeltaEntry, SparseDelta, positions
+from sara_core import DeltaEntry, SparseDelta
+from sara_core.delta import packed_positions
 
 
 def random_delta(numel, density, seed=0, name="blocks.0.weight", columns=100):
@@ -71,24 +72,24 @@ def test_file_can_be_read_from_the_specification_alone(tmp_path):
         assert values.tolist() == delta.entries[name].values.half().tolist()
 
 
-@pytest.mark.parametrize("width", [0, 1, 3, 7, 8, 9, 31, positions.MAX_WIDTH])
+@pytest.mark.parametrize("width", [0, 1, 3, 7, 8, 9, 31, packed_positions.MAX_WIDTH])
 def test_positions_of_any_width_are_read(width, monkeypatch):
-    monkeypatch.setattr(positions, "_best_width", lambda gaps: width)
+    monkeypatch.setattr(packed_positions, "_best_width", lambda gaps: width)
     near = np.flatnonzero(np.random.default_rng(0).random(100_000) < 0.1)
     far = 2**31 - 2 if width > 7 else near[-1] + 1000  # few ones in the unary part
     index = np.append(near, far)
     for dtype, limit in ((np.int32, 2**31 - 1), (np.int64, 2**40)):
-        _, packed = positions.encode(index.astype(dtype))
-        found = positions.decode(packed, width, len(index), limit)
+        _, packed = packed_positions.encode(index.astype(dtype))
+        found = packed_positions.decode(packed, width, len(index), limit)
         assert found.dtype == dtype
         np.testing.assert_array_equal(found, index)
 
 
 def test_as_many_positions_as_need_wide_sums_are_read(monkeypatch):
     index = np.flatnonzero(np.random.default_rng(0).random(100_000) < 0.1).astype(np.int32)
-    width, packed = positions.encode(index)
-    monkeypatch.setattr(positions, "MANY", 1000)
-    found = positions.decode(packed, width, len(index), 100_000)
+    width, packed = packed_positions.encode(index)
+    monkeypatch.setattr(packed_positions, "MANY", 1000)
+    found = packed_positions.decode(packed, width, len(index), 100_000)
     assert found.dtype == np.int32
     np.testing.assert_array_equal(found, index)
 
@@ -140,7 +141,7 @@ def test_a_failed_save_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
             file.write(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("sara_core.delta_file.save_file", full)
+    monkeypatch.setattr("sara_core.delta.delta_file.save_file", full)
     with pytest.raises(OSError, match="No space left"):
         random_delta(500, 0.2).save(path)
     assert path.read_bytes() == before
@@ -180,7 +181,7 @@ def rewrite(path, change):
 
 
 def encoded(*index):
-    width, packed = positions.encode(np.array(index, dtype=np.int64))
+    width, packed = packed_positions.encode(np.array(index, dtype=np.int64))
     return width, torch.from_numpy(packed)
 
 

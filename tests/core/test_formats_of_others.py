@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from sara_core import DeltaEntry, SparseDelta
-from sara_core.authors_format import diffusers_order, read_authors_checkpoint
-from sara_core.block_strengths import blocks_in, parse_strengths, scale_blocks
-from sara_core.export import as_differences, as_lora
+from sara_core.delta.authors_format import diffusers_order, read_authors_checkpoint
+from sara_core.delta.block_strengths import blocks_in, parse_strengths, scale_blocks
+from sara_core.delta.export import as_differences, as_lora
 
 from ..diffusers_names import SD15, parameter_names
 

@@ -7,9 +7,9 @@ without `.weight`.
 import torch
 from torch import Tensor
 
-from .delta import SparseDelta
+from ..weights.parameters import as_matrix_shape
 from .delta_file import DeltaEntry
-from .weights.parameters import as_matrix_shape
+from .sparse_delta import SparseDelta
 
 PREFIX = "diffusion_model."
 OVERSAMPLING, POWER_ITERATIONS = 16, 4  # of the randomised decomposition

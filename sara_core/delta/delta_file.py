@@ -15,8 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from . import positions
-from .files.atomic import replace_atomically
+from ..files.atomic import replace_atomically
+from . import packed_positions
 
 FORMAT, VERSION = "sara-delta", "1"
 VALUE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -205,13 +205,15 @@ def _refuse_damage(values: Tensor, packed: Tensor, expected: str | None) -> None
 
 
 def _pack_positions(entry: DeltaEntry) -> tuple[int, np.ndarray]:
-    return positions.encode(entry.index.cpu().numpy())
+    return packed_positions.encode(entry.index.cpu().numpy())
 
 
 def _unpack_positions(row, block: Tensor) -> Tensor:
     name, shape, count, width, _ = row
     try:
-        return torch.from_numpy(positions.decode(block.numpy(), width, count, math.prod(shape)))
+        return torch.from_numpy(
+            packed_positions.decode(block.numpy(), width, count, math.prod(shape))
+        )
     except ValueError as error:
         raise ValueError(f"positions of {name!r}: {error}") from error
 

@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
-from .delta import SparseDelta
+from ..weights.analysis import block_of
 from .delta_file import DeltaEntry
-from .weights.analysis import block_of
+from .sparse_delta import SparseDelta
 
 
 def blocks_in(delta: SparseDelta) -> list[str]:

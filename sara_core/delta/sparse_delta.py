@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from ..weights import at_positions
+from ..weights.fingerprint import is_same_base
+from ..weights.magnitudes import INT32_LIMIT
 from .delta_file import DeltaEntry, read_entries, write_entries
-from .weights import at_positions
-from .weights.fingerprint import is_same_base
-from .weights.magnitudes import INT32_LIMIT
 
 logger = logging.getLogger("comfyui-sara")
 

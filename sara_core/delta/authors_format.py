@@ -14,11 +14,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .delta import SparseDelta
+from ..weights import at_positions
+from ..weights.fingerprint import take_fingerprint
+from ..weights.magnitudes import small_weight_index
 from .delta_file import DeltaEntry
-from .weights import at_positions
-from .weights.fingerprint import take_fingerprint
-from .weights.magnitudes import small_weight_index
+from .sparse_delta import SparseDelta
 
 
 def read_authors_checkpoint(

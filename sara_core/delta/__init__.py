@@ -1,0 +1,1 @@
+"""What a training learned, and the formats it is kept in."""
