@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..sara_core.captions import Problem
-from ..sara_core.encoding_cache import EncodingCache, content_key
-from ..sara_core.picture_folder import find_pictures
+from ..sara_core.pictures.captions import Problem
+from ..sara_core.pictures.encoding_cache import EncodingCache, content_key
+from ..sara_core.pictures.picture_folder import find_pictures
 from . import host
 from .folder_plan import (
     CACHE_VERSION,

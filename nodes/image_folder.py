@@ -5,8 +5,8 @@ from pathlib import Path
 
 from comfy_api.latest import io, ui
 
-from ..sara_core.encoding_cache import EncodingCache
-from ..sara_core.picture_folder import describe_files
+from ..sara_core.pictures.encoding_cache import EncodingCache
+from ..sara_core.pictures.picture_folder import describe_files
 from . import host
 from .contact_sheet import contact_sheet
 from .encoded_folder import encode_folder, mask_of

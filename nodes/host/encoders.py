@@ -4,7 +4,7 @@ import comfy.model_management
 from comfyui_version import __version__
 from torch import Tensor
 
-from ...sara_core.encoding_cache import weights_digest
+from ...sara_core.pictures.encoding_cache import weights_digest
 
 
 def compression(vae) -> int:

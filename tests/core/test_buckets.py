@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from sara_core.buckets import SizeRule, choose_sizes, crop_windows
+from sara_core.pictures.buckets import SizeRule, choose_sizes, crop_windows
 
 PHONE, TALL, SQUARE, SCREEN = (4000, 3000), (3000, 4000), (2000, 2000), (1920, 1080)
 

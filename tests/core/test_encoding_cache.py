@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from sara_core import encoding_cache
-from sara_core.encoding_cache import EncodingCache, content_key, weights_digest
+from sara_core.pictures import encoding_cache
+from sara_core.pictures.encoding_cache import EncodingCache, content_key, weights_digest
 
 MUCH = 1 << 30
 

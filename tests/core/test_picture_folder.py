@@ -5,8 +5,8 @@ import os
 
 import pytest
 
-from sara_core.captions import with_trigger
-from sara_core.picture_folder import describe_files, find_pictures
+from sara_core.pictures.captions import with_trigger
+from sara_core.pictures.picture_folder import describe_files, find_pictures
 
 
 def put(folder, **files):

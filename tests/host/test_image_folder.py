@@ -326,7 +326,7 @@ def test_cancel_ends_the_encoding_and_what_is_encoded_is_kept(server):
 def encoding(monkeypatch):
     """The pipeline with an 'encoder' that averages eight pixels to one."""
     from sara_pack.nodes import encoded_folder, folder_plan, host
-    from sara_pack.sara_core.buckets import SizeRule
+    from sara_pack.sara_core.pictures.buckets import SizeRule
 
     def encode(vae, pixels):
         encode.calls.append(pixels)
@@ -348,7 +348,7 @@ def encoding(monkeypatch):
 
 
 def test_a_file_that_changes_while_it_is_read_does_not_poison_the_cache(encoding, tmp_path):
-    from sara_pack.sara_core.encoding_cache import EncodingCache
+    from sara_pack.sara_core.pictures.encoding_cache import EncodingCache
 
     folder = tmp_path / "f"
     folder.mkdir()
@@ -375,7 +375,7 @@ def test_a_file_that_changes_while_it_is_read_does_not_poison_the_cache(encoding
 
 
 def test_windows_flips_masks_and_crops_by_value(encoding, tmp_path):
-    from sara_pack.sara_core.encoding_cache import EncodingCache
+    from sara_pack.sara_core.pictures.encoding_cache import EncodingCache
 
     data = np.zeros((64, 128, 4), np.uint8)
     data[:, :64], data[:, 64:] = (255, 0, 0, 255), (0, 0, 255, 0)
@@ -398,7 +398,7 @@ def test_windows_flips_masks_and_crops_by_value(encoding, tmp_path):
 
 
 def test_captions_with_embeddings_are_encoded_every_time(encoding, tmp_path):
-    from sara_pack.sara_core.encoding_cache import EncodingCache
+    from sara_pack.sara_core.pictures.encoding_cache import EncodingCache
 
     Image.new("RGB", (64, 64)).save(tmp_path / "p.png")
     texts = []

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .files.state_file import read_state, snapshot, write_state
+from ..files.state_file import read_state, snapshot, write_state
 
 NUM_SAMPLES = 64  # of each tensor of a model
 ABANDONED = 3600.0  # seconds after which an unfinished file is nobody's
