@@ -2,7 +2,7 @@
 
 from .delta.delta_file import DeltaEntry
 from .delta.sparse_delta import SparseDelta
-from .optimizer import SaraAdamW
+from .optimizer.sara_adamw import SaraAdamW
 from .weights.selection import Selection, select
 
 __all__ = ["DeltaEntry", "SaraAdamW", "Selection", "SparseDelta", "select"]

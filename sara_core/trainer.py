@@ -10,8 +10,8 @@ from . import casts
 from .batches import BatchOrder, by_key
 from .config import TrainConfig
 from .in_place import changes_allowed, changes_saved_tensors
-from .learning_rate import factor
-from .optimizer import SaraAdamW
+from .optimizer.learning_rate import factor
+from .optimizer.sara_adamw import SaraAdamW
 from .out_of_memory import is_out_of_memory
 from .training_task import StepReport, TrainingTask
 from .transfer import send

@@ -22,10 +22,11 @@ import comfy.model_patcher
 import torch
 from comfy.weight_adapter import LoRAAdapter
 from sara_pack.nodes import host
-from sara_pack.sara_core import SaraAdamW, SparseDelta, low_rank
+from sara_pack.sara_core import SaraAdamW, SparseDelta
+from sara_pack.sara_core.optimizer import low_rank
 from sara_pack.sara_core.weights.analysis import analyze
 from sara_pack.sara_core.files.atomic import replace_atomically
-from sara_pack.sara_core.low_rank import nuclear_norm_gradient
+from sara_pack.sara_core.optimizer.low_rank import nuclear_norm_gradient
 from sara_pack.sara_core.weights.parameters import choose_parameters
 
 REPEATS = 7

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 from torchao.optim.quant_utils import create_dynamic_map
 
-from sara_core import SaraAdamW, adam_moments, eight_bits
-from sara_core.eight_bits import BLOCK
+from sara_core import SaraAdamW
 from sara_core.files.state_file import read_state, snapshot, write_state
+from sara_core.optimizer import adam_moments, eight_bits
+from sara_core.optimizer.eight_bits import BLOCK
 
 from .helpers import Net, loss_of
 

@@ -9,9 +9,10 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 
-from sara_core import SaraAdamW, casts, convolution
+from sara_core import SaraAdamW, casts
 from sara_core.checkpointing import checkpointed
 from sara_core.in_place import changes_allowed
+from sara_core.optimizer import convolution
 
 
 class Layer(nn.Module):

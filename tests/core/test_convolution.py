@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from sara_core import SaraAdamW, convolution
+from sara_core import SaraAdamW
+from sara_core.optimizer import convolution
 
 THRESHOLD = 0.1
 OPTIONS = {"lr": 0.05, "low_rank_weight": 0}

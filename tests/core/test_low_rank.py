@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from sara_core import low_rank
-from sara_core.low_rank import nuclear_norm_gradient, polar_factor
+from sara_core.optimizer import low_rank
+from sara_core.optimizer.low_rank import nuclear_norm_gradient, polar_factor
 
 
 @pytest.fixture(params=["decomposition", "products"], autouse=True)

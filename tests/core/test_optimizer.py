@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from sara_core import SaraAdamW
-from sara_core.sparse_weight import SparseWeight
+from sara_core.optimizer.sparse_weight import SparseWeight
 
 from .helpers import DenseReference, Net, loss_of, sample
 

@@ -11,8 +11,8 @@ from torch import nn
 from sara_core import SaraAdamW
 from sara_core.batches import BatchOrder
 from sara_core.config import TrainConfig
-from sara_core.learning_rate import factor, rule
 from sara_core.objective import NoiseSchedule
+from sara_core.optimizer.learning_rate import factor, rule
 from sara_core.trainer import TrainingRun
 
 

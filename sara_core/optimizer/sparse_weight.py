@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from .weights import at_positions
-from .weights.magnitudes import INT32_LIMIT
+from ..weights import at_positions
+from ..weights.magnitudes import INT32_LIMIT
 
 GAP_DTYPES = (torch.uint8, torch.int16, torch.int32)
 

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..delta.delta_file import DeltaEntry
+from ..weights import at_positions
+from ..weights.fingerprint import is_same_base
 from .convolution import InParts, is_large
-from .delta.delta_file import DeltaEntry
 from .sparse_weight import SparseWeight
-from .weights import at_positions
-from .weights.fingerprint import is_same_base
 
 
 class SparseModel:

@@ -13,7 +13,7 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from .weights.parameters import as_matrix_shape
+from ..weights.parameters import as_matrix_shape
 
 NUM_ITERATIONS = 8
 SMALLEST_SINGULAR_VALUE = 1e-4  # of the bound on the largest; smaller ones are not fully raised

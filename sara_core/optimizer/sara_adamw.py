@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from ..delta.sparse_delta import SparseDelta
+from ..weights.fingerprint import take_fingerprint
+from ..weights.parameters import as_matrix_shape, choose_parameters
+from ..weights.selection import select
 from . import adam_moments, learning_rate
-from .delta.sparse_delta import SparseDelta
 from .low_rank import nuclear_norm_gradient
 from .sparse_model import SparseModel
 from .sparse_weight import SparseWeight
-from .weights.fingerprint import take_fingerprint
-from .weights.parameters import as_matrix_shape, choose_parameters
-from .weights.selection import select
 
 logger = logging.getLogger("comfyui-sara")
 

@@ -13,8 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ..weights.copies import is_copy
 from .sparse_weight import SparseWeight
-from .weights.copies import is_copy
 
 PART_ON_CPU, PART = 1 << 20, 1 << 23  # weights whose gradient is made at a time
 KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -1,0 +1,1 @@
+"""The method itself, in one line of any training script."""
