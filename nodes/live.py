@@ -4,7 +4,7 @@ import logging
 import math
 import time
 
-from ..sara_core.training_task import StepReport
+from ..sara_core.training.task import StepReport
 from . import host, shown
 from .charts import Curve
 

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from ..sara_core.run_folder import SETTINGS, STATE
+from ..sara_core.training.run_folder import SETTINGS, STATE
 from . import host
 
 MAX_NAME = 100

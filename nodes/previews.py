@@ -5,8 +5,8 @@ from pathlib import Path
 
 from ..sara_core import SaraAdamW
 from ..sara_core.files.atomic import replace_atomically
-from ..sara_core.out_of_memory import is_out_of_memory
-from ..sara_core.run_folder import RunFolder
+from ..sara_core.training.out_of_memory import is_out_of_memory
+from ..sara_core.training.run_folder import RunFolder
 from . import host
 from .picture_sheets import row_of, stack, thumbnail
 

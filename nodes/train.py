@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from ..sara_core import SparseDelta
 from ..sara_core.optimizer.adam_moments import refuse_unusable
-from ..sara_core.run_folder import RunFolder
+from ..sara_core.training.run_folder import RunFolder
 from . import host, output_folder
 from .examples import gather_examples
 from .live import KIND

@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 
 from ..sara_core import SaraAdamW
-from ..sara_core.checkpointing import checkpointed
-from ..sara_core.config import TrainConfig
-from ..sara_core.out_of_memory import is_out_of_memory
-from ..sara_core.run_folder import RunFolder
-from ..sara_core.trainer import TrainingRun
-from ..sara_core.training_task import StepReport
+from ..sara_core.training.config import TrainConfig
+from ..sara_core.training.gradient_checkpointing import checkpointed
+from ..sara_core.training.out_of_memory import is_out_of_memory
+from ..sara_core.training.run_folder import RunFolder
+from ..sara_core.training.task import StepReport
+from ..sara_core.training.trainer import TrainingRun
 from ..sara_core.weights.fingerprint import take_fingerprint
 from . import host, output_folder
 from .examples import Examples, describe_examples, differences

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..sara_core.objective import NoiseSchedule
-from ..sara_core.transfer import send
+from ..sara_core.training.objective import NoiseSchedule
+from ..sara_core.training.to_device import send
 from . import host
 from .examples import Examples, split_validation
 

@@ -6,7 +6,7 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
-from ...sara_core.tracking import trackable_copy
+from ...sara_core.training.inference_tensors import trackable_copy
 from .schedules import noise_schedule
 from .weights import architecture
 

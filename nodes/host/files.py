@@ -6,7 +6,7 @@ from pathlib import Path
 
 import folder_paths
 
-from ...sara_core.run_folder import STATE
+from ...sara_core.training.run_folder import STATE
 
 FOLDER = "sara"
 DATASETS = "datasets"

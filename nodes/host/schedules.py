@@ -4,7 +4,7 @@ import comfy.model_base
 import comfy.model_sampling as sampling
 import torch
 
-from ...sara_core.objective import NoiseSchedule
+from ...sara_core.training.objective import NoiseSchedule
 
 
 def noise_schedule(patcher) -> NoiseSchedule:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import comfy.model_management
 import torch
 
-from ...sara_core.tracking import make_trackable
+from ...sara_core.training.inference_tensors import make_trackable
 from .calls import ModelCalls
 from .weights import REAL_SCALE, converter, is_dynamic, is_quantised, patchable_names
 

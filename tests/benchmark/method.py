@@ -95,10 +95,11 @@ def floor_dense_backward(net, options):
 
 
 def sara(net, options):
-    from sara_core import SaraAdamW, casts
-    from sara_core.checkpointing import checkpointed
+    from sara_core import SaraAdamW
+    from sara_core.training import weight_casts
+    from sara_core.training.gradient_checkpointing import checkpointed
 
-    ON_THE_WAY.enter_context(casts.made_again())  # as the trainer does
+    ON_THE_WAY.enter_context(weight_casts.made_again())  # as the trainer does
     optimizer = SaraAdamW(
         net, fraction=options["fraction"], lr=1e-4, low_rank_weight=options.get("low_rank", 5e-4),
         moments=options.get("moments", "fp32"),

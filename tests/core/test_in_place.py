@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from sara_core.checkpointing import checkpointed
-from sara_core.in_place import changes_allowed, changes_saved_tensors
+from sara_core.training.gradient_checkpointing import checkpointed
+from sara_core.training.in_place_changes import changes_allowed, changes_saved_tensors
 
 
 @dataclass

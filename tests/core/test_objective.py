@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from sara_core.objective import DISTRIBUTIONS, LOSSES, PREDICTIONS, NoiseSchedule
+from sara_core.training.objective import DISTRIBUTIONS, LOSSES, PREDICTIONS, NoiseSchedule
 
 SD = 0.7
 

@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from sara_core import SaraAdamW, SparseDelta
-from sara_core.config import TrainConfig
 from sara_core.files.state_file import read_state, snapshot, write_state
-from sara_core.objective import NoiseSchedule
-from sara_core.out_of_memory import is_out_of_memory
-from sara_core.run_folder import RunFolder
-from sara_core.trainer import MAX_BAD_STEPS, TrainingRun
-from sara_core.training_task import StepReport
+from sara_core.training.config import TrainConfig
+from sara_core.training.objective import NoiseSchedule
+from sara_core.training.out_of_memory import is_out_of_memory
+from sara_core.training.run_folder import RunFolder
+from sara_core.training.task import StepReport
+from sara_core.training.trainer import MAX_BAD_STEPS, TrainingRun
 
 
 class Task:

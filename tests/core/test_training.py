@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from sara_core import SaraAdamW
-from sara_core.batches import BatchOrder
-from sara_core.config import TrainConfig
-from sara_core.objective import NoiseSchedule
 from sara_core.optimizer.learning_rate import factor, rule
-from sara_core.trainer import TrainingRun
+from sara_core.training.batches import BatchOrder
+from sara_core.training.config import TrainConfig
+from sara_core.training.objective import NoiseSchedule
+from sara_core.training.trainer import TrainingRun
 
 
 def test_rule_gives_the_papers_rates():

@@ -19,8 +19,8 @@ def sara():
 
     from sara_pack import sara_core
     from sara_pack.nodes import examples, host, training_inputs, training_run, training_set
-    from sara_pack.sara_core import run_folder
     from sara_pack.sara_core.optimizer import eight_bits, learning_rate
+    from sara_pack.sara_core.training import run_folder
 
     return types.SimpleNamespace(
         host=host, run=training_run, sets=training_set, examples=examples, core=sara_core, rate=learning_rate,

@@ -13,12 +13,12 @@ from typing import TextIO
 
 import torch
 
-from .delta.sparse_delta import SparseDelta
-from .files.atomic import replace_atomically
-from .files.lock import hold
-from .files.state_file import read_state, snapshot, write_state
-from .optimizer.sparse_model import entries_of
-from .training_task import StepReport
+from ..delta.sparse_delta import SparseDelta
+from ..files.atomic import replace_atomically
+from ..files.lock import hold
+from ..files.state_file import read_state, snapshot, write_state
+from ..optimizer.sparse_model import entries_of
+from .task import StepReport
 
 STATE, SETTINGS, LOSSES, LOG = "state.safetensors", "settings.json", "loss.csv", "log.txt"
 LOCK = "lock"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from .weights.copies import CASTS, copied_leaf
+from ..weights.copies import CASTS, copied_leaf
 
 TRANSPOSE = "TBackward0"  # a linear layer saves its weight so
 

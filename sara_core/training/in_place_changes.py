@@ -15,7 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import casts
+from . import weight_casts
 
 
 def changes_saved_tensors(forward: Callable[[], object]) -> bool:
@@ -98,16 +98,16 @@ class _Copies:
     def __init__(self):
         self._held: dict[int, list[weakref.ref]] = {}  # one that is alive keeps its memory alive
 
-    def hold(self, tensor: Tensor) -> _Held | casts.Cast:
-        kept = casts.pack(tensor)
-        if isinstance(kept, casts.Cast):
+    def hold(self, tensor: Tensor) -> _Held | weight_casts.Cast:
+        kept = weight_casts.pack(tensor)
+        if isinstance(kept, weight_casts.Cast):
             return kept
         held = _Held(kept)
         self._held.setdefault(tensor.untyped_storage()._cdata, []).append(weakref.ref(held))
         return held
 
-    def give(self, held: _Held | casts.Cast) -> Tensor:
-        return held.tensor if isinstance(held, _Held) else casts.unpack(held)
+    def give(self, held: _Held | weight_casts.Cast) -> Tensor:
+        return held.tensor if isinstance(held, _Held) else weight_casts.unpack(held)
 
     def before_write(self, tensor: Tensor) -> None:
         for reference in self._held.pop(tensor.untyped_storage()._cdata, ()):

@@ -6,15 +6,15 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from . import casts
+from ..optimizer.learning_rate import factor
+from ..optimizer.sara_adamw import SaraAdamW
+from . import weight_casts
 from .batches import BatchOrder, by_key
 from .config import TrainConfig
-from .in_place import changes_allowed, changes_saved_tensors
-from .optimizer.learning_rate import factor
-from .optimizer.sara_adamw import SaraAdamW
+from .in_place_changes import changes_allowed, changes_saved_tensors
 from .out_of_memory import is_out_of_memory
-from .training_task import StepReport, TrainingTask
-from .transfer import send
+from .task import StepReport, TrainingTask
+from .to_device import send
 
 logger = logging.getLogger("comfyui-sara")
 
@@ -223,7 +223,7 @@ class TrainingRun:
         count, total = len(pictures), 0.0
         size = -(-count // self._num_parts)
         for start in range(0, count, size):
-            with changes_allowed() if self.in_place else casts.made_again():
+            with changes_allowed() if self.in_place else weight_casts.made_again():
                 loss = self._loss(*(part[start : start + size] for part in draw))
                 share = min(size, count - start) / count
                 scaled = loss * (share * weight)

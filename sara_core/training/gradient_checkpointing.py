@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .tracking import map_tensors
+from .inference_tensors import map_tensors
 
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 

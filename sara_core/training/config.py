@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
+from ..optimizer.learning_rate import SCHEDULES
 from .objective import LOSSES
-from .optimizer.learning_rate import SCHEDULES
 
 
 @dataclass(frozen=True)
