@@ -2,18 +2,18 @@
 
 from comfy_api.latest import ComfyExtension
 
-from . import host, shown
-from .analyze import SaraAnalyze
-from .delta_nodes import SaraApply, SaraLoadDelta, SaraMergeDeltas, SaraSaveDelta
-from .delta_tools import (
+from . import host, page_state
+from .analysis.analyze import SaraAnalyze
+from .delta.blocks_and_formats import (
     SaraBlockStrengths,
     SaraCreateHook,
     SaraExportDelta,
     SaraImportCheckpoint,
 )
-from .image_folder import SaraImageFolder
-from .sampling import SaraCompare, SaraLoadCheckpoints, SaraSamplingSettings
-from .train import SaraTrain
+from .delta.load_save_apply import SaraApply, SaraLoadDelta, SaraMergeDeltas, SaraSaveDelta
+from .pictures.image_folder import SaraImageFolder
+from .sampling.sampling_nodes import SaraCompare, SaraLoadCheckpoints, SaraSamplingSettings
+from .training.train import SaraTrain
 
 NODES = [
     SaraImageFolder,
@@ -38,5 +38,5 @@ class SaraExtension(ComfyExtension):
 
     async def get_node_list(self):
         host.register_folders()  # here, as 0.3.75 does not call on_load
-        host.add_route(shown.PATH, shown.everything)
+        host.add_route(page_state.PATH, page_state.everything)
         return NODES

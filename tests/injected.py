@@ -115,7 +115,9 @@ class Suite:
         name = kind.replace(" ", "_").replace("-", "_")
         number = 1 + len(list(self.output.glob(f"{name}_*")))
         folder = self.output / f"{name}_{number:05}"
-        at = self.dice.randint(2, faults.STEPS - 6)
+        at = self.dice.randint(
+            3, faults.STEPS - 6
+        )  # the first pass is no step, the second the first
         before = len(self.server.log_text())
         if kind == "read-only from the start":
             return self.read_only_from_the_start(name, folder)

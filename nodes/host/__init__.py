@@ -4,8 +4,16 @@ The only folder that touches ComfyUI's internals. Written against 0.3.75; what l
 otherwise is marked with the version.
 """
 
-from .calls import ModelCalls
 from .encoders import clip_facts, compression, encode_pixels, encode_text, vae_facts
+from .execution import (
+    Cancelled,
+    Progress,
+    add_route,
+    check_cancelled,
+    free_memory,
+    memory_in_use,
+    send_event,
+)
 from .files import (
     FOLDER,
     cache_folder,
@@ -19,21 +27,13 @@ from .files import (
     picture_folders,
     register_folders,
 )
+from .model_calls import ModelCalls
 from .patches import (
     SparseAdapter,
     ZeroSmallWeights,
     apply_delta,
     create_hook,
     zero_small_weights,
-)
-from .running import (
-    Cancelled,
-    Progress,
-    add_route,
-    check_cancelled,
-    free_memory,
-    memory_in_use,
-    send_event,
 )
 from .sampling import SAMPLERS, SCHEDULERS, Sampling, sample, sample_in_training
 from .schedules import foreign_prediction, noise_schedule, sampling_summary

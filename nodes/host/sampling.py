@@ -11,8 +11,8 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
-from .calls import ModelCalls
-from .running import check_cancelled
+from .execution import check_cancelled
+from .model_calls import ModelCalls
 
 SAMPLERS = comfy.samplers.KSampler.SAMPLERS
 SCHEDULERS = comfy.samplers.KSampler.SCHEDULERS

@@ -8,7 +8,7 @@ import comfy.model_management
 import torch
 
 from ...sara_core.training.inference_tensors import make_trackable
-from .calls import ModelCalls
+from .model_calls import ModelCalls
 from .weights import REAL_SCALE, converter, is_dynamic, is_quantised, patchable_names
 
 logger = logging.getLogger("comfyui-sara")

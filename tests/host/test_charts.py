@@ -11,13 +11,6 @@ import torch
 from .test_inside import pairs, sara, sd15, settings  # noqa: F401
 
 
-@pytest.fixture(scope="module")
-def charts():
-    from sara_pack.nodes import charts
-
-    return charts
-
-
 @pytest.fixture(autouse=True)
 def no_server(monkeypatch):
     """In this process there is no server to send text to."""
@@ -26,7 +19,8 @@ def no_server(monkeypatch):
     monkeypatch.setattr(host.Progress, "text", lambda *_: None)
 
 
-def test_the_histogram_holds_every_weight_by_block_and_bin(charts):
+def test_the_histogram_holds_every_weight_by_block_and_bin():
+    from sara_pack.nodes.analysis import chart
     from sara_pack.sara_core.weights.analysis import analyze
 
     torch.manual_seed(0)
@@ -35,12 +29,12 @@ def test_the_histogram_holds_every_weight_by_block_and_bin(charts):
         "blocks.0.b.weight": torch.randn(40, 50) * 1e-10,
         "blocks.1.a.weight": torch.cat([torch.zeros(30, 40), torch.randn(30, 40) * 0.5]),
     }
-    data = charts.analysis_chart(analyze(weights, fraction=0.1, zeros="skip"), 17)
+    data = chart.analysis_chart(analyze(weights, fraction=0.1, zeros="skip"), 17)
     assert json.loads(json.dumps(data)) == data
     edges, counts = torch.tensor(data["edges"]), data["counts"]
     assert len(edges) == len(counts) + 1
     assert (edges.diff() > 0).all()
-    assert edges[0] <= charts.SMALLEST < edges[1]
+    assert edges[0] <= chart.SMALLEST < edges[1]
     everything = torch.cat([w.flatten().abs() for w in weights.values()])
     live = everything[everything > 0]
     for i in range(1, len(counts)):  # the first bin holds all that is smaller, too
@@ -58,27 +52,29 @@ def test_the_histogram_holds_every_weight_by_block_and_bin(charts):
     assert float(ratio.max()) <= 1.125 + 1e-6  # an eighth of an octave, linearly
 
 
-def test_a_curve_keeps_means_over_equal_stretches(charts):
+def test_a_curve_keeps_means_over_equal_stretches():
+    from sara_pack.nodes.training import curve
+
     values = [math.sin(i / 50) + i / 1000 for i in range(5000)]
-    curve = charts.Curve(values)
-    points = curve.points()
-    assert len(points) <= 2 * charts.MAX_POINTS
+    means = curve.Curve(values)
+    points = means.points()
+    assert len(points) <= 2 * curve.MAX_POINTS
     stride = points[0][0]
-    assert points[-1][0] == curve.length == 5000
+    assert points[-1][0] == means.length == 5000
     for number, mean in points[:-1]:
         stretch = values[number - stride : number]
         assert mean == pytest.approx(sum(stretch) / stride)
-    short = charts.Curve([1.0, float("nan"), 3.0, float("inf")])
+    short = curve.Curve([1.0, float("nan"), 3.0, float("inf")])
     assert short.points() == [[1, 1.0], [2, 1.0], [3, 3.0], [4, 3.0]]
-    assert charts.Curve([float("nan")]).points() == [[1, 0.0]]
+    assert curve.Curve([float("nan")]).points() == [[1, 0.0]]
 
 
 def test_the_browser_is_told_the_whole_state(sd15, sara, monkeypatch):
-    from sara_pack.nodes import live
+    from sara_pack.nodes.training import live_chart
 
     sent = []
     monkeypatch.setattr(sara.host, "send_event", lambda name, data: sent.append((name, data)))
-    monkeypatch.setattr(live, "SECONDS_BETWEEN", 0.0)
+    monkeypatch.setattr(live_chart, "SECONDS_BETWEEN", 0.0)
     latents, captions = pairs(4)
     options = settings(sara, steps=4, progressive=0.5, validation_split=0.3, validate_every_steps=2,
                        save_every_steps=3)  # fmt: skip

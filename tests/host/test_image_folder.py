@@ -325,7 +325,8 @@ def test_cancel_ends_the_encoding_and_what_is_encoded_is_kept(server):
 @pytest.fixture
 def encoding(monkeypatch):
     """The pipeline with an 'encoder' that averages eight pixels to one."""
-    from sara_pack.nodes import encoded_folder, folder_plan, host
+    from sara_pack.nodes import host
+    from sara_pack.nodes.pictures import encoded_folder, folder_plan
     from sara_pack.sara_core.pictures.buckets import SizeRule
 
     def encode(vae, pixels):

@@ -18,13 +18,14 @@ def sara():
     import types
 
     from sara_pack import sara_core
-    from sara_pack.nodes import examples, host, training_inputs, training_run, training_set
+    from sara_pack.nodes import host
+    from sara_pack.nodes.training import examples, run, training_set, widgets
     from sara_pack.sara_core.optimizer import eight_bits, learning_rate
     from sara_pack.sara_core.training import run_folder
 
     return types.SimpleNamespace(
-        host=host, run=training_run, sets=training_set, examples=examples, core=sara_core, rate=learning_rate,
-        inputs=training_inputs, folder=run_folder, eight_bits=eight_bits,
+        host=host, run=run, sets=training_set, examples=examples, core=sara_core, rate=learning_rate,
+        inputs=widgets, folder=run_folder, eight_bits=eight_bits,
     )  # fmt: skip
 
 
@@ -742,7 +743,7 @@ def test_moments_in_eight_bits_learn_nearly_the_same(sd15, sara):
 
 
 def test_moments_in_eight_bits_without_torchao_are_refused_before_anything_runs(sara, monkeypatch):
-    from sara_pack.nodes.train import SaraTrain
+    from sara_pack.nodes.training.train import SaraTrain
 
     assert SaraTrain.validate_inputs(["new run"], ["8bit"]) is True
     sara.eight_bits._map.cache_clear()

@@ -12,7 +12,7 @@ COLOUR = (200, 100, 50)
 
 @pytest.fixture(scope="module")
 def pictures():
-    return importlib.import_module("sara_pack.nodes.pictures")
+    return importlib.import_module("sara_pack.nodes.pictures.picture_files")
 
 
 def gradient(width=48, height=32):

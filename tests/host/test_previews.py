@@ -286,7 +286,7 @@ def test_without_a_first_preview_a_cancelled_run_leaves_no_folder(
 
 
 def test_the_table_holds_each_delta_at_each_strength(loaded, sara, sampling, monkeypatch):
-    from sara_pack.nodes import comparison
+    from sara_pack.nodes.sampling import comparison
 
     model = loaded[0]
     before = {n: w.clone() for n, w in sara.host.base_weights(model).items()}
@@ -322,7 +322,7 @@ def test_the_table_holds_each_delta_at_each_strength(loaded, sara, sampling, mon
 
 @pytest.mark.parametrize("text", ["", " , ", "0, much", "1, nan", "inf"])
 def test_strengths_that_are_none_are_refused(text, sara):
-    from sara_pack.nodes.comparison import parse_strengths
+    from sara_pack.nodes.sampling.comparison import parse_strengths
 
     with pytest.raises(ValueError, match="expected numbers"):
         parse_strengths(text)
@@ -330,7 +330,7 @@ def test_strengths_that_are_none_are_refused(text, sara):
 
 
 def test_a_delta_that_does_not_fit_is_refused_before_anything_is_sampled(loaded, sara, sampling):
-    from sara_pack.nodes.comparison import compare
+    from sara_pack.nodes.sampling.comparison import compare
 
     delta = train(sara, loaded[0], sampling.examples)[0]
     entry = sara.core.DeltaEntry(torch.tensor([0]), torch.tensor([1.0]), (2, 2))

@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from ..sara_core.pictures.buckets import CROPS, SizeRule
+from ...sara_core.pictures.buckets import CROPS, SizeRule
 from .folder_plan import FolderOptions
 
 GIGABYTE = 1 << 30

@@ -4,9 +4,9 @@ import logging
 import math
 import time
 
-from ..sara_core.training.task import StepReport
-from . import host, shown
-from .charts import Curve
+from ...sara_core.training.task import StepReport
+from .. import host, page_state
+from .curve import Curve
 
 logger = logging.getLogger("comfyui-sara")
 
@@ -111,7 +111,7 @@ class LiveChart:
         if self.node_id is None:
             return
         state = self.state()
-        shown.keep(KIND, state)
+        page_state.keep(KIND, state)
         try:
             host.send_event(EVENT, state)
         except Exception as error:

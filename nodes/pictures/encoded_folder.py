@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..sara_core.pictures.captions import Problem
-from ..sara_core.pictures.encoding_cache import EncodingCache, content_key
-from ..sara_core.pictures.picture_folder import find_pictures
-from . import host
+from ...sara_core.pictures.captions import Problem
+from ...sara_core.pictures.encoding_cache import EncodingCache, content_key
+from ...sara_core.pictures.picture_folder import find_pictures
+from .. import host
 from .folder_plan import (
     CACHE_VERSION,
     EncodedFolder,
@@ -24,7 +24,7 @@ from .folder_plan import (
     plan_windows,
     settle_captions,
 )
-from .pictures import Picture, read_file, read_picture
+from .picture_files import Picture, read_file, read_picture
 
 logger = logging.getLogger("comfyui-sara")
 

@@ -3,12 +3,12 @@
 import torch
 from comfy_api.latest import io
 
-from ..sara_core.optimizer.adam_moments import KINDS
-from ..sara_core.optimizer.learning_rate import SCHEDULES
-from ..sara_core.optimizer.sara_adamw import LOW_RANK_WEIGHT
-from ..sara_core.training.objective import LOSSES
-from . import output_folder
-from .inputs import SAVE_DTYPES, filter_inputs, selection_inputs, strength_input
+from ...sara_core.optimizer.adam_moments import KINDS
+from ...sara_core.optimizer.learning_rate import SCHEDULES
+from ...sara_core.optimizer.sara_adamw import LOW_RANK_WEIGHT
+from ...sara_core.training.objective import LOSSES
+from .. import output_folder
+from ..inputs import SAVE_DTYPES, filter_inputs, selection_inputs, strength_input
 
 NEW_RUN = "new run"
 FREE_TO_CHANGE = (

@@ -5,12 +5,12 @@ from dataclasses import dataclass, field
 
 from PIL import ImageColor
 
-from ..sara_core.pictures.buckets import SizeRule, choose_sizes, crop_windows
-from ..sara_core.pictures.captions import Problem, with_trigger
-from ..sara_core.pictures.encoding_cache import content_key
-from ..sara_core.pictures.picture_folder import PictureFile
-from . import host
-from .pictures import picture_size, read_file
+from ...sara_core.pictures.buckets import SizeRule, choose_sizes, crop_windows
+from ...sara_core.pictures.captions import Problem, with_trigger
+from ...sara_core.pictures.encoding_cache import content_key
+from ...sara_core.pictures.picture_folder import PictureFile
+from .. import host
+from .picture_files import picture_size, read_file
 
 CACHE_VERSION = 1
 

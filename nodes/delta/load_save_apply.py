@@ -4,10 +4,10 @@ import os
 
 from comfy_api.latest import io, ui
 
-from ..sara_core import SparseDelta
-from . import host, output_folder
-from .inputs import SAVE_DTYPES, strength_input
-from .sockets import SaraDelta
+from ...sara_core import SparseDelta
+from .. import host, output_folder
+from ..inputs import SAVE_DTYPES, strength_input
+from ..sockets import SaraDelta
 
 CATEGORY = "SaRA"
 

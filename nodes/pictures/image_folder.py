@@ -5,12 +5,12 @@ from pathlib import Path
 
 from comfy_api.latest import io, ui
 
-from ..sara_core.pictures.encoding_cache import EncodingCache
-from ..sara_core.pictures.picture_folder import describe_files
-from . import host
+from ...sara_core.pictures.encoding_cache import EncodingCache
+from ...sara_core.pictures.picture_folder import describe_files
+from .. import host
+from ..training.examples import PICTURE
 from .contact_sheet import contact_sheet
 from .encoded_folder import encode_folder, mask_of
-from .examples import PICTURE
 from .folder_inputs import folder_inputs, folder_options
 from .folder_plan import EncodedFolder, Variant
 

@@ -2,15 +2,15 @@
 
 from comfy_api.latest import io
 
-from ..sara_core import SparseDelta
-from ..sara_core.optimizer.adam_moments import refuse_unusable
-from ..sara_core.training.run_folder import RunFolder
-from . import host, output_folder
+from ...sara_core import SparseDelta
+from ...sara_core.optimizer.adam_moments import refuse_unusable
+from ...sara_core.training.run_folder import RunFolder
+from .. import host, output_folder
+from ..sockets import LossMap, SaraDelta, SaraSampling
 from .examples import gather_examples
-from .live import KIND
-from .sockets import LossMap, SaraDelta, SaraSampling
-from .training_inputs import FREE_TO_CHANGE, NEW_RUN, training_inputs
-from .training_run import finished, run
+from .live_chart import KIND
+from .run import finished, run
+from .widgets import FREE_TO_CHANGE, NEW_RUN, training_inputs
 
 
 class SaraTrain(io.ComfyNode):

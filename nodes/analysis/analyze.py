@@ -2,11 +2,12 @@
 
 from comfy_api.latest import io
 
-from ..sara_core.weights.analysis import Analysis, Tally, analyze
-from ..sara_core.weights.parameters import filter_parameters
-from . import host, plots, shown
-from .charts import analysis_chart
-from .inputs import filter_inputs, selection_inputs, selection_rule
+from ...sara_core.weights.analysis import Analysis, Tally, analyze
+from ...sara_core.weights.parameters import filter_parameters
+from .. import host, page_state
+from ..inputs import filter_inputs, selection_inputs, selection_rule
+from . import plots
+from .chart import analysis_chart
 
 KIND = "sara_analysis"
 
@@ -95,6 +96,6 @@ class SaraAnalyze(io.ComfyNode):
             "node": cls.hidden.unique_id,
             "workflow": told.get("workflow", {}).get("id"),
         }
-        shown.keep(KIND, chart)
+        page_state.keep(KIND, chart)
         ui = {"text": (text,), KIND: (chart,)}
         return io.NodeOutput(model, value, text, picture, zeroed, ui=ui)

@@ -4,11 +4,11 @@ import os
 
 from comfy_api.latest import io, ui
 
-from ..sara_core import SparseDelta
-from . import host, output_folder
+from ...sara_core import SparseDelta
+from .. import host, output_folder
+from ..delta.load_save_apply import CATEGORY
+from ..sockets import SaraDelta, SaraSampling
 from .comparison import compare, parse_strengths, steps_of
-from .delta_nodes import CATEGORY
-from .sockets import SaraDelta, SaraSampling
 
 
 class SaraSamplingSettings(io.ComfyNode):

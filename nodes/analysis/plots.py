@@ -5,8 +5,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ..sara_core.weights.analysis import Analysis
-from ..sara_core.weights.magnitudes import NON_FINITE_BIN, bin_edges
+from ...sara_core.weights.analysis import Analysis
+from ...sara_core.weights.magnitudes import NON_FINITE_BIN, bin_edges
 
 WIDTH, HEIGHT, MARGIN = 900, 420, 60
 LOWEST, HIGHEST = -6.0, 1.0  # log10 of the magnitude

@@ -5,8 +5,8 @@ import math
 from PIL import Image
 from torch import Tensor
 
-from ..sara_core import SparseDelta
-from . import host
+from ...sara_core import SparseDelta
+from .. import host
 from .picture_sheets import labelled_grid, row_of, stack, to_tensor
 
 MAX_CELLS = 400

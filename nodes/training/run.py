@@ -10,21 +10,21 @@ from pathlib import Path
 
 import torch
 
-from ..sara_core import SaraAdamW
-from ..sara_core.training.config import TrainConfig
-from ..sara_core.training.gradient_checkpointing import checkpointed
-from ..sara_core.training.out_of_memory import is_out_of_memory
-from ..sara_core.training.run_folder import RunFolder
-from ..sara_core.training.task import StepReport
-from ..sara_core.training.trainer import TrainingRun
-from ..sara_core.weights.fingerprint import take_fingerprint
-from . import host, output_folder
+from ...sara_core import SaraAdamW
+from ...sara_core.training.config import TrainConfig
+from ...sara_core.training.gradient_checkpointing import checkpointed
+from ...sara_core.training.out_of_memory import is_out_of_memory
+from ...sara_core.training.run_folder import RunFolder
+from ...sara_core.training.task import StepReport
+from ...sara_core.training.trainer import TrainingRun
+from ...sara_core.weights.fingerprint import take_fingerprint
+from .. import host, output_folder
+from ..inputs import SAVE_DTYPES, selection_rule
 from .examples import Examples, describe_examples, differences
-from .inputs import SAVE_DTYPES, selection_rule
-from .live import LiveChart
+from .live_chart import LiveChart
 from .previews import Previews
-from .training_inputs import COMPUTE_DTYPES, NEW_RUN
 from .training_set import TrainingSet
+from .widgets import COMPUTE_DTYPES, NEW_RUN
 
 logger = logging.getLogger("comfyui-sara")
 

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..sara_core.training.objective import NoiseSchedule
-from ..sara_core.training.to_device import send
-from . import host
+from ...sara_core.training.objective import NoiseSchedule
+from ...sara_core.training.to_device import send
+from .. import host
 from .examples import Examples, split_validation
 
 

@@ -3,12 +3,12 @@
 import logging
 from pathlib import Path
 
-from ..sara_core import SaraAdamW
-from ..sara_core.files.atomic import replace_atomically
-from ..sara_core.training.out_of_memory import is_out_of_memory
-from ..sara_core.training.run_folder import RunFolder
-from . import host
-from .picture_sheets import row_of, stack, thumbnail
+from ...sara_core import SaraAdamW
+from ...sara_core.files.atomic import replace_atomically
+from ...sara_core.training.out_of_memory import is_out_of_memory
+from ...sara_core.training.run_folder import RunFolder
+from .. import host
+from ..sampling.picture_sheets import row_of, stack, thumbnail
 
 logger = logging.getLogger("comfyui-sara")
 

@@ -6,13 +6,13 @@ from pathlib import Path
 from comfy_api.latest import io, ui
 from safetensors.torch import save_file
 
-from ..sara_core.delta.authors_format import diffusers_order, read_authors_checkpoint
-from ..sara_core.delta.block_strengths import blocks_in, parse_strengths, scale_blocks
-from ..sara_core.delta.export import as_differences, as_lora
-from ..sara_core.files.atomic import replace_atomically
-from . import host
-from .inputs import SAVE_DTYPES, strength_input
-from .sockets import SaraDelta
+from ...sara_core.delta.authors_format import diffusers_order, read_authors_checkpoint
+from ...sara_core.delta.block_strengths import blocks_in, parse_strengths, scale_blocks
+from ...sara_core.delta.export import as_differences, as_lora
+from ...sara_core.files.atomic import replace_atomically
+from .. import host
+from ..inputs import SAVE_DTYPES, strength_input
+from ..sockets import SaraDelta
 
 CATEGORY = "SaRA"
 DIFFERENCES, LORA = "differences (exact)", "LoRA (approximate)"

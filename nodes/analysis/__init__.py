@@ -1,0 +1,1 @@
+"""See what would train before it does."""

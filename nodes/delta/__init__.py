@@ -1,0 +1,1 @@
+"""Load, save, merge, apply and convert deltas."""

@@ -1,0 +1,1 @@
+"""SaRA Image Folder."""

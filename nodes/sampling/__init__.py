@@ -1,0 +1,1 @@
+"""Sample pictures for previews and comparisons."""
