@@ -5,7 +5,7 @@ from comfy_api.latest import io
 from ...sara_core.weights.analysis import Analysis, Tally, analyze
 from ...sara_core.weights.parameters import filter_parameters
 from .. import host, page_state
-from ..inputs import filter_inputs, selection_inputs, selection_rule
+from ..inputs import advanced, filter_inputs, fraction_input, threshold_input
 from . import plots
 from .chart import analysis_chart
 
@@ -19,7 +19,7 @@ def report(analysis: Analysis) -> str:
         f"threshold {cutoff.threshold:.6g} selects {total.num_selected:,} of "
         f"{total.num_weights:,} weights ({_share(total.num_selected, total.num_weights)})",
         f"exactly zero: {total.num_zeros:,} ({_share(total.num_zeros, total.num_weights)}), "
-        + ("passed by: padding or dead inputs" if cutoff.skip_zeros else "selected like any other"),
+        + ("skipped: padding or dead inputs" if cutoff.skip_zeros else "selected like any other"),
         "",
         "suggested thresholds",
         *(f"  {label:>4}: {value:.3g}" for label, value in analysis.suggestions.items()),
@@ -43,6 +43,13 @@ def _share(part: int, whole: int) -> str:
     return f"{part / max(1, whole):.1%}"
 
 
+def selection_rule(threshold: float, fraction: float, count: str) -> dict:
+    """Turn the widgets into the core's rule: threshold before count before fraction."""
+    if threshold > 0:
+        return {"threshold": threshold}
+    return {"num_trainable": count} if count.strip() else {"fraction": fraction}
+
+
 class SaraAnalyze(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -57,14 +64,19 @@ class SaraAnalyze(io.ComfyNode):
             hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo],
             inputs=[
                 io.Model.Input("model", tooltip="Model to look at. It is not changed."),
-                *selection_inputs(),
-                io.String.Input(
-                    "count",
-                    default="",
-                    tooltip="Number of weights to select, such as 5M or 50M. Used instead of the "
-                    "fraction while the threshold is 0.",
+                threshold_input(),
+                fraction_input(),
+                *advanced(
+                    [
+                        io.String.Input(
+                            "count",
+                            default="",
+                            tooltip="Number of weights to select, such as 5M or 50M. Used instead of "
+                            "the fraction while the threshold is 0.",
+                        ),
+                        *filter_inputs(),
+                    ]
                 ),
-                *filter_inputs(),
             ],
             outputs=[
                 io.Model.Output(display_name="model", tooltip="The model, unchanged."),
@@ -90,11 +102,10 @@ class SaraAnalyze(io.ComfyNode):
         value = analysis.cutoff.threshold
         zeroed = host.zero_small_weights(model, list(weights), value)
         text, picture = report(analysis), plots.histogram(analysis)
-        told = cls.hidden.extra_pnginfo or {}
         chart = {
             **analysis_chart(analysis, host.bytes_per_trained_weight(model)),
             "node": cls.hidden.unique_id,
-            "workflow": told.get("workflow", {}).get("id"),
+            "workflow": host.workflow_id(cls.hidden.extra_pnginfo),
         }
         page_state.keep(KIND, chart)
         ui = {"text": (text,), KIND: (chart,)}

@@ -10,8 +10,9 @@ from ...sara_core.delta.authors_format import diffusers_order, read_authors_chec
 from ...sara_core.delta.block_strengths import blocks_in, parse_strengths, scale_blocks
 from ...sara_core.delta.export import as_differences, as_lora
 from ...sara_core.files.atomic import replace_atomically
+from ...sara_core.training.run_settings import SAVE_DTYPES
 from .. import host
-from ..inputs import SAVE_DTYPES, strength_input
+from ..inputs import strength_input
 from ..sockets import SaraDelta
 
 CATEGORY = "SaRA"

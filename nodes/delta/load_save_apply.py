@@ -5,8 +5,9 @@ import os
 from comfy_api.latest import io, ui
 
 from ...sara_core import SparseDelta
+from ...sara_core.training.run_settings import SAVE_DTYPES
 from .. import host, output_folder
-from ..inputs import SAVE_DTYPES, strength_input
+from ..inputs import strength_input
 from ..sockets import SaraDelta
 
 CATEGORY = "SaRA"

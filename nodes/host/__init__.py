@@ -13,6 +13,7 @@ from .execution import (
     free_memory,
     memory_in_use,
     send_event,
+    workflow_id,
 )
 from .files import (
     FOLDER,
@@ -93,6 +94,7 @@ __all__ = [
     "trainable",
     "trainable_weights",
     "vae_facts",
+    "workflow_id",
     "zero_rule",
     "zero_small_weights",
 ]

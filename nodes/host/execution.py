@@ -26,6 +26,12 @@ def check_cancelled() -> None:
     comfy.model_management.throw_exception_if_processing_interrupted()
 
 
+def workflow_id(extra_pnginfo: dict | None) -> str | None:
+    """Return the id of the workflow that a prompt came from; None where it is not told."""
+    workflow = extra_pnginfo.get("workflow") if isinstance(extra_pnginfo, dict) else None
+    return workflow.get("id") if isinstance(workflow, dict) else None
+
+
 def send_event(name: str, data: dict) -> None:
     """Send a message to every browser that is connected; without one it goes nowhere."""
     PromptServer.instance.send_sync(name, data)
@@ -52,11 +58,10 @@ def memory_in_use() -> tuple[int, int]:
 
 
 class Progress:
-    """The node's progress bar and the text below it. Cancel surfaces as an exception here."""
+    """The node's progress bar. Cancel surfaces as an exception here."""
 
     def __init__(self, total: int, node_id: str | None):
         self.bar = comfy.utils.ProgressBar(total, node_id=node_id)
-        self.node_id = node_id
 
     def update(self, done: int) -> None:
         """Show how far it is.
@@ -66,8 +71,3 @@ class Progress:
         """
         self.bar.update_absolute(done)
         check_cancelled()
-
-    def text(self, text: str) -> None:
-        """Show a line of text on the node."""
-        if self.node_id is not None:
-            PromptServer.instance.send_progress_text(text, self.node_id)

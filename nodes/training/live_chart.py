@@ -40,6 +40,7 @@ class LiveChart:
         self._validation: list[list[float]] = []
         self._previews: list[list] = []  # step, file name
         self._marks: list[list] = []  # step, kind, text
+        self._warnings: list[str] = []
         self._rates = Curve()
         self._step, self._stage, self._status = 0, 1, "training"
         self._pace: float | None = None
@@ -93,6 +94,10 @@ class LiveChart:
         """Mark the present step: `stage`, `saved` or `error`."""
         self._marks.append([self._step, kind, text])
 
+    def warn(self, text: str) -> None:
+        """Show a line that stays."""
+        self._warnings.append(text)
+
     def stop(self, text: str) -> None:
         """Show that it ended before its last step, and why."""
         self._status = "stopped"
@@ -135,6 +140,7 @@ class LiveChart:
             "validation": self._validation,
             "rates": self._rates.points(),
             "marks": self._marks[-200:],
+            "warnings": self._warnings,
             "previews": self._previews[-200:],
             "preview_folder": self._subfolder,
             "seconds_per_step": self._pace,

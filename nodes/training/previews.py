@@ -42,10 +42,10 @@ class Previews:
         self.thumbnail = ""
         self._is_first = True
 
-    def is_due(self, step: int, num_steps: int) -> bool:
+    def is_due(self, step: int) -> bool:
         """Tell whether a picture is to be made after a step; with 0 before the first one."""
-        every = self.folder.settings["preview_every_steps"]
-        is_time = step == num_steps or (every > 0 and step % every == 0)
+        every = self.folder.settings.preview_every_steps
+        is_time = step == self.folder.settings.steps or (every > 0 and step % every == 0)
         return bool(self.samplings) and is_time and not self.folder.preview_path(step).exists()
 
     def make(self, step: int) -> tuple[Path | None, str]:
@@ -57,7 +57,7 @@ class Previews:
             The picture's path, or None and what went wrong; no more are made then.
         """
         # Outside what is survived: if the trained values cannot be put back, the run must end.
-        with self.optimizer.at_strength(self.folder.settings["preview_strength"]):
+        with self.optimizer.at_strength(self.folder.settings.preview_strength):
             return self._make(step)
 
     def _make(self, step: int) -> tuple[Path | None, str]:

@@ -4,13 +4,13 @@ from comfy_api.latest import io
 
 from ...sara_core import SparseDelta
 from ...sara_core.optimizer.adam_moments import refuse_unusable
-from ...sara_core.training.run_folder import RunFolder
+from ...sara_core.training.run_settings import RunSettings
 from .. import host, output_folder
 from ..sockets import LossMap, SaraDelta, SaraSampling
 from .examples import gather_examples
 from .live_chart import KIND
-from .run import finished, run
-from .widgets import FREE_TO_CHANGE, NEW_RUN, training_inputs
+from .run import finished, is_finished, new_folder, old_folder, refuse_other_prediction, run
+from .widgets import NEW_RUN, training_inputs
 
 
 class SaraTrain(io.ComfyNode):
@@ -87,27 +87,21 @@ class SaraTrain(io.ComfyNode):
     @classmethod
     def execute(cls, model, latents, positive, empty=None, masks=None, regularisation_latents=None,
                 regularisation_positive=None, preview=(), **widgets) -> io.NodeOutput:  # fmt: skip
-        settings = {name: values[0] for name, values in widgets.items()}
+        values = {name: given[0] for name, given in widgets.items()}
+        resume, more_steps = values.pop("resume"), values.pop("more_steps", 0)
+        settings = RunSettings(**values)
         examples = gather_examples(
             latents, positive, empty, masks, regularisation_latents, regularisation_positive
         )
-        resume = settings.pop("resume")
-        if resume == NEW_RUN:
-            parent, name = output_folder.split_output_name(settings["output_name"])
-            folder = RunFolder.create(parent, name, settings)
-        else:
-            folder = RunFolder(output_folder.run_path(resume))
-            folder.settings |= {name: settings[name] for name in FREE_TO_CHANGE if name in settings}
-            if settings.get("moments") == "8bit":  # what a run that ran out of memory may need
-                folder.settings["moments"] = "8bit"
-        told = cls.hidden.extra_pnginfo or {}
-        workflow = told.get("workflow", {}).get("id")
+        refuse_other_prediction(model[0], settings)
+        is_new = resume == NEW_RUN
+        folder = new_folder(settings) if is_new else old_folder(resume, settings, more_steps)
         samplings = [sampling for group in preview for sampling in group]
         shown = {}
-        if resume == NEW_RUN or folder.can_resume:
+        if is_new or not is_finished(folder):
             path, losses, chart = run(
-                model[0], examples, folder, cls.hidden.unique_id, resume != NEW_RUN, workflow,
-                samplings,
+                model[0], examples, folder, cls.hidden.unique_id, not is_new,
+                host.workflow_id(cls.hidden.extra_pnginfo), samplings,
             )  # fmt: skip
             shown[KIND] = (chart,)
         else:

@@ -1,23 +1,52 @@
-"""Settings of a training run."""
+"""Settings of the training loop."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..optimizer.learning_rate import SCHEDULES
 from .objective import LOSSES
 
 
+def check_least(config, **least: float) -> None:
+    """Refuse settings below a smallest value each, and such as are not finite."""
+    for name, smallest in least.items():
+        value = getattr(config, name)
+        if not smallest <= value < float("inf"):
+            raise ValueError(
+                f"{name} is {value!r}; expected a finite number of at least {smallest}"
+            )
+
+
+def check_share(config, *names: str) -> None:
+    """Refuse settings that are no share."""
+    for name in names:
+        if not 0 <= getattr(config, name) <= 1:
+            raise ValueError(f"{name} is {getattr(config, name)!r}; expected 0 to 1")
+
+
+def check_choice(config, **choices: Iterable[str]) -> None:
+    """Refuse settings that are none of their choices."""
+    for name, known in choices.items():
+        if getattr(config, name) not in known:
+            raise ValueError(
+                f"{name} is {getattr(config, name)!r}; expected one of {', '.join(known)}"
+            )
+
+
 @dataclass(frozen=True)
 class TrainConfig:
-    """What a run does, apart from which weights train.
+    """What the training loop does, apart from which weights train.
 
     Args:
-        steps: Optimizer updates, at least 1.
+        steps: Optimizer updates in all, at least 1.
         batch_size: Pictures in one forward pass, at least 1.
-        accumulation: Forward passes per update, at least 1.
-        schedule: Course of the learning rate, one of `learning_rate.SCHEDULES`.
+        grad_accumulation_steps: Forward passes per update, at least 1.
+        lr_schedule: Course of the learning rate, one of `learning_rate.SCHEDULES`.
         warmup_steps: Updates over which it rises.
+        schedule_start: Updates made before the course began: those of a run that was finished and
+            then given more.
         max_grad_norm: Gradients are scaled down to this norm over all trained weights; 0 is off.
-        loss: One of `objective.LOSSES`.
+        loss_function: One of `objective.LOSSES`.
         caption_dropout: Share of captions replaced by the empty one, in `[0, 1]`.
         seed: Of everything random in the run.
         regularisation_weight: Of the loss on regularisation pictures, beside 1 for the others.
@@ -28,28 +57,22 @@ class TrainConfig:
 
     steps: int
     batch_size: int = 1
-    accumulation: int = 1
-    schedule: str = "cosine"
+    grad_accumulation_steps: int = 1
+    lr_schedule: str = "cosine"
     warmup_steps: int = 0
+    schedule_start: int = 0
     max_grad_norm: float = 1.0
-    loss: str = "mse"
+    loss_function: str = "mse"
     caption_dropout: float = 0.0
     seed: int = 0
     regularisation_weight: float = 1.0
 
     def __post_init__(self):
-        for name, least in (("steps", 1), ("batch_size", 1), ("accumulation", 1),
-                            ("warmup_steps", 0), ("max_grad_norm", 0), ("seed", 0),
-                            ("regularisation_weight", 0)):  # fmt: skip
-            value = getattr(self, name)
-            if not least <= value < float("inf"):
-                raise ValueError(
-                    f"{name} is {value!r}; expected a finite number of at least {least}"
-                )
-        if not 0 <= self.caption_dropout <= 1:
-            raise ValueError(f"caption_dropout is {self.caption_dropout!r}; expected 0 to 1")
-        for name, choices in (("schedule", SCHEDULES), ("loss", tuple(LOSSES))):
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)!r}; expected one of {', '.join(choices)}"
-                )
+        check_least(
+            self, steps=1, batch_size=1, grad_accumulation_steps=1, warmup_steps=0,
+            schedule_start=0, max_grad_norm=0, seed=0, regularisation_weight=0,
+        )  # fmt: skip
+        if self.schedule_start >= self.steps:
+            raise ValueError(f"schedule_start is {self.schedule_start}, after the last step")
+        check_share(self, "caption_dropout")
+        check_choice(self, lr_schedule=SCHEDULES, loss_function=LOSSES)

@@ -18,6 +18,7 @@ from ..files.atomic import replace_atomically
 from ..files.lock import hold
 from ..files.state_file import read_state, snapshot, write_state
 from ..optimizer.sparse_model import entries_of
+from .run_settings import RunSettings
 from .task import StepReport
 
 STATE, SETTINGS, LOSSES, LOG = "state.safetensors", "settings.json", "loss.csv", "log.txt"
@@ -52,19 +53,20 @@ class RunFolder:
             ) from error
         for left_over in self.path.glob(".*.tmp"):  # of a save that was killed
             left_over.unlink(missing_ok=True)
-        self.settings: dict = json.loads((self.path / SETTINGS).read_text(encoding="utf-8"))
+        saved = json.loads((self.path / SETTINGS).read_text(encoding="utf-8"))
+        self.settings = RunSettings.read(saved)
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="sara-save")
         self._pending: Future | None = None
         self._tables: dict[str, TextIO] = {}
 
     @classmethod
-    def create(cls, parent: str | os.PathLike, name: str, settings: Mapping) -> "RunFolder":
+    def create(cls, parent: str | os.PathLike, name: str, settings: RunSettings) -> "RunFolder":
         """Make a new folder `<name>_<number>`; never one that exists, whoever else makes one.
 
         Args:
             parent: Folder to make it in; made if it does not exist.
             name: File name without separators.
-            settings: Kept as JSON.
+            settings: Kept as JSON by name.
 
         Raises:
             OSError: The folder cannot be written to.
@@ -78,9 +80,13 @@ class RunFolder:
                 path.mkdir()
                 break
             number += 1
-        text = json.dumps(dict(settings), indent=1, sort_keys=True)
-        replace_atomically(path / SETTINGS, lambda file: Path(file).write_text(text, "utf-8"))
+        _write_settings(path, settings)
         return cls(path)
+
+    def change_settings(self, settings: RunSettings) -> None:
+        """Replace the run's settings, here and in the file."""
+        self.settings = settings
+        _write_settings(self.path, settings)
 
     @property
     def can_resume(self) -> bool:
@@ -93,9 +99,10 @@ class RunFolder:
         with contextlib.suppress(OSError), open(self.path / LOG, "a", encoding="utf-8") as file:
             file.write(f"{stamp} {text}\n")
 
-    def read_losses(self, up_to_step: int) -> list[float]:
-        """Return the losses up to a step and forget later ones, which will be made again."""
-        return [float(row[1]) for row in self._cut(LOSSES, COLUMNS, up_to_step)]
+    def read_losses(self, up_to_step: int) -> list[tuple[float, float]]:
+        """Return loss and learning rate up to a step; later ones are forgotten, to be made again."""
+        rows = self._cut(LOSSES, COLUMNS, up_to_step)
+        return [(float(row[1]), float(row[2])) for row in rows]
 
     def read_validation(self, up_to_step: int) -> list[tuple[int, float]]:
         """Return step and validation loss up to a step and forget later ones."""
@@ -234,17 +241,24 @@ class RunFolder:
         return found
 
     def finish(
-        self, delta: SparseDelta, path: str | os.PathLike, dtype: torch.dtype, step: int
+        self,
+        delta: SparseDelta,
+        path: str | os.PathLike,
+        dtype: torch.dtype,
+        step: int,
+        keep_state: bool = False,
     ) -> None:
         """Save the final delta, after the last step, at a path in this folder.
 
-        The state and a checkpoint of the same step are no longer needed then, and deleted.
+        A checkpoint of the same step is no longer needed then, and deleted; so is the state, unless
+        it is to be kept.
         """
         problem = self.finish_saving()
         if problem is not None:
             self.log(f"an earlier save had failed: {problem}")
         delta.save(path, dtype)
-        (self.path / STATE).unlink(missing_ok=True)
+        if not keep_state:
+            (self.path / STATE).unlink(missing_ok=True)
         (self.path / CHECKPOINT.format(step)).unlink(missing_ok=True)
         self.log(f"finished, saved {Path(path).name}")
 
@@ -260,6 +274,11 @@ class RunFolder:
             left = {path.name for path in self.path.iterdir()}
             if left <= {SETTINGS, LOG, LOCK, VALIDATION, PREVIEWS}:
                 shutil.rmtree(self.path)
+
+
+def _write_settings(path: Path, settings: RunSettings) -> None:
+    text = json.dumps(settings.saved(), indent=1, sort_keys=True)
+    replace_atomically(path / SETTINGS, lambda file: Path(file).write_text(text, "utf-8"))
 
 
 def _is_whole(row: list[str], columns: tuple) -> bool:

@@ -110,7 +110,9 @@ class TrainingRun:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scaler is not None and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
-        self.step, self._peak_rate = state["step"], state["peak_rate"]
+        self.step = state["step"]
+        if not 0 < self.step == self.config.schedule_start:  # else a new course begins here
+            self._peak_rate = state["peak_rate"]
         self._num_parts, self._bad_steps = state["num_parts"], 0
         self._generator.set_state(state["generator"])
         self._set_remaining(state["remaining"])
@@ -164,9 +166,11 @@ class TrainingRun:
         self.optimizer.generator.set_state(draws)
 
     def learning_rate(self, step: int) -> float:
-        """Return the learning rate of a step, counted from 0."""
-        config = self.config
-        return self._peak_rate * factor(step, config.steps, config.schedule, config.warmup_steps)
+        """Return the learning rate of a step, counted from 0, on the present course."""
+        config, start = self.config, self.config.schedule_start
+        return self._peak_rate * factor(
+            step - start, config.steps - start, config.lr_schedule, config.warmup_steps
+        )
 
     def _make_step(self) -> StepReport:
         rate = self.learning_rate(self.step)
@@ -212,9 +216,11 @@ class TrainingRun:
         """
         weights = (1.0, self.config.regularisation_weight)
         losses = [[] for _ in self._orders]
-        for _ in range(self.config.accumulation):
+        for _ in range(self.config.grad_accumulation_steps):
             for order, weight, sums in zip(self._orders, weights, losses, strict=False):
-                sums.append(self._backward(next(order), weight / self.config.accumulation))
+                sums.append(
+                    self._backward(next(order), weight / self.config.grad_accumulation_steps)
+                )
         return torch.stack([torch.stack(sums).mean() for sums in losses])
 
     def _backward(self, pictures: list[int], weight: float) -> Tensor:
@@ -244,7 +250,7 @@ class TrainingRun:
         noisy = schedule.add_noise(latents, noise, sigma)
         x0 = self.task.predict(noisy, sigma, pictures, dropped)
         mask = self.task.mask(pictures)
-        return schedule.loss(x0, latents, sigma, self.config.loss, mask).mean()
+        return schedule.loss(x0, latents, sigma, self.config.loss_function, mask).mean()
 
     def _update(self, loss: Tensor) -> bool:
         """Make the update unless it is not finite; returns whether it was."""

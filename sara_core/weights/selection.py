@@ -21,6 +21,7 @@ from .magnitudes import (
 
 logger = logging.getLogger("comfyui-sara")
 
+ZEROS = ("auto", "skip", "train")  # how exact zeros are treated
 COUNT_UNITS = {"K": 10**3, "M": 10**6, "B": 10**9}
 
 
@@ -35,7 +36,7 @@ class Selection:
             in row-major order of the parameter's shape, whatever its memory layout.
         num_considered: Weights in all the parameters looked at.
         num_zeros: Exact zeros among them.
-        zeros_skipped: Whether exact zeros were passed by.
+        zeros_skipped: Whether exact zeros were skipped.
     """
 
     threshold: float
@@ -76,7 +77,7 @@ class Cutoff:
 
     Args:
         threshold: Absolute weight value; weights strictly closer to zero are selected.
-        skip_zeros: Whether exact zeros are passed by.
+        skip_zeros: Whether exact zeros are skipped.
         num_considered: Weights in all the parameters looked at.
         zeros: Exact zeros in each parameter, by name.
         histogram: Sum of the parameters' `magnitude_histogram` counts.
@@ -201,8 +202,8 @@ def _refuse_rules(threshold, fraction, num_trainable, zeros) -> None:
     given = [name for name, value in given.items() if value is not None]
     if len(given) != 1:
         raise ValueError(f"give exactly one of threshold, fraction and num_trainable; got {given}")
-    if zeros not in ("auto", "train", "skip"):
-        raise ValueError(f"zeros={zeros!r}; expected 'auto', 'train' or 'skip'")
+    if zeros not in ZEROS:
+        raise ValueError(f"zeros={zeros!r}; expected one of {', '.join(ZEROS)}")
     if threshold is not None and not 0 < threshold < float("inf"):
         raise ValueError(f"threshold is {threshold!r}; expected a finite number above 0")
     if fraction is not None and not 0 < fraction <= 1:

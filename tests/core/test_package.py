@@ -53,7 +53,7 @@ def test_the_archive_holds_what_users_need_and_nothing_else():
     assert size < 5e6
 
 
-ALLOWED = {"nodes/host/running.py": {"aiohttp"}}  # for the answer to one GET request
+ALLOWED = {"nodes/host/execution.py": {"aiohttp"}}  # for the answer to one GET request
 
 
 def test_there_is_one_address_and_it_is_only_read():
@@ -61,7 +61,9 @@ def test_there_is_one_address_and_it_is_only_read():
     assert re.findall(r"routes\.(\w+)", text) == ["get"]
     assert re.findall(r"aiohttp import (.*)", text) == ["web"]
     assert re.findall(r"\bweb\.(\w+)", text) == ["json_response"]
-    assert re.findall(r"host\.add_route\((.*)\)", text) == ["shown.PATH, shown.everything"]
+    assert re.findall(r"host\.add_route\((.*)\)", text) == [
+        "page_state.PATH, page_state.everything"
+    ]
     assert "`/sara/shown`" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 

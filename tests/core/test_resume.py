@@ -15,6 +15,7 @@ from sara_core.training.config import TrainConfig
 from sara_core.training.objective import NoiseSchedule
 from sara_core.training.out_of_memory import is_out_of_memory
 from sara_core.training.run_folder import RunFolder
+from sara_core.training.run_settings import RunSettings
 from sara_core.training.task import StepReport
 from sara_core.training.trainer import MAX_BAD_STEPS, TrainingRun
 
@@ -45,7 +46,7 @@ class Task:
 
 
 SETTINGS = {
-    "steps": 12, "batch_size": 3, "accumulation": 2, "caption_dropout": 0.3, "warmup_steps": 3,
+    "steps": 12, "batch_size": 3, "grad_accumulation_steps": 2, "caption_dropout": 0.3, "warmup_steps": 3,
     "seed": 11,
 }  # fmt: skip
 
@@ -158,7 +159,7 @@ def test_a_step_that_is_not_finite_changes_nothing():
 def test_a_loss_that_is_not_finite_changes_nothing_even_if_its_gradient_is():
     """The absolute value's gradient is 1 at infinity, so the scaler has nothing against it."""
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    net, run = make(scaler=scaler, loss="l1", accumulation=1)
+    net, run = make(scaler=scaler, loss_function="l1", grad_accumulation_steps=1)
     predict = run.task.predict
     steps = iter(run)
     assert not next(steps).skipped
@@ -265,23 +266,25 @@ def test_damaged_states_are_refused(tmp_path):
 def test_folders_count_up_and_never_share(tmp_path):
     paths = []
     for _ in range(3):
-        folder = RunFolder.create(tmp_path / "sara", "style", {"steps": 3})
+        folder = RunFolder.create(tmp_path / "sara", "style", RunSettings(steps=3))
         folder.add_loss(StepReport(1, 0.5, 1e-3, 1))
         folder.close()
         paths.append(folder.path)
     assert [p.name for p in paths] == ["style_00001", "style_00002", "style_00003"]
-    assert RunFolder(paths[1]).settings == {"steps": 3}
+    assert RunFolder(paths[1]).settings == RunSettings(steps=3)
 
 
 def test_many_makers_at_once_get_folders_of_their_own(tmp_path):
     with ThreadPoolExecutor(16) as pool:
-        made = list(pool.map(lambda i: RunFolder.create(tmp_path, "style", {"i": i}), range(32)))
+        made = list(
+            pool.map(lambda i: RunFolder.create(tmp_path, "style", RunSettings(seed=i)), range(32))
+        )
     assert sorted(f.path.name for f in made) == [f"style_{n:05}" for n in range(1, 33)]
-    assert all(f.settings == {"i": i} for i, f in enumerate(made))
+    assert all(f.settings == RunSettings(seed=i) for i, f in enumerate(made))
 
 
 def test_a_run_is_trained_by_one_process_at_a_time(tmp_path):
-    folder = RunFolder.create(tmp_path, "style", {})
+    folder = RunFolder.create(tmp_path, "style", RunSettings())
     with pytest.raises(RuntimeError, match="style_00001 is being trained already"):
         RunFolder(folder.path)
     folder.add_loss(StepReport(1, 0.5, 1e-3, 1))
@@ -291,7 +294,7 @@ def test_a_run_is_trained_by_one_process_at_a_time(tmp_path):
 
 
 def test_a_run_without_a_step_leaves_no_folder(tmp_path):
-    folder = RunFolder.create(tmp_path, "style", {})
+    folder = RunFolder.create(tmp_path, "style", RunSettings())
     folder.log("nothing came of it")
     folder.close()
     assert not folder.path.exists()
@@ -301,7 +304,7 @@ def test_a_run_without_a_step_leaves_no_folder(tmp_path):
 def test_a_folder_that_cannot_be_made_is_an_error(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(OSError, match="file"):
-        RunFolder.create(tmp_path / "file", "style", {})
+        RunFolder.create(tmp_path / "file", "style", RunSettings())
 
 
 def saved(run, **more):
@@ -310,7 +313,7 @@ def saved(run, **more):
 
 def test_checkpoints_are_kept_and_the_final_delta_ends_the_state(tmp_path):
     _, run = make()
-    folder = RunFolder.create(tmp_path, "style", SETTINGS)
+    folder = RunFolder.create(tmp_path, "style", RunSettings(**SETTINGS))
     for report in run:
         folder.add_loss(report)
         if report.step % 2 == 0:
@@ -336,7 +339,7 @@ def test_checkpoints_are_kept_and_the_final_delta_ends_the_state(tmp_path):
 
 def test_loss_history_is_there_at_once_and_cut_on_resume(tmp_path):
     _, run = make()
-    folder = RunFolder.create(tmp_path, "style", SETTINGS)
+    folder = RunFolder.create(tmp_path, "style", RunSettings(**SETTINGS))
     reports = []
     for report in islice(run, 6):
         reports.append(report)
@@ -346,14 +349,16 @@ def test_loss_history_is_there_at_once_and_cut_on_resume(tmp_path):
         assert float(rows[-1]["loss"]) == report.loss
     with open(folder.path / "loss.csv", "a") as file:
         file.write("7,0.1")  # cut off by a crash
-    assert folder.read_losses(4) == [r.loss for r in reports[:4]]
+    assert folder.read_losses(4) == [(r.loss, r.learning_rate) for r in reports[:4]]
     folder.close()
-    assert RunFolder(folder.path).read_losses(99) == [r.loss for r in reports[:4]]
+    assert RunFolder(folder.path).read_losses(99) == [
+        (r.loss, r.learning_rate) for r in reports[:4]
+    ]
 
 
 def test_a_full_disk_is_told_and_the_last_good_save_stays(tmp_path, monkeypatch):
     _, run = make()
-    folder = RunFolder.create(tmp_path, "style", SETTINGS)
+    folder = RunFolder.create(tmp_path, "style", RunSettings(**SETTINGS))
     steps = iter(run)
     next(steps)
     assert folder.save(saved(run), {}, keep=2, wait=True) is None
@@ -377,7 +382,7 @@ def test_a_full_disk_is_told_and_the_last_good_save_stays(tmp_path, monkeypatch)
 
 def test_a_resumed_run_keeps_its_new_checkpoints_and_passes_by_those_of_later_steps(tmp_path):
     _, run = make()
-    folder = RunFolder.create(tmp_path, "style", SETTINGS)
+    folder = RunFolder.create(tmp_path, "style", RunSettings(**SETTINGS))
     later = folder.path / "checkpoint_0000009_steps.safetensors"
     later.write_bytes(b"of before the resume, when the state did not fit on the disk")
     kept = []
@@ -390,7 +395,7 @@ def test_a_resumed_run_keeps_its_new_checkpoints_and_passes_by_those_of_later_st
 
 def test_a_loss_table_that_cannot_be_cut_does_not_stop_a_resume(tmp_path, monkeypatch):
     _, run = make()
-    folder = RunFolder.create(tmp_path, "style", SETTINGS)
+    folder = RunFolder.create(tmp_path, "style", RunSettings(**SETTINGS))
     reports = list(islice(run, 4))
     for report in reports:
         folder.add_loss(report)
@@ -400,9 +405,9 @@ def test_a_loss_table_that_cannot_be_cut_does_not_stop_a_resume(tmp_path, monkey
 
     with monkeypatch.context() as patched:
         patched.setattr("sara_core.files.atomic.os.replace", refused)
-        assert folder.read_losses(2) == [r.loss for r in reports[:2]]
+        assert folder.read_losses(2) == [(r.loss, r.learning_rate) for r in reports[:2]]
     assert "loss.csv keeps rows after step 2" in (folder.path / "log.txt").read_text()
-    assert folder.read_losses(4) == [r.loss for r in reports]
+    assert folder.read_losses(4) == [(r.loss, r.learning_rate) for r in reports]
 
 
 def test_an_error_within_an_update_is_not_saved_as_a_whole_step(monkeypatch):
@@ -470,7 +475,7 @@ def tensors_in(value):
 
 
 def test_left_over_temporary_files_are_cleared(tmp_path):
-    folder = RunFolder.create(tmp_path, "style", {})
+    folder = RunFolder.create(tmp_path, "style", RunSettings())
     folder.add_loss(StepReport(1, 0.5, 1e-3, 1))
     folder.close()
     (folder.path / ".state.safetensors.abc.tmp").write_text("half a save")

@@ -57,8 +57,8 @@ def test_every_epoch_shows_each_picture_once_in_batches_of_one_size():
         ({"steps": 0}, "steps is 0"),
         ({"steps": 1, "batch_size": 0}, "batch_size is 0"),
         ({"steps": 1, "caption_dropout": 1.5}, "caption_dropout is 1.5"),
-        ({"steps": 1, "loss": "mae"}, "loss is 'mae'; expected one of mse, l1"),
-        ({"steps": 1, "schedule": "exp"}, "schedule is 'exp'"),
+        ({"steps": 1, "loss_function": "mae"}, "loss_function is 'mae'; expected one of mse, l1"),
+        ({"steps": 1, "lr_schedule": "exp"}, "lr_schedule is 'exp'"),
         ({"steps": 1, "max_grad_norm": float("inf")}, "max_grad_norm is inf"),
     ],
 )
@@ -101,7 +101,7 @@ def run(**settings):
 
 
 def test_reports_follow_the_schedule_and_loss_is_the_objectives():
-    net, task, reports = run(steps=4, schedule="linear", max_grad_norm=0)
+    net, task, reports = run(steps=4, lr_schedule="linear", max_grad_norm=0)
     assert [r.step for r in reports] == [1, 2, 3, 4]
     assert [r.learning_rate for r in reports] == pytest.approx([1e-2, 7.5e-3, 5e-3, 2.5e-3])
     torch.manual_seed(0)
@@ -125,7 +125,7 @@ def test_pictures_keep_their_own_noise_level_and_caption():
 
 
 def test_accumulation_averages_over_its_passes():
-    net, task, reports = run(steps=2, accumulation=3, batch_size=1, max_grad_norm=0)
+    net, task, reports = run(steps=2, grad_accumulation_steps=3, batch_size=1, max_grad_norm=0)
     assert len(task.calls) == 6
     torch.manual_seed(0)
     fresh = nn.Linear(6, 6)

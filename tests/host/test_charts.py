@@ -11,14 +11,6 @@ import torch
 from .test_inside import pairs, sara, sd15, settings  # noqa: F401
 
 
-@pytest.fixture(autouse=True)
-def no_server(monkeypatch):
-    """In this process there is no server to send text to."""
-    from sara_pack.nodes import host
-
-    monkeypatch.setattr(host.Progress, "text", lambda *_: None)
-
-
 def test_the_histogram_holds_every_weight_by_block_and_bin():
     from sara_pack.nodes.analysis import chart
     from sara_pack.sara_core.weights.analysis import analyze

@@ -31,7 +31,6 @@ def load(tmp_path, monkeypatch, sara):
 
         def truncate(self, *_, **__): ...
 
-    monkeypatch.setattr(sara.host.Progress, "text", lambda *_: None)
     monkeypatch.setattr(comfy_aimdo.host_buffer, "HostBuffer", Buffer)
     dynamic = patchers.ModelPatcherDynamic
     monkeypatch.setattr(dynamic, "__new__", lambda cls, *_, **__: object.__new__(cls))

@@ -1,6 +1,8 @@
 """The host layer against ComfyUI's own model classes, in this process."""
 
 import copy
+import dataclasses
+import math
 import sys
 import tempfile
 
@@ -19,13 +21,13 @@ def sara():
 
     from sara_pack import sara_core
     from sara_pack.nodes import host
-    from sara_pack.nodes.training import examples, run, training_set, widgets
+    from sara_pack.nodes.training import examples, run, training_set
     from sara_pack.sara_core.optimizer import eight_bits, learning_rate
-    from sara_pack.sara_core.training import run_folder
+    from sara_pack.sara_core.training import run_folder, run_settings
 
     return types.SimpleNamespace(
         host=host, run=run, sets=training_set, examples=examples, core=sara_core, rate=learning_rate,
-        inputs=widgets, folder=run_folder, eight_bits=eight_bits,
+        settings=run_settings, folder=run_folder, eight_bits=eight_bits,
     )  # fmt: skip
 
 
@@ -58,15 +60,15 @@ def pairs(count, channels=4, size=8, width=768, pooled=None, length=77, seed=0):
 
 
 def settings(sara, **changes):
-    defaults = {i.id: i.default for i in sara.inputs.training_inputs()}
-    return {
-        **defaults,
+    options = {
         "steps": 4,
         "batch_size": 2,
         "fraction": 0.05,
         "save_dtype": "fp32",
+        "gradient_checkpointing": False,
         **changes,
     }
+    return sara.settings.RunSettings(**options)
 
 
 def train(sara, patcher, latents, captions, settings, resume=None, new=None):
@@ -419,13 +421,51 @@ def test_broken_pictures_are_left_out_and_only_broken_ones_end_the_run(sd15, sar
 
 def test_the_switch_is_saved(sd15, sara, tmp_path):
     latents, captions = pairs(2)
-    options = settings(sara, steps=4, progressive=0.5, save_every_steps=0)
+    options = settings(sara, steps=4, progressive=0.5, save_every_steps=0, keep_state=False)
     folder = sara.folder.RunFolder.create(tmp_path, "run", options)
     train(sara, sd15, latents, captions, None, new=folder)
     log = (folder.path / "log.txt").read_text()
     assert "saved step 2" in log
     assert "finished, saved run_4_steps.safetensors" in log
     assert "saved step 4" not in log
+
+
+def test_a_finished_run_goes_on_with_more_steps_on_a_course_of_their_own(
+    sd15, sara, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(sara.host, "output_root", lambda: str(tmp_path))
+    latents, captions = pairs(4)
+    options = settings(sara, steps=4, learning_rate=1e-3, output_name="run", progressive=0.5)
+    first, _ = train(sara, sd15, latents, captions, None, new=sara.run.new_folder(options))
+    more = dataclasses.replace(options, learning_rate=5e-4, lr_schedule="linear")
+
+    again = sara.run.old_folder("run_00001", more, 0)
+    assert sara.run.is_finished(again)  # no more steps: what it has learned is put out
+    again.close()
+    folder = sara.run.old_folder("run_00001", more, 2)
+    delta, losses = train(sara, sd15, latents, captions, None, resume=folder)
+    assert len(losses) == 6
+    rates = [rate for _, rate in sara.folder.RunFolder(folder.path).read_losses(6)]
+    assert rates[3] == pytest.approx(1e-3 * 0.5 * (1 + math.cos(math.pi * 3 / 4)))
+    assert rates[4:] == [5e-4, 2.5e-4]
+    assert delta.metadata["sara.steps"] == "6"
+    assert {path.name for path in folder.path.glob("run_*")} == {
+        "run_4_steps.safetensors", "run_6_steps.safetensors",
+    }  # fmt: skip
+    # The second stage goes on: what was frozen in the first run stays as it was.
+    frozen = moved = 0
+    for name, entry in first.entries.items():
+        same = delta.entries[name].values == entry.values
+        frozen += int(same.sum())
+        moved += int((~same).sum())
+    assert frozen > 0
+    assert moved > 0
+
+    (folder.path / "state.safetensors").unlink()
+    with pytest.raises(
+        ValueError, match="its state was not kept, so it cannot be given more steps"
+    ):
+        sara.run.old_folder("run_00001", more, 2)
 
 
 def test_a_full_disk_does_not_stop_the_training(sd15, sara, monkeypatch, caplog):
@@ -729,12 +769,9 @@ def test_moments_in_eight_bits_learn_nearly_the_same(sd15, sara):
     latents, captions = pairs(4)
     options = settings(sara, steps=20, learning_rate=1e-4, exclude="")
     expected, losses = train(sara, sd15, latents, captions, options)
-    del options["moments"]  # a run from before the setting was there
-    again, _ = train(sara, sd15, latents, captions, options)
-    found, losses_too = train(sara, sd15, latents, captions, {**options, "moments": "8bit"})
+    in_eight_bits = dataclasses.replace(options, moments="8bit")
+    found, losses_too = train(sara, sd15, latents, captions, in_eight_bits)
     assert losses == pytest.approx(losses_too, rel=0.01)
-    for name, entry in expected.entries.items():
-        assert torch.equal(entry.values, again.entries[name].values), name
     one, two = (
         torch.cat([entry.values for entry in delta.entries.values()]) for delta in (expected, found)
     )
@@ -803,7 +840,7 @@ def test_offloaded_weights_train_to_the_same_and_no_copies_pile_up(
     expected, _ = train(sara, sd15, latents, captions, options)
     watch = Offloaded(monkeypatch)
     monkeypatch.setattr(watch._management, "cast_to", watch.cast)
-    delta, _ = train(sara, sd15, latents, captions, {**options, "offloading": True})
+    delta, _ = train(sara, sd15, latents, captions, dataclasses.replace(options, offloading=True))
     assert watch.full_loads == [False]
     assert watch._management.NUM_STREAMS == 2
     assert watch.copied > 100

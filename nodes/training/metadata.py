@@ -1,0 +1,38 @@
+"""What a delta's file says of the run that made it."""
+
+import dataclasses
+import json
+import time
+
+from ...sara_core import SaraAdamW
+from ...sara_core.training.run_settings import RunSettings
+from ...sara_core.weights.fingerprint import take_fingerprint
+from .. import host
+
+
+def run_metadata(patcher, settings: RunSettings, optimizer: SaraAdamW) -> dict[str, str]:
+    """Return what stays the same during a run, as text by key.
+
+    The MODEL may carry LoRAs; the file is for the checkpoint below them.
+    """
+    values = dataclasses.asdict(settings) | {"learning_rate": optimizer.param_groups[0]["lr"]}
+    words = settings.trigger_words.strip()
+    base = take_fingerprint(host.base_weights(patcher), dict.fromkeys(optimizer.names()))
+    foreign = host.foreign_prediction(patcher)
+    return {
+        **optimizer.delta_metadata(),
+        **({"sara.other_prediction": "{} instead of {}".format(*foreign)} if foreign else {}),
+        **({"modelspec.trigger_phrase": words} if words else {}),
+        "sara.fingerprint": base,
+        "sara.settings": json.dumps(values, sort_keys=True),
+        "modelspec.architecture": f"{host.architecture(patcher).lower()}/sara",
+        "modelspec.title": settings.output_name,
+        "modelspec.date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "modelspec.prediction_type": host.noise_schedule(patcher).prediction,
+    }
+
+
+def present_metadata(optimizer: SaraAdamW, thumbnail: str) -> dict[str, str]:
+    """Return what changes during a run: the steps made, and the newest preview."""
+    steps = {"sara.steps": str(optimizer.num_steps)}
+    return steps | ({"modelspec.thumbnail": thumbnail} if thumbnail else {})

@@ -1,0 +1,155 @@
+"""Saves a run, takes it up again, and puts out its delta."""
+
+import logging
+from pathlib import Path
+
+import torch
+
+from ...sara_core.training.run_folder import RunFolder
+from ...sara_core.training.run_settings import SAVE_DTYPES
+from ...sara_core.training.trainer import TrainingRun
+from .. import host, output_folder
+from .ending import add_line, how_it_ended
+from .examples import Examples, describe_examples, differences
+from .metadata import present_metadata, run_metadata
+from .previews import Previews
+from .reporter import Reporter
+
+logger = logging.getLogger("comfyui-sara")
+
+
+class Saver:
+    """Keeps what a run has learned in its folder.
+
+    Args:
+        patcher: The MODEL that is trained.
+        examples: What it is trained on.
+        training: The loop.
+        previews: Makes the picture that a file carries.
+        reporter: Is told what was saved.
+
+    Attributes:
+        losses: Of each step so far.
+        validation: Step and loss on the pictures held out.
+    """
+
+    def __init__(
+        self,
+        patcher,
+        examples: Examples,
+        training: TrainingRun,
+        previews: Previews,
+        reporter: Reporter,
+    ):
+        self.folder: RunFolder = reporter.folder
+        self.training, self.previews, self.reporter = training, previews, reporter
+        self.losses: list[float] = []
+        self.validation: list[tuple[int, float]] = []
+        self._last_saved = 0
+        self._identity = {
+            "model": host.architecture(patcher),
+            "sampling": host.sampling_summary(patcher),
+            "held out": list(training.task.validation),
+            **describe_examples(examples),
+        }
+        self._metadata = run_metadata(patcher, self.folder.settings, training.optimizer)
+        self._dtype = SAVE_DTYPES[self.folder.settings.save_dtype]
+
+    def resume(self) -> list[float]:
+        """Take over the folder's state; returns the learning rates of the steps it has behind it.
+
+        Raises:
+            ValueError: The model or the pictures are others, or the state is damaged.
+        """
+        state, name = self.folder.read_state(), self.folder.path.name
+        try:
+            wrong = differences(state["identity"], self._identity)
+            if wrong:
+                raise ValueError(
+                    f"{name} cannot be resumed with what is connected: {'; '.join(wrong)}. Connect "
+                    "the model and pictures it was started with"
+                )
+            self.training.load_state(state["run"])
+            self.losses = state["losses"].tolist()
+            self.validation = [tuple(entry) for entry in state["validation"]]
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
+            raise ValueError(f"the state of {name} is damaged: {error!r}") from error
+        rows = self.folder.read_losses(self.training.step)
+        self.folder.read_validation(self.training.step)
+        self.reporter.say(f"resumed after step {self.training.step}")
+        return [rate for _, rate in rows]
+
+    def save(self, wait: bool = False) -> Exception | None:
+        """Save a checkpoint and the state; a save that fails does not end the training.
+
+        Args:
+            wait: Return when it is written.
+
+        Returns:
+            What went wrong with the save before, or with this one if `wait` is set.
+        """
+        optimizer, self._last_saved = self.training.optimizer, self.training.step
+        try:
+            problem = self.folder.save(
+                {
+                    "run": self.training.state(),
+                    "identity": self._identity,
+                    "losses": torch.tensor(self.losses, dtype=torch.float64),
+                    "validation": self.validation,
+                },
+                self._metadata | present_metadata(optimizer, self.previews.thumbnail),
+                keep=self.folder.settings.keep_checkpoints,
+                dtype=self._dtype,
+                wait=wait,
+            )
+        except Exception as error:
+            problem = error
+        if problem is None:
+            self.reporter.chart.mark("saved", "saved")
+        elif not wait:
+            self.reporter.chart.mark("error", f"could not save: {problem}")
+            self.reporter.say(f"could not save ({problem}); the training goes on, free some space")
+        return problem
+
+    def save_at_the_end(self, error: BaseException) -> str:
+        """Save what an error leaves, add to its message where that is, and return the line."""
+        text = self.reporter.say(self._saved_after(how_it_ended(error)))
+        add_line(error, text)
+        return text
+
+    def _saved_after(self, ending: str) -> str:
+        step, name = self.training.step, output_folder.output_relative(self.folder.path)
+        if step == 0:
+            return f"{ending} before the first step; nothing was to be saved"
+        problem = self.save(wait=True)
+        if problem is None:
+            return (
+                f"{ending}; all {step} steps are saved in output/sara/{name}. To go on, choose "
+                f"{name} under resume in SaRA Train"
+            )
+        there = (
+            f"an earlier save is there; once it can be written to again, choose {name} under "
+            "resume in SaRA Train"
+            if self.folder.can_resume
+            else "there is no earlier save"
+        )
+        return (
+            f"{ending}; step {step} could not be saved whole in output/sara/{name}: {problem}; "
+            f"{there}"
+        )
+
+    def finish(self) -> Path:
+        """Save the final delta, and the state if it is to be kept; returns the delta's path."""
+        settings, optimizer = self.folder.settings, self.training.optimizer
+        path = output_folder.final_path(self.folder.path, settings.steps)
+        present = present_metadata(optimizer, self.previews.thumbnail)
+        try:
+            if settings.keep_state and self._last_saved < settings.steps:
+                self.save()
+            delta = optimizer.delta(self._metadata | present)
+            self.folder.finish(delta, path, self._dtype, settings.steps, settings.keep_state)
+        except BaseException as error:
+            self.save_at_the_end(error)
+            raise
+        logger.info("SaRA Train: saved %s", path)
+        return path

@@ -1,0 +1,174 @@
+"""All that a run is set to, kept with it by name."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from ..optimizer.adam_moments import KINDS
+from ..optimizer.sara_adamw import LOW_RANK_WEIGHT
+from ..weights.selection import ZEROS
+from .config import TrainConfig, check_choice, check_least, check_share
+
+VERSION = 2  # of saved settings; 1 was the widgets of SaRA Train, without a version
+SAVE_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+COMPUTE_DTYPES = {
+    "auto": None,
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+FREE = {"free": True}  # may be changed when a run is resumed, as it changes nothing that is learned
+
+
+@dataclass(frozen=True)
+class RunSettings(TrainConfig):
+    """All that a run of SaRA Train is set to; the defaults are those of its widgets.
+
+    Kept with the run by name. A field with `FREE` may be changed when the run is resumed.
+
+    Args:
+        threshold: Weights with a magnitude below it train; 0 takes `fraction`.
+        fraction: Share of the weights that trains, the smallest ones, in `(0, 1]`.
+        include: Patterns of parameter names, separated by commas; empty takes all.
+        exclude: Patterns of parameter names that do not train.
+        zeros: How exact zeros are treated, see `selection.select`.
+        learning_rate: Peak; 0 takes the rule of `learning_rate.rule`.
+        progressive: Point of the run, as a share of its steps, from which only weights that are
+            still small train; 0 is off.
+        low_rank_weight: See `SaraAdamW`.
+        weight_decay: See `SaraAdamW`.
+        moments: See `SaraAdamW`.
+        training_dtype: Precision to compute in, one of `COMPUTE_DTYPES`.
+        gradient_checkpointing: Compute blocks again in backward, to save memory.
+        offloading: Leave most of the model in main memory.
+        allow_other_prediction: Train although the model is set to another prediction than that of
+            its checkpoint.
+        validation_split: Share of the pictures that is held out, in `[0, 1)`.
+        validate_every_steps: Steps between two measurements on them.
+        preview_every_steps: Steps between two rows of previews; 0 makes only the last.
+        preview_strength: Strength of what was learned in the previews.
+        save_every_steps: Steps between two saves; 0 saves at the change of stage and at the end.
+        keep_checkpoints: Number of checkpoints to keep, at least 1.
+        keep_state: Keep the state when the run has finished, so that it can go on.
+        save_dtype: Precision of saved values, one of `SAVE_DTYPES`.
+        output_name: Name of the run.
+        trigger_words: Words that call up what was learned.
+
+    Raises:
+        ValueError: A value out of range.
+    """
+
+    steps: int = 500
+    batch_size: int = 4
+    caption_dropout: float = 0.1
+    threshold: float = 0.0
+    fraction: float = 0.1
+    include: str = ""
+    exclude: str = ""
+    zeros: str = "auto"
+    learning_rate: float = 0.0
+    progressive: float = 0.5
+    low_rank_weight: float = LOW_RANK_WEIGHT
+    weight_decay: float = 0.0
+    moments: str = "fp32"
+    training_dtype: str = "auto"
+    gradient_checkpointing: bool = field(default=True, metadata=FREE)
+    offloading: bool = field(default=False, metadata=FREE)
+    allow_other_prediction: bool = False
+    validation_split: float = 0.0
+    validate_every_steps: int = 50
+    preview_every_steps: int = field(default=100, metadata=FREE)
+    preview_strength: float = field(default=1.0, metadata=FREE)
+    save_every_steps: int = field(default=100, metadata=FREE)
+    keep_checkpoints: int = field(default=2, metadata=FREE)
+    keep_state: bool = field(default=True, metadata=FREE)
+    save_dtype: str = "fp16"
+    output_name: str = "style"
+    trigger_words: str = field(default="", metadata=FREE)
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_least(
+            self, threshold=0, learning_rate=0, low_rank_weight=0, weight_decay=0,
+            validate_every_steps=1, preview_every_steps=0, save_every_steps=0, keep_checkpoints=1,
+        )  # fmt: skip
+        check_share(self, "fraction", "progressive", "validation_split")
+        check_choice(
+            self, zeros=ZEROS, moments=KINDS, training_dtype=COMPUTE_DTYPES, save_dtype=SAVE_DTYPES
+        )
+
+    @property
+    def selection_rule(self) -> dict:
+        """Say which weights train, as `select` takes it: the threshold, or else the fraction."""
+        return {"threshold": self.threshold} if self.threshold else {"fraction": self.fraction}
+
+    @property
+    def optimizer_options(self) -> dict:
+        """What `SaraAdamW` takes beside the model."""
+        return {
+            **self.selection_rule,
+            "lr": self.learning_rate or None,
+            "progressive_step": round(self.progressive * self.steps),
+            **{
+                name: getattr(self, name)
+                for name in (
+                    "include",
+                    "exclude",
+                    "zeros",
+                    "seed",
+                    "low_rank_weight",
+                    "weight_decay",
+                    "moments",
+                )  # fmt: skip
+            },
+        }
+
+    def resumed_with(self, other: "RunSettings") -> "RunSettings":
+        """Return these settings with those of another that may change when a run is resumed."""
+        free = [entry.name for entry in dataclasses.fields(self) if entry.metadata.get("free")]
+        changes = {name: getattr(other, name) for name in free}
+        if other.moments == "8bit":  # what a run that ran out of memory may need
+            changes["moments"] = "8bit"
+        return dataclasses.replace(self, **changes)
+
+    def extended_by(self, steps: int, other: "RunSettings") -> "RunSettings":
+        """Return these settings with more steps, at the rate and on the course of another.
+
+        The progressive adjustment stays where it was.
+        """
+        total = self.steps + steps
+        return dataclasses.replace(
+            self,
+            steps=total,
+            schedule_start=self.steps,
+            progressive=self.progressive * self.steps / total,
+            learning_rate=other.learning_rate,
+            lr_schedule=other.lr_schedule,
+            warmup_steps=other.warmup_steps,
+        )
+
+    def saved(self) -> dict:
+        """Return them as JSON takes them."""
+        return {"version": VERSION, **dataclasses.asdict(self)}
+
+    @classmethod
+    def read(cls, saved: Mapping) -> "RunSettings":
+        """Return what was saved, by this version or an earlier one.
+
+        Raises:
+            ValueError: Saved by a later version, or not settings.
+        """
+        values = dict(saved)
+        version = values.pop("version", 1)
+        if version == 1:  # an option that was not there yet was off
+            values = {"keep_state": False, "allow_other_prediction": True, **values}
+        names = {entry.name for entry in dataclasses.fields(cls)}
+        unknown = sorted(values.keys() - names)
+        if unknown or version not in range(1, VERSION + 1):
+            raise ValueError(
+                f"these settings are of version {version} and hold {unknown or 'nothing'} that this "
+                f"version {VERSION} does not know; they were saved by a later version of the pack"
+            )
+        return cls(**values)

@@ -1,0 +1,76 @@
+import dataclasses
+import json
+
+import pytest
+
+from sara_core.training.run_folder import RunFolder
+from sara_core.training.run_settings import RunSettings
+
+OF_VERSION_1 = {  # as 0.1.0 wrote it: the widgets of SaRA Train
+    "batch_size": 8, "caption_dropout": 0.1, "exclude": "", "fraction": 0.1,
+    "grad_accumulation_steps": 1, "gradient_checkpointing": False, "include": "attn",
+    "keep_checkpoints": 2, "learning_rate": 0.0, "loss_function": "mse", "low_rank_weight": 0.0005,
+    "lr_schedule": "cosine", "max_grad_norm": 1.0, "moments": "fp32", "offloading": False,
+    "output_name": "fluent3d", "preview_every_steps": 100, "preview_strength": 1.0,
+    "progressive": 0.5, "regularisation_weight": 1.0, "save_dtype": "fp16",
+    "save_every_steps": 100, "seed": 5, "steps": 300, "threshold": 0.0059433,
+    "training_dtype": "auto", "trigger_words": "sks", "validate_every_steps": 50,
+    "validation_split": 0.25, "warmup_steps": 10, "weight_decay": 0.0, "zeros": "auto",
+}  # fmt: skip
+
+
+def test_a_run_of_an_earlier_version_is_read_with_its_own_settings(tmp_path):
+    (tmp_path / "settings.json").write_text(json.dumps(OF_VERSION_1))
+    settings = RunFolder(tmp_path).settings
+    for name, value in OF_VERSION_1.items():
+        assert getattr(settings, name) == value
+    assert settings.schedule_start == 0
+    assert not settings.keep_state  # it was not offered then
+    older = {k: v for k, v in OF_VERSION_1.items() if k not in ("offloading", "moments")}
+    assert RunSettings.read(older) == RunSettings.read(OF_VERSION_1)
+
+
+def test_saved_settings_are_read_back_and_those_of_a_later_version_refused(tmp_path):
+    settings = RunSettings(steps=7, trigger_words="a", seed=2**64 - 1)
+    folder = RunFolder.create(tmp_path, "style", settings)
+    saved = json.loads((folder.path / "settings.json").read_text())
+    assert RunSettings.read(saved) == settings
+    with pytest.raises(ValueError, match=r"\['ema'\] that this version 2 does not know"):
+        RunSettings.read({**saved, "ema": 0.99})
+    with pytest.raises(ValueError, match="of version 3"):
+        RunSettings.read({**saved, "version": 3})
+
+
+def test_only_what_changes_nothing_that_is_learned_is_taken_over_on_resuming():
+    own = RunSettings(steps=7, seed=3, fraction=0.2)
+    node = RunSettings(
+        steps=9, seed=4, fraction=0.3, keep_checkpoints=5, offloading=True, moments="8bit"
+    )
+    resumed = own.resumed_with(node)
+    assert resumed == dataclasses.replace(own, keep_checkpoints=5, offloading=True, moments="8bit")
+    assert RunSettings(moments="8bit").resumed_with(own).moments == "8bit"
+
+
+def test_more_steps_have_a_rate_and_a_course_of_their_own():
+    own = RunSettings(steps=300, learning_rate=1e-3, lr_schedule="cosine", progressive=0.5)
+    node = RunSettings(learning_rate=2e-4, lr_schedule="constant", warmup_steps=5, seed=9)
+    more = own.extended_by(200, node)
+    assert (more.steps, more.schedule_start, more.learning_rate) == (500, 300, 2e-4)
+    assert (more.lr_schedule, more.warmup_steps, more.seed) == ("constant", 5, own.seed)
+    assert more.optimizer_options["progressive_step"] == 150  # where it was
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"fraction": 1.5}, "fraction is 1.5; expected 0 to 1"),
+        ({"keep_checkpoints": 0}, "keep_checkpoints is 0"),
+        ({"zeros": "never"}, "zeros is 'never'; expected one of auto, skip, train"),
+        ({"training_dtype": "fp8"}, "training_dtype is 'fp8'"),
+        ({"schedule_start": 500}, "schedule_start is 500, after the last step"),
+        ({"steps": 0}, "steps is 0"),
+    ],
+)
+def test_bad_settings_are_named(values, message):
+    with pytest.raises(ValueError, match=message):
+        RunSettings(**values)
