@@ -9,6 +9,7 @@ usage: python dev.py COMMAND
   faults        break trainings in every way, kills above all, and go on (--kills 50 --rounds 3)
   bench         measure memory and time beside other methods (--quick, --executor)
   screenshots   take the pictures of the help pages and example workflows anew; needs chromium
+  examples      write the example workflows anew from tests/example_workflows.py
   server        start the same ComfyUI with the pack and the small model, to click through
   setup         only do the set-up of the above
 
@@ -67,6 +68,11 @@ def screenshots(arguments):
     return run_module("tests.screenshots", *arguments)
 
 
+def examples(arguments):
+    """Write the example workflows anew."""
+    return run_module("tests.example_workflows", *arguments)
+
+
 def serve():
     """Start ComfyUI with the pack for a person to click through."""
     set_up()
@@ -92,7 +98,7 @@ def main():
     command, *arguments = sys.argv[1:] or [""]
     with_arguments = {
         "test": test, "lint": lint, "demo": show, "faults": faults, "bench": bench,
-        "screenshots": screenshots,
+        "screenshots": screenshots, "examples": examples,
     }  # fmt: skip
     plain = {"server": serve, "setup": set_up}
     if not command:

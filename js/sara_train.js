@@ -2,7 +2,7 @@
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
-import { ACCENT, addCanvasWidget, bytes } from "./sara_chart.js";
+import { ACCENT, addCanvasWidget, addText, bytes } from "./sara_chart.js";
 import { follow } from "./sara_shown.js";
 import { text } from "./sara_text.js";
 
@@ -100,7 +100,8 @@ function describe(state) {
       text("memory", { used: bytes(state.memory_used), total: bytes(state.memory_total) }),
     ].filter(Boolean).join(", "),
   ];
-  const error = state.marks.filter((mark) => mark[1] === "error").at(-1);
+  const error = state.marks.filter((mark) => mark[1] === "error").at(-1)
+    ?? (state.status === "cancelled" ? state.marks.at(-1) : null);
   if (error) lines.push(`${text("step", { step: error[0] })}: ${error[2]}`);
   return lines.filter(Boolean).join("\n");
 }
@@ -139,6 +140,8 @@ function show(node, state) {
   if (!chart || !state) return;
   chart.state = state;
   chart.caption.textContent = describe(state);
+  chart.warnings.textContent = (state.warnings ?? []).join("\n");
+  chart.warnings.style.display = chart.warnings.textContent ? "block" : "none";
   showPreviews(chart, state);
   chart.redraw();
 }
@@ -158,6 +161,10 @@ app.registerExtension({
       node, "chart", 190,
       (context, width, height, colour) => draw(chart?.state, context, width, height, colour),
       () => (previews.children.length ? PREVIEWS_HEIGHT : 0));
+    chart.warnings = addText(chart.box);
+    chart.warnings.className = "sara-warnings";
+    chart.warnings.style.color = ACCENT.validation;
+    chart.warnings.style.display = "none";
     previews.className = "sara-previews";
     previews.style.cssText =
       `display:none;flex:1 1 ${PREVIEWS_HEIGHT}px;min-height:0;overflow-y:auto;padding:2px 4px;` +

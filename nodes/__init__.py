@@ -11,6 +11,7 @@ from .delta.blocks_and_formats import (
     SaraImportCheckpoint,
 )
 from .delta.load_save_apply import SaraApply, SaraLoadDelta, SaraMergeDeltas, SaraSaveDelta
+from .pictures import folder_look
 from .pictures.image_folder import SaraImageFolder
 from .sampling.sampling_nodes import SaraCompare, SaraLoadCheckpoints, SaraSamplingSettings
 from .training.train import SaraTrain
@@ -39,4 +40,5 @@ class SaraExtension(ComfyExtension):
     async def get_node_list(self):
         host.register_folders()  # here, as 0.3.75 does not call on_load
         host.add_route(page_state.PATH, page_state.everything)
+        host.add_route(folder_look.PATH, folder_look.look)
         return NODES

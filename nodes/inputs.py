@@ -4,6 +4,19 @@ from comfy_api.latest import io
 
 from ..sara_core.weights.selection import ZEROS
 
+CHOOSE = "choose a"  # in place of a file, where there may be none yet
+
+
+def chosen(what: str, found: list[str]) -> list[str]:
+    """Options of a list of files that begins with the request to choose one."""
+    return [f"{CHOOSE} {what}", *found]
+
+
+def refuse_unchosen(name: str | None, hint: str) -> str | bool:
+    """Return what `validate_inputs` says of a name from such a list; a linked one is None."""
+    is_unchosen = isinstance(name, str) and name.startswith(CHOOSE)
+    return f"{name} first: {hint}" if is_unchosen else True
+
 
 def advanced(inputs: list) -> list:
     """Have the page fold inputs away until they are asked for."""
@@ -55,6 +68,7 @@ def filter_inputs() -> list:
         ),
         io.Combo.Input(
             "zeros",
+            display_name="exact_zeros",
             options=list(ZEROS),
             default="auto",
             tooltip="Weights that are exactly zero come from padding or pruning, and often never "

@@ -1,6 +1,7 @@
 """What the widgets in the browser showed last, for a page that is opened later."""
 
 from collections import OrderedDict
+from collections.abc import Mapping
 
 PATH = "/sara/shown"
 MOST = 50
@@ -22,7 +23,7 @@ def keep(kind: str, state: dict) -> None:
         _shown.popitem(last=False)
 
 
-def everything() -> dict[str, list[dict]]:
+def everything(_query: Mapping[str, str]) -> dict[str, list[dict]]:
     """Return all that is remembered, by kind."""
     found: dict[str, list[dict]] = {}
     for (kind, _, _), state in list(_shown.items()):

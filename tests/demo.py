@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .harness.environment import say
 from .harness.server import Server, make_base
-from .harness.workflows import load_workflow, node_titled, watch
+from .harness.workflows import TRAIN, USE, load_workflow, node_titled, watch
 
 CONCEPTS = (
     "strawberry", "red apple", "tomato", "grapes", "mushroom", "cupcake", "frog", "octopus",
@@ -25,7 +25,7 @@ def contact_sheet(prompt, model, conditioning_clip, negative, vae, name):
             "inputs": {"text": f"3d style, {concept}", "clip": conditioning_clip},
         }
         prompt[f"{name}-latent"] = {
-            "class_type": "EmptySD3LatentImage",
+            "class_type": "EmptyLatentImage",
             "inputs": {"width": 64, "height": 64, "batch_size": 1},
         }
         prompt[sample] = {
@@ -82,22 +82,31 @@ def run(out):
 
 def train(server, out):
     """Run the first example, keep its report and plots, and return the delta's name."""
-    prompt = load_workflow(server, "first_training")
+    prompt = load_workflow(server, TRAIN)
     training = node_titled(prompt, "SaRA Train")
+    model = prompt[training]["inputs"]["model"]
+    prompt["analyze"] = {"class_type": "SaraAnalyze", "inputs": {
+        "model": model, "threshold": 0.0, "fraction": 0.1, "count": "", "include": "", "exclude": "",
+        "zeros": "auto",
+    }}  # fmt: skip
+    prompt["weights"] = {"class_type": "PreviewImage", "inputs": {"images": ["analyze", 3]}}
+    prompt["loss"] = {
+        "class_type": "LossGraphNode",
+        "inputs": {"loss": [training, 2], "filename_prefix": "loss"},
+    }
     say(f"Analyze and train: {prompt[training]['inputs']['steps']} steps on 40 pictures")
     outputs = watch(server, prompt)
-    report = outputs[node_titled(prompt, "SaRA Analyze")]["text"][0]
-    (out / "report.txt").write_text(report, encoding="utf-8")
-    for title, file in (("Plot Loss Graph", "loss.png"), ("Magnitudes", "weights.png")):
-        image = outputs[node_titled(prompt, title)]["images"][0]
-        (out / file).write_bytes(server.picture(image))
+    (out / "report.txt").write_text(outputs["analyze"]["text"][0], encoding="utf-8")
+    for node in ("loss", "weights"):
+        image = outputs[node]["images"][0]
+        (out / f"{node}.png").write_bytes(server.picture(image))
     return re.search(r"saved (\S+),", outputs[training]["text"][0])[1]
 
 
 def use(server, name, out):
     """Load and apply a delta as the second example does, and sample the demo's concepts."""
     say("Load, apply and sample concepts that were not among the pictures")
-    prompt = load_workflow(server, "use_delta")
+    prompt = load_workflow(server, USE)
     prompt[node_titled(prompt, "Load SaRA Delta")]["inputs"]["delta_name"] = name
     sampler = prompt[node_titled(prompt, "KSampler")]["inputs"]
     loader = node_titled(prompt, "Load Checkpoint")

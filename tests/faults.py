@@ -25,13 +25,13 @@ from sara_core import SparseDelta  # noqa: E402
 from sara_core.files.state_file import read_state  # noqa: E402
 
 from .harness.server import Server, make_base  # noqa: E402
-from .harness.workflows import load_workflow, node_titled  # noqa: E402
+from .harness.workflows import TRAIN, load_workflow, node_titled  # noqa: E402
 
 STEPS, SAVE_EVERY = 16, 1
 
 
 def training_prompt(server, name, resume):
-    prompt = load_workflow(server, "first_training")
+    prompt = load_workflow(server, TRAIN)
     train = node_titled(prompt, "SaRA Train")
     prompt[train]["inputs"].update(
         steps=STEPS, save_every_steps=SAVE_EVERY, keep_checkpoints=2, output_name=name,

@@ -11,7 +11,7 @@ from ...sara_core.weights.magnitudes import NON_FINITE_BIN, bin_edges
 WIDTH, HEIGHT, MARGIN = 900, 420, 60
 LOWEST, HIGHEST = -6.0, 1.0  # log10 of the magnitude
 NUM_BARS = 140
-INK, GRID, SELECTED, OTHER, LINE = "#222222", "#dddddd", "#e8743b", "#5b8db8", "#c0392b"
+INK, SELECTED, OTHER, LINE = "#222222", "#4aa3ff", "#777777", "#c0392b"  # as in js/sara_chart.js
 
 
 def magnitude_bars(analysis: Analysis) -> np.ndarray:

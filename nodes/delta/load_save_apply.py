@@ -7,7 +7,7 @@ from comfy_api.latest import io, ui
 from ...sara_core import SparseDelta
 from ...sara_core.training.run_settings import SAVE_DTYPES
 from .. import host, output_folder
-from ..inputs import strength_input
+from ..inputs import chosen, refuse_unchosen, strength_input
 from ..sockets import SaraDelta
 
 CATEGORY = "SaRA"
@@ -36,12 +36,22 @@ class SaraLoadDelta(io.ComfyNode):
             description="Loads what SaRA Train has learned from a file in models/sara or "
             "output/sara. Press R after a training to see the new file.",
             inputs=[
-                io.Combo.Input("delta_name", options=host.delta_names(), tooltip="File to load."),
+                io.Combo.Input(
+                    "delta_name",
+                    options=chosen("delta", host.delta_names()),
+                    tooltip="File to load. Press R after a training to see the new one.",
+                ),
             ],
             outputs=[
                 SaraDelta.Output(display_name="delta", tooltip="Connect to Apply SaRA."),
                 io.String.Output(display_name="info", tooltip="What the file says about itself."),
             ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, delta_name):
+        return refuse_unchosen(
+            delta_name, "train one with SaRA Train, or put a file into models/sara, and press R"
         )
 
     @classmethod

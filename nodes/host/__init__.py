@@ -15,8 +15,10 @@ from .execution import (
     send_event,
     workflow_id,
 )
+from .families import is_guidance_distilled, trained_side
 from .files import (
     FOLDER,
+    INPUT,
     cache_folder,
     delta_names,
     delta_path,
@@ -50,6 +52,7 @@ from .weights import (
 )
 
 __all__ = [
+    "INPUT",
     "FOLDER",
     "Cancelled",
     "SAMPLERS",
@@ -80,6 +83,7 @@ __all__ = [
     "foreign_checkpoint_path",
     "foreign_prediction",
     "free_memory",
+    "is_guidance_distilled",
     "is_quantised",
     "memory_in_use",
     "needs_loss_scaling",
@@ -93,6 +97,7 @@ __all__ = [
     "send_event",
     "trainable",
     "trainable_weights",
+    "trained_side",
     "vae_facts",
     "workflow_id",
     "zero_rule",

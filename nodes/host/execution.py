@@ -1,8 +1,9 @@
 """Memory, Cancel, and what the browser is told."""
 
+import asyncio
 import gc
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import comfy.model_management
@@ -37,11 +38,11 @@ def send_event(name: str, data: dict) -> None:
     PromptServer.instance.send_sync(name, data)
 
 
-def add_route(path: str, answer: Callable[[], Any]) -> None:
-    """Have the server answer GET requests for a path with what `answer` returns, as JSON."""
+def add_route(path: str, answer: Callable[[Mapping[str, str]], Any]) -> None:
+    """Have the server answer GET requests for a path, as JSON, with what `answer` makes of the query."""
 
-    async def get(_request):
-        return web.json_response(answer())
+    async def get(request):
+        return web.json_response(await asyncio.to_thread(answer, request.query))
 
     PromptServer.instance.routes.get(path)(get)
 

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import folder_paths
 
+from ...sara_core.pictures.picture_folder import ENDINGS, REPEATS
 from ...sara_core.training.run_folder import STATE
 
 FOLDER = "sara"
-DATASETS = "datasets"
+INPUT, DATASETS = "input", "datasets"
 
 
 def register_folders() -> None:
@@ -78,24 +79,42 @@ def new_output_path(prefix: str) -> str:
 
 
 def picture_folders() -> dict[str, str]:
-    """List the folders below input/ and datasets/ by name, such as `input/cats`, with their paths.
+    """List the folders with pictures below input/ and datasets/, such as `input/cats`, with paths.
 
-    Links that lead out of these roots are left out, and so are hidden folders.
+    Folders that hold pictures themselves come first, then those with pictures further down, and
+    input/ itself last. Links that lead out of these roots are left out, and so are hidden folders.
     """
-    roots = [("input", folder_paths.get_input_directory())]
+    roots = [(INPUT, folder_paths.get_input_directory())]
     if DATASETS in folder_paths.folder_names_and_paths:  # since 0.33
         roots += [(DATASETS, path) for path in folder_paths.get_folder_paths(DATASETS)]
-    found: dict[str, str] = {}
+    found: dict[str, tuple[int, str]] = {}
     for label, root in roots:
-        real = os.path.realpath(root)
-        for parent, folders, _ in os.walk(root):
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            for name in folders:
-                path = os.path.join(parent, name)
-                if Path(os.path.realpath(path)).is_relative_to(real):
-                    relative = os.path.relpath(path, root).replace(os.sep, "/")
-                    found.setdefault(f"{label}/{relative}", path)
-    return found
+        for path, rank in _with_pictures(Path(root)).items():
+            relative = path.relative_to(root).as_posix()
+            name = label if relative == "." else f"{label}/{relative}"
+            found.setdefault(name, (2 if name == INPUT else rank, str(path)))
+    return {name: path for name, (_, path) in sorted(found.items(), key=lambda x: (x[1][0], x[0]))}
+
+
+def _with_pictures(root: Path) -> dict[Path, int]:
+    """List folders with pictures: 0 for those that hold some, 1 for those with some further down."""
+    real, ranks = root.resolve(), {}
+    for parent, folders, files in os.walk(root):
+        path = Path(parent)
+        folders[:] = [
+            name
+            for name in folders
+            if not name.startswith(".") and (path / name).resolve().is_relative_to(real)
+        ]
+        if any(Path(file).suffix.lower() in ENDINGS and not file.startswith(".") for file in files):
+            ranks[path] = 0
+    for path in list(ranks):
+        for above in path.parents:
+            if above.is_relative_to(root):
+                ranks.setdefault(
+                    above, 0 if REPEATS.fullmatch(path.name) and above == path.parent else 1
+                )
+    return ranks
 
 
 def picture_folder(name: str) -> str:
@@ -107,8 +126,8 @@ def picture_folder(name: str) -> str:
     folders = picture_folders()
     if name not in folders:
         raise ValueError(
-            f"there is no picture folder {name!r}; put one into ComfyUI's input folder and press R "
-            "to refresh the list"
+            f"there is no folder {name!r} with pictures; put one into ComfyUI's input folder and "
+            "press R to refresh the list"
         )
     return folders[name]
 

@@ -11,7 +11,9 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
+from .encoders import compression
 from .execution import check_cancelled
+from .families import empty_latent
 from .model_calls import ModelCalls
 
 SAMPLERS = comfy.samplers.KSampler.SAMPLERS
@@ -23,13 +25,14 @@ class Sampling:
     """What a KSampler and a VAE Decode node are told.
 
     Attributes:
-        latent: LATENT, `samples` of shape `(n, C, ...)`: n pictures are made.
+        latent: LATENT, `samples` of shape `(n, C, ...)`: n pictures are made. None makes one at the
+            size the model was trained at.
     """
 
     vae: Any
     positive: list
     negative: list
-    latent: dict
+    latent: dict | None
     seed: int
     steps: int
     cfg: float
@@ -80,11 +83,12 @@ def sample_in_training(calls: ModelCalls, sampling: Sampling) -> Tensor:
 
 
 def _sample_latent(patcher, sampling: Sampling) -> Tensor:
-    latent = comfy.sample.fix_empty_latent_channels(patcher, sampling.latent["samples"])
-    noise = comfy.sample.prepare_noise(latent, sampling.seed, sampling.latent.get("batch_index"))
+    given = sampling.latent or {"samples": empty_latent(patcher, compression(sampling.vae))}
+    latent = comfy.sample.fix_empty_latent_channels(patcher, given["samples"])
+    noise = comfy.sample.prepare_noise(latent, sampling.seed, given.get("batch_index"))
     return comfy.sample.sample(
         patcher, noise, sampling.steps, sampling.cfg, sampling.sampler_name, sampling.scheduler,
-        sampling.positive, sampling.negative, latent, noise_mask=sampling.latent.get("noise_mask"),
+        sampling.positive, sampling.negative, latent, noise_mask=given.get("noise_mask"),
         callback=lambda *_: check_cancelled(), disable_pbar=True, seed=sampling.seed,
     )  # fmt: skip
 

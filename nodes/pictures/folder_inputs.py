@@ -3,25 +3,30 @@
 from comfy_api.latest import io
 
 from ...sara_core.pictures.buckets import CROPS, SizeRule
+from .. import host
+from ..inputs import advanced
 from .folder_plan import FolderOptions
 
 GIGABYTE = 1 << 30
+SHOWN = {"size", "flip", "trigger", "default_caption", "repeats"}  # the rest is folded away
 
 
 def folder_inputs() -> list:
     """Widgets of SaRA Image Folder, in the order people think of them."""
-    return [*_size_inputs(), *_content_inputs()]
+    inputs = [*_size_inputs(), *_content_inputs()]
+    advanced([entry for entry in inputs if entry.id not in SHOWN])
+    return inputs
 
 
 def _size_inputs() -> list:
     return [
         io.Int.Input(
             "size",
-            default=512,
-            min=16,
+            default=0,
+            min=0,
             max=4096,
             tooltip="Pictures are trained at the area of a square with this side: 512 for Stable "
-            "Diffusion 1.5, 1024 for SDXL, SD3 and newer.",
+            "Diffusion 1.5, 1024 for SDXL, SD3 and newer. 0 takes that of the model connected.",
         ),
         io.Int.Input(
             "max_buckets",
@@ -125,10 +130,20 @@ def _content_inputs() -> list:
     ]
 
 
-def folder_options(unit: int, **widgets) -> tuple[FolderOptions, int]:
-    """Turn the widgets into options, and the size of the cache in bytes."""
+def folder_options(unit: int, model=None, **widgets) -> tuple[FolderOptions, int]:
+    """Turn the widgets into options, and the size of the cache in bytes.
+
+    Raises:
+        ValueError: The size is 0 and there is no model to take it from.
+    """
+    if not widgets["size"] and model is None:
+        raise ValueError(
+            "size is 0, which takes the size that the model was trained at, but no model is "
+            "connected; connect Load Checkpoint's MODEL to model, or set size: 512 for Stable "
+            "Diffusion 1.5, 1024 for SDXL and newer"
+        )
     size = SizeRule(
-        side=widgets["size"],
+        side=widgets["size"] or host.trained_side(model),
         unit=unit,
         step=widgets["divisible_by"],
         max_buckets=widgets["max_buckets"],

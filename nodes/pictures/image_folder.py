@@ -8,6 +8,7 @@ from comfy_api.latest import io, ui
 from ...sara_core.pictures.encoding_cache import EncodingCache
 from ...sara_core.pictures.picture_folder import describe_files
 from .. import host
+from ..inputs import chosen, refuse_unchosen
 from ..training.examples import PICTURE
 from .contact_sheet import contact_sheet
 from .encoded_folder import encode_folder, mask_of
@@ -17,7 +18,6 @@ from .folder_plan import EncodedFolder, Variant
 PATCH = 2  # latent values a transformer's patch spans per side; U-Nets take it as well
 BATCH_SIZES = (1, 2, 4, 8)
 MAX_NAMES = 20
-NO_FOLDER = "put a folder of pictures into input/ and press R"
 
 
 def report(
@@ -70,12 +70,17 @@ class SaraImageFolder(io.ComfyNode):
                 io.Clip.Input("clip", tooltip="CLIP of the model to train."),
                 io.Combo.Input(
                     "folder",
-                    options=list(host.picture_folders()) or [NO_FOLDER],
+                    options=chosen("folder", list(host.picture_folders())),
                     tooltip="A folder in ComfyUI's input or datasets folder. Captions are .txt or "
                     ".caption files beside the pictures, metadata.jsonl or captions.json; folders "
                     "in it such as 10_name repeat their pictures ten times. Press R to refresh.",
                 ),
                 *folder_inputs(),
+                io.Model.Input(
+                    "model",
+                    optional=True,
+                    tooltip="Model to train, for a size of 0: what it was trained at.",
+                ),
             ],
             outputs=[
                 io.Latent.Output(
@@ -100,14 +105,20 @@ class SaraImageFolder(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, folder):
+        return refuse_unchosen(
+            folder, "put a folder of pictures into ComfyUI's input folder, and press R"
+        )
+
+    @classmethod
     def fingerprint_inputs(cls, folder, **_) -> list:
         path = host.picture_folders().get(folder)
         return describe_files(Path(path)) if path else []
 
     @classmethod
-    def execute(cls, vae, clip, folder, **widgets) -> io.NodeOutput:
+    def execute(cls, vae, clip, folder, model=None, **widgets) -> io.NodeOutput:
         unit = host.compression(vae) * PATCH
-        options, limit = folder_options(unit, **widgets)
+        options, limit = folder_options(unit, model, **widgets)
         cache = EncodingCache(host.cache_folder(), limit)
         path = Path(host.picture_folder(folder))
         try:

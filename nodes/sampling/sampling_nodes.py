@@ -7,6 +7,7 @@ from comfy_api.latest import io, ui
 from ...sara_core import SparseDelta
 from .. import host, output_folder
 from ..delta.load_save_apply import CATEGORY
+from ..inputs import chosen, refuse_unchosen
 from ..sockets import SaraDelta, SaraSampling
 from .comparison import compare, parse_strengths, steps_of
 
@@ -28,7 +29,9 @@ class SaraSamplingSettings(io.ComfyNode):
                 ),
                 io.Latent.Input(
                     "latent",
-                    tooltip="From an empty latent node: the size of the pictures, and how many are made.",
+                    optional=True,
+                    tooltip="From an empty latent node: the size of the pictures, and how many are "
+                    "made. Without it one is made, at the size the model was trained at.",
                 ),
                 io.Int.Input(
                     "seed",
@@ -74,8 +77,8 @@ class SaraSamplingSettings(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, previous=(), **settings) -> io.NodeOutput:
-        return io.NodeOutput([*previous, host.Sampling(**settings)])
+    def execute(cls, previous=(), latent=None, **settings) -> io.NodeOutput:
+        return io.NodeOutput([*previous, host.Sampling(latent=latent, **settings)])
 
 
 class SaraCompare(io.ComfyNode):
@@ -142,7 +145,7 @@ class SaraLoadCheckpoints(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "run",
-                    options=output_folder.runs_with_deltas(),
+                    options=chosen("run", output_folder.runs_with_deltas()),
                     tooltip="A folder in output/sara. Press R to refresh the list.",
                 )
             ],
@@ -157,6 +160,10 @@ class SaraLoadCheckpoints(io.ComfyNode):
                 ),
             ],
         )
+
+    @classmethod
+    def validate_inputs(cls, run):
+        return refuse_unchosen(run, "train one with SaRA Train, and press R")
 
     @classmethod
     def fingerprint_inputs(cls, run):

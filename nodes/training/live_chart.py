@@ -98,10 +98,10 @@ class LiveChart:
         """Show a line that stays."""
         self._warnings.append(text)
 
-    def stop(self, text: str) -> None:
+    def stop(self, text: str, is_cancelled: bool = False) -> None:
         """Show that it ended before its last step, and why."""
-        self._status = "stopped"
-        self.mark("error", text)
+        self._status = "cancelled" if is_cancelled else "stopped"
+        self.mark("stage" if is_cancelled else "error", text)
         self.send()
 
     def finish(self) -> dict:

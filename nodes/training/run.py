@@ -14,6 +14,7 @@ from ...sara_core.training.run_folder import RunFolder
 from ...sara_core.training.run_settings import COMPUTE_DTYPES, RunSettings
 from ...sara_core.training.trainer import TrainingRun
 from .. import host, output_folder
+from .advice import likely_mistakes
 from .examples import Examples
 from .previews import Previews
 from .reporter import Reporter
@@ -72,6 +73,8 @@ def run(
             reporter = Reporter(folder, node_id, workflow)
             saver = Saver(patcher, examples, training, previews, reporter)
             rates = saver.resume() if resume else []
+            for line in likely_mistakes(patcher, settings, examples) if not resume else ():
+                reporter.warn(line)
             if (foreign := host.foreign_prediction(patcher)) is not None:
                 reporter.warn(
                     "trained for {} prediction; the checkpoint is for {}".format(*foreign)

@@ -47,7 +47,8 @@ class Session:
             if is_out_of_memory(error):  # its traceback holds on to the step's activations
                 traceback.clear_frames(error.__traceback__)
                 host.free_memory()
-            self.reporter.chart.stop(self.saver.save_at_the_end(error))
+            text = self.saver.save_at_the_end(error)
+            self.reporter.chart.stop(text, isinstance(error, host.Cancelled))
             raise
 
     def _begin(self, rates: list[float]) -> None:

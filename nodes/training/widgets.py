@@ -138,12 +138,14 @@ def course_inputs() -> list:
         ),
         io.Float.Input(
             "progressive",
+            display_name="second_stage_from",
             default=SETTINGS.progressive,
             min=0.0,
             max=1.0,
             step=0.01,
             tooltip="Point of the run, as a share of the steps, from which only weights that are "
-            "still below the threshold train on. 0 turns it off.",
+            "still below the threshold train on (progressive adjustment in the paper). 0.5 is half "
+            "way, 0 turns it off.",
         ),
         io.Float.Input(
             "low_rank_weight",
@@ -241,6 +243,7 @@ def memory_inputs() -> list:
         ),
         io.Combo.Input(
             "moments",
+            display_name="optimizer_moments",
             options=list(KINDS),
             default=SETTINGS.moments,
             tooltip="Precision of the optimizer's two moments. 8bit saves 6 of about 17 bytes per trained "

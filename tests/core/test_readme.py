@@ -22,7 +22,13 @@ def test_the_script_in_the_readme_runs_and_restores_the_model(tmp_path, monkeypa
 
 def test_files_the_readme_names_exist():
     text = (ROOT / "README.md").read_text()
-    for path in re.findall(r"\]\(((?!http)[^)]+)\)", text) + [
-        "example_workflows/first_training.json"
-    ]:
+    for path in re.findall(r"\]\(((?!http)[^)]+)\)", text):
         assert (ROOT / path).is_file(), path
+
+
+def test_examples_the_readme_names_are_there():
+    text = (ROOT / "README.md").read_text()
+    named = re.findall(r"\*(\d [^*]+)\*", text)
+    assert named
+    for name in named:
+        assert (ROOT / "example_workflows" / f"{name}.json").is_file(), name

@@ -33,10 +33,36 @@ def api_form(workflow, object_info):
     return prompt
 
 
+TRAIN = "1 Train on your pictures"
+USE = "2 Use what was learned"
+SMALL = {  # what the small model and its pictures need, by class of node
+    "CheckpointLoaderSimple": {"ckpt_name": "emoji64.safetensors"},
+    "SaraImageFolder": {"folder": "input/fluent3d", "size": 64, "trigger": ""},
+    "EmptyLatentImage": {"width": 64, "height": 64, "batch_size": 4},
+    "SaraSampling": {"steps": 20, "cfg": 3.0, "scheduler": "simple"},
+    "KSampler": {"steps": 20, "cfg": 3.0, "scheduler": "simple"},
+    "SaraTrain": {
+        "steps": 300, "batch_size": 8, "output_name": "fluent3d", "trigger_words": "",
+        "gradient_checkpointing": False,
+    },
+}  # fmt: skip
+PROMPT = "3d style, strawberry"
+
+
 def load_workflow(server, name):
-    """Read an example workflow and return it in API form."""
+    """Read an example workflow, set it for the small model, and return it in API form."""
     path = ROOT / "example_workflows" / f"{name}.json"
-    return api_form(json.loads(path.read_text(encoding="utf-8")), server.get("/object_info"))
+    prompt = api_form(json.loads(path.read_text(encoding="utf-8")), server.get("/object_info"))
+    for node in list(prompt.values()):
+        inputs = node["inputs"]
+        inputs.update(SMALL.get(node["class_type"], {}))
+        if "fox" in str(inputs.get("text")):
+            inputs["text"] = PROMPT
+        if node["class_type"] == "SaraSampling":
+            small = SMALL["EmptyLatentImage"]
+            prompt["small"] = {"class_type": "EmptyLatentImage", "inputs": dict(small)}
+            inputs["latent"] = ["small", 0]
+    return prompt
 
 
 def node_titled(prompt, title):

@@ -5,6 +5,8 @@ import json
 import shutil
 import time
 
+from ..harness.workflows import PROMPT, SMALL
+
 
 def find_chromium():
     """Paths of the browser and its driver, None where there is none."""
@@ -127,6 +129,28 @@ class Page:
               }""",
             kind,
             values,
+        )
+
+    def set_for_the_small_model(self):
+        """Set all widgets as `workflows.load_workflow` does."""
+        for kind, values in SMALL.items():
+            self.set_widgets(kind, **values)
+        self.js(
+            """const graph = window.app.graph;
+            for (const node of graph.nodes.filter((n) => n.type === "CLIPTextEncode")) {
+              const text = node.widgets.find((w) => w.name === "text");
+              if (text.value.includes("fox")) text.value = arguments[0];
+            }
+            for (const node of graph.nodes.filter((n) => n.type === "SaraSampling")) {
+              const latent = LiteGraph.createNode("EmptyLatentImage");
+              latent.pos = [node.pos[0], node.pos[1] + 400];
+              graph.add(latent);
+              for (const [name, value] of Object.entries(arguments[1]))
+                latent.widgets.find((w) => w.name === name).value = value;
+              latent.connect(0, node, node.inputs.findIndex((i) => i.name === "latent"));
+            }""",
+            PROMPT,
+            SMALL["EmptyLatentImage"],
         )
 
     def widget(self, kind, name):

@@ -30,3 +30,24 @@ def write_mini_sd15(path, seed=0, scale=0.02):
             state[name] = torch.ones(tensor.shape) if is_scale else torch.zeros(tensor.shape)
     save_file(state, path)
     return state
+
+
+def write_mini_checkpoint(path, seed=0):
+    """Write a whole SD1.5 checkpoint of miniature parts, none of them trained, as people have one."""
+    from comfy.taesd.taesd import TAESD
+    from safetensors.torch import load_file
+
+    from ..assets.emoji64.assemble import clip_l
+
+    write_mini_sd15(path, seed)
+    state = {f"model.diffusion_model.{k}": v for k, v in load_file(path).items()}
+    torch.manual_seed(seed)
+    vae = TAESD(latent_channels=4)
+    for name, parameter in vae.named_parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.kaiming_normal_(parameter, 0.5)
+        elif name.endswith("bias"):
+            torch.nn.init.zeros_(parameter)
+    state |= {f"first_stage_model.{k}": v for k, v in vae.state_dict().items()}
+    state |= {f"cond_stage_model.transformer.{k}": v for k, v in clip_l().items()}
+    save_file({k: v.detach().contiguous() for k, v in state.items()}, path)

@@ -33,7 +33,7 @@ def nodes():
         definitions[schema.node_id] = {
             "display_name": schema.display_name,
             "description": schema.description,
-            "inputs": {one.id: told(one.id, one) for one in schema.inputs},
+            "inputs": {one.id: told(one.display_name or one.id, one) for one in schema.inputs},
             "outputs": {
                 str(i): told(one.display_name, one) for i, one in enumerate(schema.outputs)
             },
@@ -77,5 +77,5 @@ def test_no_text_is_missing_or_left_over(language, name):
 def test_every_text_the_scripts_ask_for_is_there():
     scripts = "".join(path.read_text() for path in (LOCALES.parent / "js").glob("*.js"))
     asked = set(re.findall(r'\btext\("(\w+)"', scripts))
-    states = {"training", "stopped", "finished"}  # asked for by the state's name
+    states = {"training", "stopped", "cancelled", "finished"}  # asked for by the state's name
     assert asked | states == set(read("en", "main")["sara"])

@@ -1,0 +1,94 @@
+// What is in the folder of SaRA Image Folder, before anything is run: pictures, captions, what is wrong.
+
+import { app } from "../../scripts/app.js";
+import { api } from "../../scripts/api.js";
+import { ACCENT, addBoxWidget, addText } from "./sara_chart.js";
+import { text } from "./sara_text.js";
+
+const HEIGHT = 190, THUMBNAIL = 72;
+
+function describe(folder) {
+  const captions = Object.entries(folder.captions)
+    .map(([source, count]) => text("captions_from", { count, source })).join(", ");
+  return [
+    text("pictures", { count: folder.pictures }),
+    captions,
+    folder.problems.length ? text("problems", { count: folder.problems.length }) : "",
+  ].filter(Boolean).join(", ");
+}
+
+function warn(folder) {
+  if (!folder.pictures) return "";
+  if (folder.without === folder.pictures) return text("no_captions");
+  if (folder.without) return text("without_caption", { count: folder.without });
+  return folder.same ? text("same_captions") : "";
+}
+
+function thumbnail({ name, caption, subfolder }) {
+  const cell = document.createElement("figure"), label = document.createElement("figcaption");
+  cell.style.cssText = `margin:0 4px 4px 0;width:${THUMBNAIL}px;flex:none`;
+  if (subfolder != null) {
+    const picture = document.createElement("img");
+    const query = new URLSearchParams({ filename: name, subfolder, type: "input", preview: "webp;60" });
+    picture.src = api.apiURL(`/view?${query}`);
+    picture.loading = "lazy";
+    picture.alt = name;
+    picture.style.cssText = `width:${THUMBNAIL}px;height:${THUMBNAIL}px;object-fit:cover;display:block`;
+    cell.append(picture);
+  }
+  label.textContent = caption || "-";
+  cell.title = `${name}\n${caption ?? ""}`;
+  label.style.cssText =
+    "font-size:9px;line-height:1.2;max-height:2.4em;overflow:hidden;overflow-wrap:anywhere";
+  cell.append(label);
+  return cell;
+}
+
+async function show(card, widget) {
+  const name = card.name = widget.value;
+  let folder;
+  try {
+    const answer = await api.fetchApi(`/sara/folder?${new URLSearchParams({ name: name ?? "" })}`);
+    folder = await answer.json();
+  } catch (error) {
+    folder = { error: error.message };
+  }
+  if (card.name !== name) return; // another one was chosen meanwhile
+  const isChosen = widget.options?.values?.indexOf?.(name) !== 0;
+  card.caption.textContent = folder.error ? (isChosen ? folder.error : text("choose_folder"))
+    : describe(folder);
+  card.warning.textContent = folder.error ? "" : warn(folder);
+  card.pictures.replaceChildren(...(folder.shown ?? []).map(thumbnail));
+}
+
+app.registerExtension({
+  name: "SaRA.Folder",
+  nodeCreated(node) {
+    if (node.comfyClass !== "SaraImageFolder") return;
+    const widget = node.widgets?.find((one) => one.name === "folder");
+    if (!widget) return;
+    const { box } = addBoxWidget(node, "card", () => HEIGHT, "sara-folder");
+    const card = { caption: addText(box), warning: addText(box), pictures: document.createElement("div") };
+    for (const part of [card.caption, card.warning]) {
+      part.style.minHeight = "0";
+      part.style.flex = "none";
+    }
+    card.warning.style.color = ACCENT.validation;
+    card.pictures.style.cssText =
+      "display:flex;flex-wrap:wrap;overflow-y:auto;flex:1 1 auto;padding:2px 4px;color:var(--input-text,#ddd)";
+    box.append(card.pictures);
+    const callback = widget.callback;
+    widget.callback = function () {
+      const result = callback?.apply(this, arguments);
+      show(card, widget);
+      return result;
+    };
+    const configured = node.onConfigure;
+    node.onConfigure = function () {
+      const result = configured?.apply(this, arguments);
+      show(card, widget);
+      return result;
+    };
+    show(card, widget);
+  },
+});

@@ -1,0 +1,44 @@
+// Which weights train is said in one way: while a threshold or a count is set, the other ways are off.
+
+import { app } from "../../scripts/app.js";
+
+const WAYS = ["threshold", "count", "fraction"]; // the first one that is set counts
+const isSet = (widget, node) =>
+  node.inputs?.some((input) => input.name === widget.name && input.link != null) ||
+  (widget.type === "number" ? widget.value > 0 : String(widget.value ?? "").trim() !== "");
+
+export function update(node) {
+  let isDecided = false;
+  for (const name of WAYS) {
+    const widget = node.widgets?.find((one) => one.name === name);
+    if (!widget) continue;
+    widget.disabled = isDecided;
+    isDecided ||= isSet(widget, node);
+  }
+  node.graph?.setDirtyCanvas?.(true, true);
+}
+
+app.registerExtension({
+  name: "SaRA.Selection",
+  nodeCreated(node) {
+    if (!["SaraTrain", "SaraAnalyze"].includes(node.comfyClass)) return;
+    for (const event of ["onConnectionsChange", "onConfigure"]) {
+      const before = node[event];
+      node[event] = function () {
+        const result = before?.apply(this, arguments);
+        update(node);
+        return result;
+      };
+    }
+    for (const widget of node.widgets ?? []) {
+      if (!WAYS.includes(widget.name)) continue;
+      const callback = widget.callback;
+      widget.callback = function () {
+        const result = callback?.apply(this, arguments);
+        update(node);
+        return result;
+      };
+    }
+    update(node);
+  },
+});

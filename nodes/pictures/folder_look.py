@@ -1,0 +1,47 @@
+"""What is in a folder of pictures, for its node to show before anything is run."""
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+from ...sara_core.pictures.picture_folder import find_pictures
+from .. import host
+
+PATH = "/sara/folder"
+MAX_SHOWN = 24
+
+
+def look(query: Mapping[str, str]) -> dict:
+    """Count the pictures and captions of the folder `name` and list the first of them.
+
+    Returns:
+        `error` alone if there is no such folder; else `pictures`, `captions` by where they are from,
+        `without` (a caption of their own), `same` (whether all that are there are equal),
+        `problems`, and `shown`: name, caption and, where the page can ask for the picture,
+        `subfolder` of the input folder.
+    """
+    name = query.get("name", "")
+    try:
+        folder = Path(host.picture_folder(name))
+        files, problems = find_pictures(folder)
+    except (OSError, ValueError) as error:
+        return {"error": str(error)}
+    root, _, below = name.partition("/")
+    captions = [file.caption for file in files if file.caption is not None]
+    return {
+        "pictures": len(files),
+        "captions": Counter(file.source for file in files if file.caption is not None),
+        "without": len(files) - len(captions),
+        "same": len(captions) > 1 and len(set(captions)) == 1,
+        "problems": list(map(str, problems[:MAX_SHOWN])),
+        "shown": [
+            {
+                "name": Path(file.name).name,
+                "caption": file.caption,
+                "subfolder": f"{below}/{Path(file.name).parent.as_posix()}".strip("./")
+                if root == host.INPUT
+                else None,
+            }
+            for file in files[:MAX_SHOWN]
+        ],
+    }

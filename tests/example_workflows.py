@@ -1,0 +1,346 @@
+"""Write the example workflows from what they consist of; needs ComfyUI, for the slots of its nodes.
+
+usage: python dev.py examples
+
+Each node: what it is, where, its widgets by name where they differ from the defaults, and its links as
+(node, output). All widgets of a node are written down in the order it has them.
+"""
+
+import json
+import sys
+import tempfile
+import uuid
+from pathlib import Path
+
+from .harness.environment import ROOT
+from .harness.server import Server, make_base
+
+EXAMPLES = ROOT / "example_workflows"
+VIEW = {"scale": 0.8, "offset": [110, 160]}  # readable, the note clear of the bars
+NAMESPACE = uuid.UUID("5a7a0000-0000-4000-8000-000000000000")
+WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+SIZES = {
+    "MarkdownNote": (400, 330), "CheckpointLoaderSimple": (340, 120), "CLIPTextEncode": (400, 140),
+    "EmptyLatentImage": (320, 140), "KSampler": (320, 320), "VAEDecode": (220, 70),
+    "SaveImage": (360, 400), "SaraImageFolder": (420, 640), "SaraSampling": (320, 300),
+    "SaraTrain": (480, 820), "SaraCompare": (460, 560), "SaraLoadDelta": (360, 260),
+    "SaraApply": (300, 110), "SaraLoadCheckpoints": (340, 110), "SaraAnalyze": (480, 620),
+    "SaraMergeDeltas": (300, 150), "SaraSaveDelta": (320, 130), "LoraLoader": (320, 150),
+    "LoadImage": (320, 360), "ControlNetLoader": (340, 80), "ControlNetApplyAdvanced": (320, 220),
+}  # fmt: skip
+SD15 = {
+    "name": "v1-5-pruned-emaonly-fp16.safetensors",
+    "url": "https://huggingface.co/Comfy-Org/stable-diffusion-v1-5-archive/resolve/main/"
+    "v1-5-pruned-emaonly-fp16.safetensors",
+    "directory": "checkpoints",
+}
+
+
+def node(kind, at, title=None, links=None, models=(), **widgets):
+    """One node of an example."""
+    return {
+        "kind": kind, "at": at, "title": title, "links": links or {}, "models": list(models),
+        "widgets": widgets,
+    }  # fmt: skip
+
+
+def note(text):
+    """The note that an example begins with."""
+    return node("MarkdownNote", (0, 0), text=text)
+
+
+def checkpoint(at=(0, 400)):
+    """A loader, set to the checkpoint that ComfyUI's own templates begin with."""
+    return node("CheckpointLoaderSimple", at, models=[SD15], ckpt_name=SD15["name"])
+
+
+def prompt(text, at, title="Prompt"):
+    """An encoded prompt."""
+    return node("CLIPTextEncode", at, title, {"clip": ("checkpoint", 1)}, text=text)
+
+
+def sampled(model, x, y=0, title="Picture", prefix="sara/picture", **sampler):
+    """A KSampler with what follows it, named `sampler`, `decode` and `save`, by title."""
+    links = {
+        "model": model, "positive": ("positive", 0), "negative": ("negative", 0),
+        "latent_image": ("latent", 0),
+    }  # fmt: skip
+    settings = {"seed": 1, "steps": 25, "cfg": 7.0, "sampler_name": "euler", **sampler}
+    return {
+        f"sampler {title}": node("KSampler", (x, y), None, links, **settings),
+        f"decode {title}": node(
+            "VAEDecode", (x, y + 380), None,
+            {"samples": (f"sampler {title}", 0), "vae": ("checkpoint", 2)},
+        ),
+        f"save {title}": node(
+            "SaveImage", (x + 370, y), title, {"images": (f"decode {title}", 0)},
+            filename_prefix=prefix,
+        ),
+    }  # fmt: skip
+
+
+def training_nodes(name, **train):
+    """Checkpoint, folder, sampling for previews, and SaRA Train."""
+    return {
+        "checkpoint": checkpoint(),
+        "folder": node(
+            "SaraImageFolder", (460, 0), None,
+            {"vae": ("checkpoint", 2), "clip": ("checkpoint", 1), "model": ("checkpoint", 0)},
+            trigger=name,
+        ),
+        "positive": prompt(f"{name}, a fox in a forest", (0, 580), "Prompt of the previews"),
+        "sampling": node(
+            "SaraSampling", (940, 0), None,
+            {"vae": ("checkpoint", 2), "positive": ("positive", 0), "negative": ("folder", 3)},
+            seed=1,
+        ),
+        "train": node(
+            "SaraTrain", (1320, 0), None,
+            {
+                "model": ("checkpoint", 0), "latents": ("folder", 0), "positive": ("folder", 1),
+                "masks": ("folder", 2), "empty": ("folder", 3), "preview": ("sampling", 0),
+            },
+            output_name=name, trigger_words=name, batch_size=2, **train,
+        ),
+    }  # fmt: skip
+
+
+STYLE = "mystyle"
+EXAMPLE_SPECS = {
+    "1 Train on your pictures": {
+        "note": note(
+            "## Train on your pictures\n\nSet three things:\n\n1. **Load Checkpoint**: the model to "
+            "train.\n2. **SaRA Image Folder**: a folder with 10 to 400 pictures. Put it into ComfyUI's "
+            "*input* folder and press R. Text files of the same names are their captions.\n3. A "
+            f"**name**: *{STYLE}* is the word that will call up what was learned. Replace it in trigger, "
+            "output_name and the prompt.\n\nThen queue. SaRA Train shows the loss and previews as it "
+            "goes; Cancel whenever you like, nothing is lost. Below at the right the same picture before "
+            "(0) and after (1)."
+        ),
+        **training_nodes(STYLE),
+        "compare": node(
+            "SaraCompare", (1860, 0), "Before and after",
+            {"model": ("checkpoint", 0), "sampling": ("sampling", 0), "deltas": ("train", 1)},
+            strengths="0, 1",
+        ),
+    },
+    "2 Use what was learned": {
+        "note": note(
+            "## Use what was learned\n\n1. **Load Checkpoint**: the model you trained.\n2. **Load SaRA "
+            "Delta**: what you trained; the card shows what the file says about itself. Press R after a "
+            "training to see the new file.\n3. Put the trigger word into the prompt.\n\n**Apply SaRA**: "
+            "strength 1 is as trained, 0 not at all, 0.6 to 1.2 is usual. Several deltas can follow each "
+            "other, and LoRAs may come before or after. For SDXL and newer, make the empty latent 1024 by "
+            "1024."
+        ),
+        "checkpoint": checkpoint(),
+        "positive": prompt(f"{STYLE}, a fox in a forest", (0, 580)),
+        "negative": prompt("", (0, 780), "Negative prompt"),
+        "delta": node("SaraLoadDelta", (460, 0)),
+        "apply": node("SaraApply", (460, 330), None,
+                      {"model": ("checkpoint", 0), "delta": ("delta", 0)}),
+        "latent": node("EmptyLatentImage", (460, 520), width=512, height=512),
+        **sampled(("apply", 0), 880, prefix="sara/applied"),
+    },
+    "3 Stop and go on": {
+        "note": note(
+            "## Stop and go on\n\n- **Cancel** whenever you like: all steps made so far are saved in "
+            "*output/sara*.\n- Press **R**, choose the run under **resume** in SaRA Train and queue: it "
+            "goes on exactly where it stopped, with the settings it was begun with.\n- A run that has "
+            "**finished** goes on as well: choose it under resume, say how many **more_steps**, and which "
+            "learning rate they are to have.\n- After a power cut, resume finds the last save, made every "
+            "**save_every_steps**."
+        ),
+        **training_nodes(STYLE, steps=1000, save_every_steps=50),
+    },
+    "4 Compare checkpoints and strengths": {
+        "note": note(
+            "## Which checkpoint, how strong?\n\n**Load SaRA Checkpoints** loads all that a run has kept "
+            "(**keep_checkpoints** in SaRA Train says how many). **SaRA Compare** makes the same picture "
+            "with each, at each strength: checkpoints by row, strengths by column. Take the weakest that "
+            "shows your style; where pictures all look alike or break, it was trained too long."
+        ),
+        "checkpoint": checkpoint(),
+        "positive": prompt(f"{STYLE}, a fox in a forest", (0, 580)),
+        "negative": prompt("", (0, 780), "Negative prompt"),
+        "checkpoints": node("SaraLoadCheckpoints", (460, 0)),
+        "sampling": node(
+            "SaraSampling", (460, 180), None,
+            {"vae": ("checkpoint", 2), "positive": ("positive", 0), "negative": ("negative", 0)},
+            seed=1,
+        ),
+        "compare": node(
+            "SaraCompare", (840, 0), None,
+            {"model": ("checkpoint", 0), "sampling": ("sampling", 0), "deltas": ("checkpoints", 0)},
+            strengths="0, 0.5, 1, 1.5",
+        ),
+    },
+    "5 Look at the small weights": {
+        "note": note(
+            "## What do the small weights do?\n\n**SaRA Analyze** shows how large the model's weights are; "
+            "the blue ones would train. Drag in the histogram to try thresholds. Its output **zeroed** is "
+            "the model with exactly those weights at zero: the two pictures hardly differ, which is why "
+            "there is room in them to learn something."
+        ),
+        "checkpoint": checkpoint(),
+        "positive": prompt("a fox in a forest", (0, 580)),
+        "negative": prompt("", (0, 780), "Negative prompt"),
+        "analyze": node("SaraAnalyze", (460, 0), None, {"model": ("checkpoint", 0)}),
+        "latent": node("EmptyLatentImage", (460, 700), width=512, height=512),
+        **sampled(("checkpoint", 0), 1000, 0, "The model", "sara/whole"),
+        **sampled(("analyze", 4), 1000, 520, "Small weights at zero", "sara/zeroed"),
+    },
+    "6 Two styles in one": {
+        "note": note(
+            "## Two styles in one\n\nChoose two deltas of the same model. **Merge SaRA Deltas** adds them, "
+            "each times its strength; the paper merges styles with 0.6 and 0.6. **Save SaRA Delta** keeps "
+            "the result as a file of its own."
+        ),
+        "checkpoint": checkpoint(),
+        "positive": prompt(f"{STYLE}, a fox in a forest", (0, 580)),
+        "negative": prompt("", (0, 780), "Negative prompt"),
+        "first": node("SaraLoadDelta", (460, 0), "First delta"),
+        "second": node("SaraLoadDelta", (460, 340), "Second delta"),
+        "latent": node("EmptyLatentImage", (460, 680), width=512, height=512),
+        "merge": node(
+            "SaraMergeDeltas", (880, 0), None, {"delta_1": ("first", 0), "delta_2": ("second", 0)},
+            strength_1=0.6, strength_2=0.6,
+        ),
+        "save": node("SaraSaveDelta", (880, 220), None, {"delta": ("merge", 0)},
+                     filename_prefix="sara/merged"),
+        "apply": node("SaraApply", (880, 420), None,
+                      {"model": ("checkpoint", 0), "delta": ("merge", 0)}),
+        **sampled(("apply", 0), 1260, 0, "Merged", "sara/both"),
+    },
+    "7 With a LoRA and a ControlNet": {
+        "note": note(
+            "## Beside a LoRA and a ControlNet\n\nA delta is a patch like a LoRA: **Apply SaRA** and "
+            "**Load LoRA** can follow each other in any order, each with a strength of its own, and a "
+            "ControlNet works on the result. Choose files of yours in the loaders."
+        ),
+        "checkpoint": checkpoint(),
+        "positive": prompt("a portrait of a fox, highly detailed", (0, 580)),
+        "negative": prompt("blurry, low quality", (0, 780), "Negative prompt"),
+        "lora": node(
+            "LoraLoader", (460, 0), None, {"model": ("checkpoint", 0), "clip": ("checkpoint", 1)},
+            lora_name="your_lora.safetensors", strength_model=0.8, strength_clip=0.8,
+        ),
+        "delta": node("SaraLoadDelta", (460, 220)),
+        "apply": node("SaraApply", (460, 540), None,
+                      {"model": ("lora", 0), "delta": ("delta", 0)}, strength=0.8),
+        "latent": node("EmptyLatentImage", (460, 720), width=512, height=512),
+        "image": node("LoadImage", (880, 0), image="example.png"),
+        "control": node(
+            "ControlNetLoader", (880, 420), control_net_name="control_v11p_sd15_scribble_fp16.safetensors"
+        ),
+        "controlled": node(
+            "ControlNetApplyAdvanced", (880, 570), None,
+            {"positive": ("positive", 0), "negative": ("negative", 0), "control_net": ("control", 0),
+             "image": ("image", 0)},
+            strength=0.7,
+        ),
+        **sampled(("apply", 0), 1280, 0, "Picture", "sara/styled"),
+    },
+}  # fmt: skip
+
+
+def use_lora_clip(nodes):
+    """In the last example the prompts pass the LoRA, and the pictures the ControlNet."""
+    for key in ("positive", "negative"):
+        nodes[key]["links"]["clip"] = ("lora", 1)
+    nodes["sampler Picture"]["links"].update(positive=("controlled", 0), negative=("controlled", 1))
+
+
+def widgets_of(info):
+    """Names and defaults of a node's widgets in order; None marks the value beside a core seed."""
+    for group in ("required", "optional"):
+        for name, spec in info["input"].get(group, {}).items():
+            kind, options = spec[0], spec[1] if len(spec) > 1 else {}
+            is_list = isinstance(kind, list)
+            if not (is_list or kind in WIDGETS) or options.get("forceInput"):
+                continue
+            choices = kind if is_list else options.get("options", [])
+            yield name, options.get("default", choices[0] if choices else "")
+            if options.get("control_after_generate", name in ("seed", "noise_seed")):
+                yield None, "fixed"
+            if options.get("image_upload"):
+                yield None, "image"
+
+
+def written(name, nodes, infos):
+    """An example as the frontend saves it."""
+    numbers = {key: i for i, key in enumerate(nodes, 1)}
+    links, saved = [], []
+    for key, spec in nodes.items():
+        kind = spec["kind"]
+        entry = {
+            "id": numbers[key], "type": kind, "pos": list(spec["at"]), "size": list(SIZES[kind]),
+            "flags": {}, "order": numbers[key] - 1, "mode": 0, "inputs": [], "outputs": [],
+            "properties": {}, "widgets_values": [],
+        }  # fmt: skip
+        if spec["title"]:
+            entry["title"] = spec["title"]
+        saved.append(entry)
+        if kind == "MarkdownNote":
+            entry["widgets_values"] = [spec["widgets"]["text"]]
+            continue
+        info = infos[kind]
+        ours = kind.startswith("Sara")
+        entry["properties"] = {
+            "Node name for S&R": kind,
+            "cnr_id": "sara-finetune" if ours else "comfy-core",
+            "ver": "0.2.0" if ours else "0.3.75",
+        }
+        if spec["models"]:
+            entry["properties"]["models"] = spec["models"]
+        widgets = list(widgets_of(info))
+        unknown = spec["widgets"].keys() - {widget for widget, _ in widgets}
+        assert not unknown, f"{kind} has no {unknown}"
+        entry["widgets_values"] = [spec["widgets"].get(widget, value) for widget, value in widgets]
+        if ours:
+            entry["properties"]["sara_widgets"] = [widget for widget, _ in widgets]
+        slots = {
+            slot: value[0]
+            for group in ("required", "optional")
+            for slot, value in info["input"].get(group, {}).items()
+            if slot not in dict(widgets)
+        }
+        assert not spec["links"].keys() - slots.keys(), f"{kind} has no {spec['links'].keys()}"
+        for index, (slot, type_) in enumerate(slots.items()):
+            number = None
+            if slot in spec["links"]:
+                source, output = spec["links"][slot]
+                number = len(links) + 1
+                links.append([number, numbers[source], output, numbers[key], index, type_])
+            optional = {"shape": 7} if slot in info["input"].get("optional", {}) else {}
+            entry["inputs"].append({"name": slot, "type": type_, **optional, "link": number})
+        entry["outputs"] = [
+            {"name": output, "type": type_, "links": []}
+            for output, type_ in zip(info["output_name"], info["output"], strict=True)
+        ]
+    for number, source, output, *_ in links:
+        saved[source - 1]["outputs"][output]["links"].append(number)
+    return {
+        "id": str(uuid.uuid5(NAMESPACE, name)), "revision": 0, "last_node_id": len(saved),
+        "last_link_id": len(links), "nodes": saved, "links": links, "groups": [], "config": {},
+        "extra": {"ds": VIEW}, "version": 0.4,
+    }  # fmt: skip
+
+
+def main():
+    """Write them all."""
+    use_lora_clip(EXAMPLE_SPECS["7 With a LoRA and a ControlNet"])
+    with tempfile.TemporaryDirectory() as base:
+        make_base(Path(base))
+        for name in ("lora", "controlnet"):
+            (Path(base) / "models" / name).mkdir(exist_ok=True)
+        with Server(base) as server:
+            infos = server.get("/object_info")
+    for name, nodes in EXAMPLE_SPECS.items():
+        text = json.dumps(written(name, nodes, infos), indent=1, ensure_ascii=False) + "\n"
+        (EXAMPLES / f"{name}.json").write_text(text, encoding="utf-8")
+        sys.stdout.write(f"{name}: {len(nodes)} nodes\n")
+
+
+if __name__ == "__main__":
+    main()
