@@ -21,7 +21,7 @@ function fold(node, button) {
     if (isOpen) delete widget.computeSize;
     else takeNoRoom(widget);
   }
-  button.label = button.name = text(isOpen ? "fewer_settings" : "all_settings");
+  button.label = button.name = isOpen ? text("fewer_settings") : text("all_settings");
   node.widgets = [...node.widgets]; // has Vue nodes look at them again
   const [width, height] = node.computeSize();
   node.setSize([Math.max(node.size[0], width), height]);

@@ -13,13 +13,15 @@ from pathlib import Path
 from PIL import Image
 
 from .harness.server import Server, make_base
+from .harness.workflows import TRAIN, USE
 from .host.browser import Page
 
 ROOT = Path(__file__).resolve().parents[1]
 HELP, EXAMPLES = ROOT / "js" / "docs" / "images", ROOT / "example_workflows"
-STEPS = 60
-SHORTER = {"SaraTrain": {"steps": STEPS, "preview_every_steps": 20, "validation_split": 0.1,
-                         "validate_every_steps": 10, "save_every_steps": 20}}  # fmt: skip
+RESUME, NOT_RUN = "3 Stop and go on", ("7 With a LoRA and a ControlNet",)
+STEPS = 300
+SHORTER = {"SaraTrain": {"steps": STEPS, "preview_every_steps": 100, "validation_split": 0.1,
+                         "validate_every_steps": 25, "save_every_steps": 100}}  # fmt: skip
 STAND_INS = (  # named in an example, never loaded
     "checkpoints/v1-5-pruned-emaonly-fp16.safetensors", "loras/your_lora.safetensors",
     "controlnet/control_v11p_sd15_scribble_fp16.safetensors",
@@ -92,31 +94,53 @@ def run(page, server):
     time.sleep(2)
 
 
-def name_as_in_the_examples(server):
-    """Give what the first training has made the names that the other examples load."""
+def choose_what_was_trained(page, server):
+    """Choose the first training's delta and run in the nodes that load one."""
+    page.command("Comfy.RefreshNodeDefinitions")
     runs = server.base / "output" / "sara"
-    made = runs / "fluent3d_00001" / f"fluent3d_{STEPS}_steps.safetensors"
-    for name in ("other_00001/other_300_steps", "style_00001/style_500_steps"):
-        target = runs / f"{name}.safetensors"
-        target.parent.mkdir()
-        shutil.copy(made, target)
-    made.rename(made.with_name("fluent3d_300_steps.safetensors"))
+    (made,) = runs.glob("fluent3d_00001/fluent3d_*_steps.safetensors")
+    page.set_widgets("SaraLoadDelta", delta_name=made.relative_to(runs).as_posix())
+    page.set_widgets("SaraLoadCheckpoints", run="fluent3d_00001")
+
+
+def pictures_made(server):
+    """Pictures that the last workflow has saved or compared, beside each other."""
+    (entry,) = server.get("/history?max_items=1").values()
+    kinds = {number: node["class_type"] for number, node in entry["prompt"][2].items()}
+    found = [
+        Image.open(io.BytesIO(server.picture(image))).convert("RGB")
+        for number, output in entry["outputs"].items()
+        if kinds[number] in ("SaveImage", "SaraCompare")
+        for image in output.get("images", [])
+    ]
+    columns = min(4, len(found))
+    width, height = found[0].size
+    sheet = Image.new("RGB", (columns * width, -(-len(found) // columns) * height), "white")
+    for i, picture in enumerate(found):
+        sheet.paste(picture, (i % columns * width, i // columns * height))
+    times = max(1, round(600 / sheet.width))
+    return sheet.resize((times * sheet.width, times * sheet.height), Image.Resampling.LANCZOS)
 
 
 def example(page, server, name):
-    """Load and run an example, then take it and its nodes."""
-    page.command("Comfy.RefreshNodeDefinitions")
+    """Load and run an example; take its nodes, and what it makes as its thumbnail."""
     page.drop(EXAMPLES / f"{name}.json")
+    page.set_for_the_small_model()
     for kind, values in SHORTER.items():
         page.set_widgets(kind, **values)
-    if name != "style_with_lora_and_controlnet":
+    if name != TRAIN:
+        choose_what_was_trained(page, server)
+    thumbnail = EXAMPLES / f"{name}.jpg"
+    if name not in NOT_RUN:
         run(page, server)
-    if name == "first_training":
-        name_as_in_the_examples(server)
+    if name == TRAIN:
         page.show("SaraTrain")
         shown = Image.open(io.BytesIO(page.box("SaraTrain").screenshot_as_png)).convert("RGB")
         save(shown, ROOT / "docs" / "images" / "training.jpg", 900)
-    save(take(page), EXAMPLES / f"{name}.jpg", 640)
+    if name in NOT_RUN or name == RESUME:
+        save(take(page), thumbnail, 900)
+    else:
+        save(pictures_made(server), thumbnail, 640)
     for kind in page.js("return [...new Set(window.app.graph.nodes.map((n) => n.type))]"):
         if kind.startswith("Sara") and not (HELP / f"{kind}.jpg").exists():
             save(take(page, kind), HELP / f"{kind}.jpg", 1200)
@@ -124,7 +148,9 @@ def example(page, server, name):
 
 def further(page, server):
     """Take the nodes that are in no example, each connected to a loaded delta."""
-    page.drop(EXAMPLES / "use_delta.json")
+    page.drop(EXAMPLES / f"{USE}.json")
+    page.set_for_the_small_model()
+    choose_what_was_trained(page, server)
     for number, (kind, values) in enumerate(FURTHER.items()):
         page.js(
             """const node = LiteGraph.createNode(arguments[0]);
@@ -161,9 +187,8 @@ def main():
             page = Page(server, "vue")
             page.js("document.querySelectorAll('.litegraph-minimap').forEach((e) => e.remove())")
             names = sorted(path.stem for path in EXAMPLES.glob("*.json"))
-            names.remove("first_training")
-            for name in ("first_training", *names):
-                if name == "resume":
+            for name in names:
+                if name == RESUME:
                     SHORTER["SaraTrain"]["steps"] = 40
                 example(page, server, name)
             further(page, server)

@@ -20,7 +20,7 @@ FORBIDDEN_METHODS = {"system", "popen", "putenv", "exec_module", "fork", "enviro
 
 def tracked():
     """Files of the repository; in a copy without its history, all that look like them."""
-    command = ["git", "-c", f"safe.directory={ROOT}", "ls-files"]
+    command = ["git", "-c", f"safe.directory={ROOT}", "-c", "core.quotePath=off", "ls-files"]
     if (ROOT / ".git").exists():
         listed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
         return listed.stdout.splitlines()
@@ -56,15 +56,20 @@ def test_the_archive_holds_what_users_need_and_nothing_else():
 ALLOWED = {"nodes/host/execution.py": {"aiohttp"}}  # for the answer to one GET request
 
 
-def test_there_is_one_address_and_it_is_only_read():
+def test_there_are_two_addresses_and_they_are_only_read():
     text = "".join((ROOT / path).read_text(encoding="utf-8") for path in shipped())
     assert re.findall(r"routes\.(\w+)", text) == ["get"]
     assert re.findall(r"aiohttp import (.*)", text) == ["web"]
     assert re.findall(r"\bweb\.(\w+)", text) == ["json_response"]
     assert re.findall(r"host\.add_route\((.*)\)", text) == [
+        "page_state.PATH, page_state.everything",
+        "folder_look.PATH, folder_look.look",
+    ]
         "page_state.PATH, page_state.everything"
     ]
-    assert "`/sara/shown`" in (ROOT / "README.md").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "`/sara/shown`" in readme
+    assert "`/sara/folder`" in readme
 
 
 def shipped():
