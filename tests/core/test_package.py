@@ -65,8 +65,6 @@ def test_there_are_two_addresses_and_they_are_only_read():
         "page_state.PATH, page_state.everything",
         "folder_look.PATH, folder_look.look",
     ]
-        "page_state.PATH, page_state.everything"
-    ]
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert "`/sara/shown`" in readme
     assert "`/sara/folder`" in readme
