@@ -7,6 +7,7 @@ Where nothing waits for the device, on the processor itself, LAPACK's decomposit
 Source: Hu et al. 2024, arXiv:2409.06633, eq. 4-5.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 from math import sqrt
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..weights.parameters import as_matrix_shape
+from .sparse_weight import SparseWeight
 
 NUM_ITERATIONS = 8
 SMALLEST_SINGULAR_VALUE = 1e-4  # of the bound on the largest; smaller ones are not fully raised
@@ -183,3 +185,33 @@ def nuclear_norm_gradient(
     matrix = values.new_zeros(rows * columns).scatter_(0, positions, values)
     gradient = polar_factor(matrix.view(rows, columns)).view(-1).gather(0, positions)
     return torch.dot(values, gradient), gradient
+
+
+def add_gradient_(
+    weights: Sequence[SparseWeight], factor: float, num_matrices: int, generator: torch.Generator
+) -> Tensor | None:
+    """Add the term's gradient to those of matrices drawn among the weights that have a gradient.
+
+    Args:
+        weights: Their leaves' gradients are changed in place.
+        factor: Weight of the term.
+        num_matrices: Number to draw, without replacement.
+        generator: On the CPU.
+
+    Returns:
+        The term's value, a scalar, or None if there is no matrix to draw.
+    """
+    eligible = [
+        weight
+        for weight in weights
+        if min(as_matrix_shape(weight.parameter.shape)) > 1 and weight.leaf.grad is not None
+    ]
+    order = torch.randperm(len(eligible), generator=generator).tolist()
+    norms = []
+    for i in order[:num_matrices]:
+        weight, index = eligible[i], eligible[i].index
+        norm, gradient = nuclear_norm_gradient(weight.read(index), index, weight.parameter.shape)
+        if weight.leaf.grad is not None:
+            weight.leaf.grad.add_(gradient, alpha=factor)
+        norms.append(norm * factor)
+    return torch.stack(norms).sum() if norms else None

@@ -1,39 +1,28 @@
 """AdamW over the smallest weights of a model: SaRA in one line of an ordinary training script."""
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
-from torch.optim.adamw import adamw
 
 from ..delta.sparse_delta import SparseDelta
 from ..weights.fingerprint import take_fingerprint
-from ..weights.parameters import as_matrix_shape, choose_parameters
+from ..weights.parameters import (
+    choose_parameters,
+    refuse_untrainable_dtypes,
+)
 from ..weights.selection import select
 from . import adam_moments, learning_rate
-from .low_rank import nuclear_norm_gradient
+from .low_rank import add_gradient_
+from .saved_state import FORMATS, PLAIN, checked
 from .sparse_model import SparseModel
-from .sparse_weight import SparseWeight
+from .updates import update_
 
 logger = logging.getLogger("comfyui-sara")
 
-TRAINABLE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-STATE_FORMATS = {"fp32": 1, "8bit": 2}  # a version that knows only 1 would take codes for moments
-BATCH_ON_CPU, BATCH = 1 << 19, 1 << 23  # trained values updated in one go
 LOW_RANK_WEIGHT = 5e-4  # measured in docs/low-rank.md
-PLAIN_STATE = (
-    "threshold",
-    "zeros_skipped",
-    "num_considered",
-    "low_rank_weight",
-    "low_rank_matrices",
-    "progressive_step",
-    "num_steps",
-    "stage",
-    "fingerprint",
-)
 
 
 class SaraAdamW(torch.optim.Optimizer):
@@ -115,7 +104,7 @@ class SaraAdamW(torch.optim.Optimizer):
             raise ValueError(f"betas are {betas!r}; expected two numbers in [0, 1)")
         adam_moments.refuse_unusable(moments)
         parameters = choose_parameters(model, include, exclude, biases_and_norms)
-        _refuse_dtypes(parameters)
+        refuse_untrainable_dtypes(parameters)
         selection = select(
             parameters,
             threshold=threshold,
@@ -176,22 +165,9 @@ class SaraAdamW(torch.optim.Optimizer):
         if self._low_rank_added or not self.low_rank_weight:
             return
         self._low_rank_added = True
-        eligible = [
-            weight
-            for weight in self._weights.active
-            if min(as_matrix_shape(weight.parameter.shape)) > 1 and weight.leaf.grad is not None
-        ]
-        order = torch.randperm(len(eligible), generator=self.generator).tolist()
-        norms = []
-        for i in order[: self.low_rank_matrices]:
-            weight = eligible[i]
-            index = weight.index
-            norm, gradient = nuclear_norm_gradient(
-                weight.read(index), index, weight.parameter.shape
-            )
-            weight.leaf.grad.add_(gradient, alpha=self.low_rank_weight)
-            norms.append(norm * self.low_rank_weight)
-        self.low_rank_loss = sum(norms) if norms else None
+        self.low_rank_loss = add_gradient_(
+            self._weights.active, self.low_rank_weight, self.low_rank_matrices, self.generator
+        )
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -207,49 +183,14 @@ class SaraAdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self.add_low_rank_gradient_()
-        self._update()
+        update_(
+            self._weights.active, self.state, self.param_groups[0], self.num_steps, self.moments
+        )
         self._low_rank_added = False
         self.num_steps += 1
         if self.num_steps == self.progressive_step:
             self.reselect()
         return loss
-
-    def _update(self) -> None:
-        updated = [weight for weight in self._weights.active if weight.leaf.grad is not None]
-        for weight in updated:
-            state = self.state[weight.leaf]
-            if not state:
-                state["step"] = torch.zeros((), dtype=torch.float32)
-                state.update(adam_moments.zeros(weight.leaf.grad, self.moments))
-        for batch in _batches(updated):
-            self._update_batch(batch)
-
-    def _update_batch(self, batch: list[SparseWeight]) -> None:
-        group = self.param_groups[0]
-        positions = [weight.index for weight in batch]
-        if group["weight_decay"]:
-            for weight, index in zip(batch, positions, strict=True):
-                weight.decay_(group["lr"] * group["weight_decay"], index)
-        targets = [weight.update_target() for weight in batch]
-        states = [self.state[weight.leaf] for weight in batch]
-        with adam_moments.opened(states, self.num_steps) as (exp_avgs, exp_avg_sqs):
-            adamw(
-                targets,
-                [weight.leaf.grad for weight in batch],
-                exp_avgs,
-                exp_avg_sqs,
-                [],
-                [state["step"] for state in states],
-                amsgrad=False,
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                lr=group["lr"],
-                weight_decay=0.0,
-                eps=group["eps"],
-                maximize=False,
-            )
-        for weight, target, index in zip(batch, targets, positions, strict=True):
-            weight.take_update_(target, index)
 
     @torch.no_grad()
     def reselect(self) -> None:
@@ -317,8 +258,8 @@ class SaraAdamW(torch.optim.Optimizer):
     def state_dict(self) -> dict:
         """Return everything a reloaded run needs to continue exactly; tensors and plain values."""
         own = {
-            "format": STATE_FORMATS[self.moments],
-            **{name: getattr(self, name) for name in PLAIN_STATE},
+            "format": FORMATS[self.moments],
+            **{name: getattr(self, name) for name in PLAIN},
             "generator": self.generator.get_state(),
             "weights": self._weights.state(),
         }
@@ -340,16 +281,7 @@ class SaraAdamW(torch.optim.Optimizer):
                 been changed then.
             ImportError: Its moments are in 8 bits, and torchao is missing; the same holds.
         """
-        saved = state_dict.get("sara") if isinstance(state_dict, dict) else None
-        needed = {"format", "generator", "weights", *PLAIN_STATE}
-        formats = STATE_FORMATS.values()
-        if not isinstance(saved, dict) or saved.keys() != needed or saved["format"] not in formats:
-            raise ValueError(
-                "not a SaraAdamW state: the key 'sara' of format "
-                f"{max(formats)} or earlier is missing; found keys "
-                f"{sorted(map(str, state_dict or ()))[:5]}"
-            )
-        _refuse_unsound_moments(state_dict)
+        saved = checked(state_dict)
         self._weights.load_state(saved["weights"], saved["fingerprint"])
         self.state.clear()
         self.param_groups[0]["params"] = self.parameters()
@@ -359,50 +291,7 @@ class SaraAdamW(torch.optim.Optimizer):
         for i, state in state_dict["state"].items():
             moments = adam_moments.restored(state, leaves[i], self.moments)
             self.state[leaves[i]] = {"step": state["step"].to("cpu", copy=True), **moments}
-        for name in PLAIN_STATE:
+        for name in PLAIN:
             setattr(self, name, saved[name])
         self.generator.set_state(saved["generator"].cpu())
         self._low_rank_added = False
-
-
-def _batches(weights: list[SparseWeight]) -> Iterator[list[SparseWeight]]:
-    """Yield weights in groups that are updated in one go; bounds the copies of trained values."""
-    batch, size = [], 0
-    for weight in weights:
-        limit = BATCH_ON_CPU if weight.base.device.type == "cpu" else BATCH
-        if batch and size + len(weight) > limit:
-            yield batch
-            batch, size = [], 0
-        batch.append(weight)
-        size += len(weight)
-    if batch:
-        yield batch
-
-
-def _refuse_unsound_moments(state_dict: dict) -> None:
-    lengths = [len(w["values"]) for w in state_dict["sara"]["weights"] if not w["frozen"]]
-    groups = state_dict.get("param_groups", [])
-    states = state_dict.get("state")
-    sound = len(groups) == 1 and groups[0].get("params") == list(range(len(lengths)))
-    sound = (
-        sound
-        and states is not None
-        and all(
-            i < len(lengths) and "step" in state and adam_moments.is_sound(state, lengths[i])
-            for i, state in states.items()
-        )
-    )
-    if not sound:
-        raise ValueError("the saved state is damaged: its moments do not fit its trained weights")
-    if any(map(adam_moments.is_packed, states.values())):
-        adam_moments.refuse_unusable("8bit")
-
-
-def _refuse_dtypes(parameters: dict[str, nn.Parameter]) -> None:
-    wrong = {n: p.dtype for n, p in parameters.items() if p.dtype not in TRAINABLE_DTYPES}
-    if wrong:
-        name, dtype = next(iter(wrong.items()))
-        raise TypeError(
-            f"{len(wrong)} parameters are of a dtype that cannot be trained in place, such as "
-            f"{name!r} ({dtype}); load the model in float32, float16 or bfloat16"
-        )

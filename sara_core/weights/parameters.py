@@ -6,6 +6,8 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
+TRAINABLE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
 
 def choose_parameters(
     module: nn.Module,
@@ -110,3 +112,18 @@ def as_matrix_shape(shape: torch.Size | tuple[int, ...]) -> tuple[int, int]:
     for size in shape[1:]:
         columns *= size
     return rows, columns
+
+
+def refuse_untrainable_dtypes(parameters: Mapping[str, Tensor]) -> None:
+    """Refuse parameters whose values cannot be changed in place, such as float8.
+
+    Raises:
+        TypeError: There are some.
+    """
+    wrong = {n: p.dtype for n, p in parameters.items() if p.dtype not in TRAINABLE_DTYPES}
+    if wrong:
+        name, dtype = next(iter(wrong.items()))
+        raise TypeError(
+            f"{len(wrong)} parameters are of a dtype that cannot be trained in place, such as "
+            f"{name!r} ({dtype}); load the model in float32, float16 or bfloat16"
+        )

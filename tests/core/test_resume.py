@@ -420,7 +420,7 @@ def test_an_error_within_an_update_is_not_saved_as_a_whole_step(monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with monkeypatch.context() as patched:
-        patched.setattr("sara_core.optimizer.sara_adamw.nuclear_norm_gradient", fail)
+        patched.setattr("sara_core.optimizer.low_rank.nuclear_norm_gradient", fail)
         with pytest.raises(torch.OutOfMemoryError):
             list(run)
     assert torch.equal(run.optimizer.generator.get_state(), before)
@@ -429,7 +429,7 @@ def test_an_error_within_an_update_is_not_saved_as_a_whole_step(monkeypatch):
     _, run = make()
     steps = iter(run)
     next(steps)
-    monkeypatch.setattr("sara_core.optimizer.sara_adamw.adamw", fail)
+    monkeypatch.setattr("sara_core.optimizer.updates.adamw", fail)
     with pytest.raises(torch.OutOfMemoryError):
         list(run)
     with pytest.raises(RuntimeError, match="in the middle of an update"):

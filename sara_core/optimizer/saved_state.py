@@ -1,0 +1,57 @@
+"""What a saved state of `SaraAdamW` has to hold before anything of it is taken over."""
+
+from . import adam_moments
+
+FORMATS = {"fp32": 1, "8bit": 2}  # a version that knows only 1 would take codes for moments
+PLAIN = (
+    "threshold",
+    "zeros_skipped",
+    "num_considered",
+    "low_rank_weight",
+    "low_rank_matrices",
+    "progressive_step",
+    "num_steps",
+    "stage",
+    "fingerprint",
+)
+
+
+def checked(state_dict: dict) -> dict:
+    """Return the optimizer's own part of a saved state.
+
+    Args:
+        state_dict: What `SaraAdamW.state_dict` returned. Not modified.
+
+    Raises:
+        ValueError: It is of something else, or its moments do not fit its weights.
+        ImportError: Its moments are in 8 bits, and torchao is missing.
+    """
+    saved = state_dict.get("sara") if isinstance(state_dict, dict) else None
+    needed = {"format", "generator", "weights", *PLAIN}
+    is_known = isinstance(saved, dict) and saved.keys() == needed
+    if not is_known or saved["format"] not in FORMATS.values():
+        raise ValueError(
+            "not a SaraAdamW state: the key 'sara' of format "
+            f"{max(FORMATS.values())} or earlier is missing; found keys "
+            f"{sorted(map(str, state_dict or ()))[:5]}"
+        )
+    _refuse_unsound_moments(state_dict)
+    return saved
+
+
+def _refuse_unsound_moments(state_dict: dict) -> None:
+    lengths = [len(w["values"]) for w in state_dict["sara"]["weights"] if not w["frozen"]]
+    groups, states = state_dict.get("param_groups", []), state_dict.get("state")
+    sound = (
+        len(groups) == 1
+        and groups[0].get("params") == list(range(len(lengths)))
+        and isinstance(states, dict)
+        and all(
+            i < len(lengths) and "step" in state and adam_moments.is_sound(state, lengths[i])
+            for i, state in states.items()
+        )
+    )
+    if not sound:
+        raise ValueError("the saved state is damaged: its moments do not fit its trained weights")
+    if any(map(adam_moments.is_packed, state_dict["state"].values())):
+        adam_moments.refuse_unusable("8bit")

@@ -1,0 +1,81 @@
+"""AdamW's update of the selected weights, as many in one go as memory should hold copies of."""
+
+from collections.abc import Iterator, MutableMapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from . import adam_moments
+from .sparse_weight import SparseWeight
+
+BATCH_ON_CPU, BATCH = 1 << 19, 1 << 23  # trained values updated in one go
+
+
+def update_(
+    weights: Sequence[SparseWeight],
+    states: MutableMapping[Tensor, dict],
+    group: dict,
+    num_steps: int,
+    moments: str,
+) -> None:
+    """Update the weights that have a gradient, with what AdamW remembers of each.
+
+    Args:
+        weights: Changed in place.
+        states: Moments and number of steps by leaf; made here for a weight's first update.
+        group: Learning rate, betas, eps and weight decay.
+        num_steps: Updates made so far in the run.
+        moments: How moments are kept, one of `adam_moments.KINDS`.
+    """
+    gradients = [(weight, weight.leaf.grad) for weight in weights]
+    updated = [weight for weight, gradient in gradients if gradient is not None]
+    for weight, gradient in gradients:
+        if gradient is not None and not states[weight.leaf]:
+            states[weight.leaf]["step"] = torch.zeros((), dtype=torch.float32)
+            states[weight.leaf].update(adam_moments.zeros(gradient, moments))
+    for batch in _batches(updated):
+        _update_batch(batch, [states[weight.leaf] for weight in batch], group, num_steps)
+
+
+def _update_batch(
+    batch: list[SparseWeight], states: list[dict], group: dict, num_steps: int
+) -> None:
+    positions = [weight.index for weight in batch]
+    if group["weight_decay"]:
+        for weight, index in zip(batch, positions, strict=True):
+            weight.decay_(group["lr"] * group["weight_decay"], index)
+    targets = [weight.update_target() for weight in batch]
+    with adam_moments.opened(states, num_steps) as (exp_avgs, exp_avg_sqs):
+        adamw(
+            targets,
+            [weight.leaf.grad for weight in batch if weight.leaf.grad is not None],
+            exp_avgs,
+            exp_avg_sqs,
+            [],
+            [state["step"] for state in states],
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=0.0,
+            eps=group["eps"],
+            maximize=False,
+        )
+    for weight, target, index in zip(batch, targets, positions, strict=True):
+        weight.take_update_(target, index)
+
+
+def _batches(weights: list[SparseWeight]) -> Iterator[list[SparseWeight]]:
+    """Yield weights in groups that are updated in one go; bounds the copies of trained values."""
+    batch: list[SparseWeight] = []
+    size = 0
+    for weight in weights:
+        limit = BATCH_ON_CPU if weight.base.device.type == "cpu" else BATCH
+        if batch and size + len(weight) > limit:
+            yield batch
+            batch, size = [], 0
+        batch.append(weight)
+        size += len(weight)
+    if batch:
+        yield batch
