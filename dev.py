@@ -4,7 +4,7 @@
 usage: python dev.py COMMAND
 
   test [ARGS]   run the test suite in a real ComfyUI; ARGS go to pytest
-  lint          check style and formatting
+  lint          check style, formatting and types
   demo [FOLDER] fine-tune a small model on CPU inside ComfyUI, leave pictures in output/demo/
   faults        break trainings in every way, kills above all, and go on (--kills 50 --rounds 3)
   bench         measure memory and time beside other methods (--quick, --executor)
@@ -44,9 +44,11 @@ def test(arguments):
 
 
 def lint(arguments):
-    """Check style and formatting."""
-    return run_module("ruff", "check", ".", *arguments) or run_module(
-        "ruff", "format", "--check", "."
+    """Check style, formatting and the core's types."""
+    return (
+        run_module("ruff", "check", ".", *arguments)
+        or run_module("ruff", "format", "--check", ".")
+        or run_module("mypy", "sara_core")
     )
 
 

@@ -17,7 +17,7 @@ def run_metadata(patcher, settings: RunSettings, optimizer: SaraAdamW) -> dict[s
     """
     values = dataclasses.asdict(settings) | {"learning_rate": optimizer.param_groups[0]["lr"]}
     words = settings.trigger_words.strip()
-    base = take_fingerprint(host.base_weights(patcher), dict.fromkeys(optimizer.names()))
+    base = take_fingerprint(host.base_weights(patcher), optimizer.names())
     foreign = host.foreign_prediction(patcher)
     return {
         **optimizer.delta_metadata(),

@@ -65,7 +65,7 @@ def read_authors_checkpoint(
         entries,
         {
             "sara.threshold": repr(float(threshold)),
-            "sara.fingerprint": take_fingerprint(base, dict.fromkeys(entries)),
+            "sara.fingerprint": take_fingerprint(base, entries),
             "sara.source": "the authors' code",
         },
     )

@@ -71,7 +71,7 @@ def write_entries(
         digest = hashlib.sha256(_bytes(values))
         blocks = []
         for width, block in packing:
-            digest.update(block)
+            digest.update(block.data)
             blocks.append((width, block))
     table = [
         [name, list(entry.shape), len(entry.index), width, len(packed)]
@@ -222,6 +222,6 @@ def _all_finite(values: Tensor) -> bool:
     return bool(torch.stack(values.aminmax()).isfinite().all())  # NaN comes through as both
 
 
-def _bytes(tensor: Tensor) -> np.ndarray:
+def _bytes(tensor: Tensor) -> memoryview:
     # safetensors lays larger dtypes out first: values, then positions, are the file's data section.
-    return tensor.view(torch.uint8).numpy()
+    return tensor.view(torch.uint8).numpy().data

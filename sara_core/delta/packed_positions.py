@@ -85,7 +85,7 @@ def _best_width(gaps: np.ndarray) -> int:
     guess = int(np.log2(max(1.0, sample.mean() * np.log(2))))
     candidates = range(max(0, guess - 1), guess + 3)
     costs = {w: len(sample) * w + int((sample >> w).sum(dtype=np.int64)) for w in candidates}
-    return min(costs, key=costs.get)
+    return min(costs, key=lambda width: costs[width])
 
 
 def _pack_low_bits(gaps: np.ndarray, width: int) -> np.ndarray:

@@ -144,7 +144,7 @@ class SparseDelta:
                 "this delta was trained on another base than the model it is applied to; shapes "
                 "fit, so it is applied, but the result may differ from what was trained"
             )
-        replaced = []
+        replaced: list[tuple[Tensor, Tensor, Tensor]] = []
 
         def undo() -> None:
             for weight, index, old in reversed(replaced):

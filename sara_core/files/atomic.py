@@ -10,7 +10,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 
-def replace_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def replace_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Have `write` fill a temporary file in the same folder, flush it to disk and rename it.
 
     Whatever happens, `path` holds either its old content or the new one.

@@ -1,11 +1,11 @@
 """Hold a file so that no other process does; the system lets go of it when the process ends."""
 
 import errno
-import os
+import sys
 from pathlib import Path
 from typing import IO
 
-if os.name == "nt":
+if sys.platform == "win32":
     import msvcrt
 else:
     import fcntl
@@ -19,7 +19,7 @@ def hold(path: Path) -> IO:
     """
     file = open(path, "a+b")  # noqa: SIM115
     try:
-        if os.name == "nt":
+        if sys.platform == "win32":
             file.seek(0)
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
         else:

@@ -63,7 +63,7 @@ def opened(
         states: As `zeros` makes them.
         step: Number of the step, by which it is decided what is rounded up; None takes the nearest.
     """
-    by_device = {}
+    by_device: dict[torch.device, list[Mapping]] = {}
     for state in filter(is_packed, states):
         by_device.setdefault(state["exp_avg"].device, []).append(state)
     flat = [(group, key, _unpacked(group, key)) for group in by_device.values() for key in SIGNED]
@@ -72,7 +72,10 @@ def opened(
         for group, key, values in flat
         for state, moment in zip(group, _parts(values, group), strict=True)
     }
-    yield tuple([parts.get((id(state), key), state[key]) for state in states] for key in SIGNED)
+    first, second = (
+        [parts.get((id(state), key), state[key]) for state in states] for key in SIGNED
+    )
+    yield first, second
     for group, key, values in flat:
         _pack_(group, key, values, step)
 

@@ -9,6 +9,7 @@ from being cut.
 import functools
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ class InParts:
             convolution is an ordinary one.
     """
 
-    def __init__(self, convolution: nn.Module, selected: SparseWeight):
+    def __init__(self, convolution: Any, selected: SparseWeight):
         self._convolution = convolution
         self._replaced = convolution.__dict__.get("_conv_forward")
         convolution._conv_forward = functools.partial(
@@ -79,11 +80,11 @@ def _parts(selected: SparseWeight) -> list[tuple[slice, slice, int]]:
     starts.clamp_(max=weight.numel())
     bounds = torch.searchsorted(index, starts.to(index.dtype))
     before = torch.cat([index.new_zeros(1), index])[bounds] - starts
-    bounds, before = bounds.tolist(), before.tolist()
+    ends, sums = bounds.tolist(), before.tolist()
     return [
-        (slice(n * rows, (n + 1) * rows), slice(*bounds[n : n + 2]), before[n])
-        for n in range(len(bounds) - 1)
-        if bounds[n] < bounds[n + 1]
+        (slice(n * rows, (n + 1) * rows), slice(*ends[n : n + 2]), sums[n])
+        for n in range(len(ends) - 1)
+        if ends[n] < ends[n + 1]
     ]
 
 

@@ -133,14 +133,20 @@ def _by_gram(x: Tensor) -> Tensor:
     bound = torch.minimum(torch.linalg.matrix_norm(gram), gram.abs().sum(0).max())  # of its norm
     bound = bound.clamp_min(torch.finfo(x.dtype).tiny)
     gram = gram / bound
-    product = factor = None
-    for a, b, c in quintic_coefficients(SMALLEST_OF_ELONGATED, ITERATIONS_OF_ELONGATED):
-        if factor is not None:
-            gram = _symmetric_product(_symmetric_product(factor, gram), factor)
-        factor = _symmetric_product(gram, gram).mul_(c).add_(gram, alpha=b)
-        factor.diagonal().add_(a)
-        product = factor if product is None else _symmetric_product(factor, product)
+    first, *others = quintic_coefficients(SMALLEST_OF_ELONGATED, ITERATIONS_OF_ELONGATED)
+    product = factor = _polynomial(gram, first)
+    for coefficients in others:
+        gram = _symmetric_product(_symmetric_product(factor, gram), factor)
+        factor = _polynomial(gram, coefficients)
+        product = _symmetric_product(factor, product)
     return (product @ x) / bound.sqrt()
+
+
+def _polynomial(gram: Tensor, coefficients: tuple[float, float, float]) -> Tensor:
+    a, b, c = coefficients
+    factor = _symmetric_product(gram, gram).mul_(c).add_(gram, alpha=b)
+    factor.diagonal().add_(a)
+    return factor
 
 
 def _symmetric_product(left: Tensor, right: Tensor) -> Tensor:

@@ -28,8 +28,8 @@ def checked(state_dict: dict) -> dict:
     """
     saved = state_dict.get("sara") if isinstance(state_dict, dict) else None
     needed = {"format", "generator", "weights", *PLAIN}
-    is_known = isinstance(saved, dict) and saved.keys() == needed
-    if not is_known or saved["format"] not in FORMATS.values():
+    formats = FORMATS.values()
+    if not isinstance(saved, dict) or saved.keys() != needed or saved["format"] not in formats:
         raise ValueError(
             "not a SaraAdamW state: the key 'sara' of format "
             f"{max(FORMATS.values())} or earlier is missing; found keys "

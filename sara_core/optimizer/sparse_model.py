@@ -3,6 +3,7 @@
 import contextlib
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,8 @@ from ..weights import at_positions
 from ..weights.fingerprint import is_same_base
 from .convolution import InParts, is_large
 from .sparse_weight import SparseWeight
+
+OWNER = "sara_owner"  # attribute of a parameter that is being trained
 
 
 class SparseModel:
@@ -27,7 +30,7 @@ class SparseModel:
 
     def __init__(self, module: nn.Module, index: Mapping[str, Tensor]):
         self.parameters = dict(module.named_parameters())
-        self._large_convolutions = [part for part in module.modules() if is_large(part)]
+        self._large_convolutions: list[Any] = [part for part in module.modules() if is_large(part)]
         self.active = [SparseWeight(name, self.parameters[name], i) for name, i in index.items()]
         self.frozen: list[SparseWeight] = []
         self._requires_grad = {name: p.requires_grad for name, p in self.parameters.items()}
@@ -58,11 +61,11 @@ class SparseModel:
             if convolution.weight in by_parameter
         ]
         for parameter in self.parameters.values():
-            parameter.sara_owner = weakref.ref(self)
+            setattr(parameter, OWNER, weakref.ref(self))
 
     def _refuse_foreign_hooks(self) -> None:
         for name, parameter in self.parameters.items():
-            owner = getattr(parameter, "sara_owner", lambda: None)()
+            owner = getattr(parameter, OWNER, lambda: None)()
             if owner is not None and owner is not self:
                 raise RuntimeError(
                     f"parameter {name!r} is already being trained by another SaraAdamW; call its "
@@ -77,8 +80,8 @@ class SparseModel:
         finally:
             for name, parameter in self.parameters.items():
                 parameter.requires_grad_(self._requires_grad[name])
-                if getattr(parameter, "sara_owner", lambda: None)() is self:
-                    del parameter.sara_owner
+                if getattr(parameter, OWNER, lambda: None)() is self:
+                    delattr(parameter, OWNER)
 
     def _unhook(self) -> None:
         for hook in self._hooks:
@@ -126,7 +129,7 @@ class SparseModel:
         Returns:
             Each former active weight with what remains of it, None for nothing.
         """
-        changes = []
+        changes: list[tuple[SparseWeight, SparseWeight | None]] = []
         for weight, mark in zip(self.active, marks, strict=True):
             if bool(mark.all()):
                 changes.append((weight, weight))
@@ -190,11 +193,11 @@ class SparseModel:
         self.active, self.frozen = [], []
         for record in records:
             parameter = self.parameters[record["name"]]
-            index, base, values = (
+            positions, base, values = (
                 record[key].to(parameter.device, copy=True) for key in ("index", "base", "values")
             )
-            weight = SparseWeight(record["name"], parameter, index, base, values)
-            weight.write_(values, index)
+            weight = SparseWeight(record["name"], parameter, positions, base, values)
+            weight.write_(values, positions)
             (self.frozen if record["frozen"] else self.active).append(weight)
         self.attach()
 

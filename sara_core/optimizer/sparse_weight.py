@@ -156,8 +156,8 @@ class SparseWeight:
     def scale_(self, strength: float) -> None:
         """Put base + strength * (trained - base) into the parameter, and keep the trained values."""
         self.keep()
-        base = self.base.to(self.dtype)
-        self._put(base + strength * (self._values - base), self.index)
+        base, trained = self.base.to(self.dtype), self.trained
+        self._put(base + strength * (trained - base), self.index)
 
     def keep(self) -> None:
         """Hold the trained values, whatever happens to the parameter from now on."""

@@ -82,11 +82,12 @@ def choose_sizes(pictures: Sequence[tuple[int, int]], rule: SizeRule) -> list[tu
     counts = Counter(pictures)
     sizes: dict[tuple[int, int], tuple[int, int] | None] = dict.fromkeys(counts)
     for side, candidates in tiers:
-        members = sorted(p for p in counts if wanted[p] and wanted[p][0] == side)
+        nearest = {p: found[1] for p, found in wanted.items() if found and found[0] == side}
+        members = sorted(nearest)
         kept = _few({p: counts[p] for p in members}, candidates, rule.max_buckets)
         for picture in members:
             fitting = [k for k in kept if _scale(picture, k) <= rule.max_upscale * ROUNDING]
-            sizes[picture] = _nearest(picture, fitting or [wanted[picture][1]])
+            sizes[picture] = _nearest(picture, fitting or [nearest[picture]])
     return [sizes[picture] for picture in pictures]
 
 
@@ -166,7 +167,8 @@ def _own_size(picture: tuple[int, int], rule: SizeRule) -> tuple[int, int] | Non
     if side * rule.max_upscale < rule.side * TIERS[-1] or side < step:
         return None
     factor = min(1.0, rule.side / side)
-    return tuple(max(step, int(edge * factor / step + 0.5) * step) for edge in picture)
+    width, height = (max(step, int(edge * factor / step + 0.5) * step) for edge in picture)
+    return width, height
 
 
 def _cropped(picture: tuple[int, int], size: tuple[int, int]) -> float:

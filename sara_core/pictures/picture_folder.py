@@ -79,7 +79,7 @@ def find_pictures(folder: Path) -> tuple[list[PictureFile], list[Problem]]:
 
 def describe_files(folder: Path) -> list[tuple]:
     """Describe every picture and caption file, such that any change to one changes the result."""
-    facts = []
+    facts: list[tuple] = []
     for path in [folder, *folder.rglob("*")]:
         ending = path.suffix.lower()
         if ending in ENDINGS or ending in CAPTION_ENDINGS or path.name in TABLES:

@@ -31,7 +31,7 @@ def changes_saved_tensors(forward: Callable[[], object]) -> bool:
     with (
         torch.enable_grad(),
         _Writes(watch.before_write),
-        saved_tensors_hooks(watch.note, lambda _: None),
+        saved_tensors_hooks(watch.note, watch.refuse),
     ):
         forward()
     return watch.found
@@ -79,6 +79,9 @@ class _Watch:
     def note(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         self._saved[storage._cdata] = StorageWeakRef(storage)
+
+    def refuse(self, kept: None) -> Tensor:
+        raise RuntimeError("a forward pass that is only watched has no backward pass")
 
     def before_write(self, tensor: Tensor) -> None:
         reference = self._saved.get(tensor.untyped_storage()._cdata)

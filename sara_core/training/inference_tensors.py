@@ -31,9 +31,9 @@ def make_trackable(module: nn.Module) -> None:
                 if id(old) not in done:
                     done[id(old)] = nn.Parameter(old.detach().clone(), old.requires_grad)
                 part._parameters[name] = done[id(old)]
-        for name, old in part._buffers.items():
-            if old is not None and not is_tracked(old):
-                part._buffers[name] = old.clone()
+        for name, buffer in part._buffers.items():
+            if buffer is not None and not is_tracked(buffer):
+                part._buffers[name] = buffer.clone()
 
 
 def trackable_copy(value):

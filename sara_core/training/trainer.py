@@ -215,7 +215,7 @@ class TrainingRun:
             any, shape `(1,)` or `(2,)`.
         """
         weights = (1.0, self.config.regularisation_weight)
-        losses = [[] for _ in self._orders]
+        losses: list[list[Tensor]] = [[] for _ in self._orders]
         for _ in range(self.config.grad_accumulation_steps):
             for order, weight, sums in zip(self._orders, weights, losses, strict=False):
                 sums.append(
@@ -226,7 +226,7 @@ class TrainingRun:
     def _backward(self, pictures: list[int], weight: float) -> Tensor:
         """Add the gradient of a batch's mean loss times a weight; returns the loss."""
         draw = self._draw(pictures, self._generator, self.config.caption_dropout)
-        count, total = len(pictures), 0.0
+        count, losses = len(pictures), []
         size = -(-count // self._num_parts)
         for start in range(0, count, size):
             with changes_allowed() if self.in_place else weight_casts.made_again():
@@ -234,8 +234,8 @@ class TrainingRun:
                 share = min(size, count - start) / count
                 scaled = loss * (share * weight)
                 (scaled if self.scaler is None else self.scaler.scale(scaled)).backward()
-            total = total + loss.detach() * share
-        return total
+            losses.append(loss.detach() * share)
+        return torch.stack(losses).sum()
 
     def _draw(self, pictures: list[int], generator: torch.Generator, dropout: float) -> tuple:
         latents = self.task.latents(pictures)

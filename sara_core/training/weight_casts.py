@@ -38,10 +38,9 @@ def pack(tensor: Tensor) -> Tensor | Cast:
 
     Kept with its history, a result that its own operation saves would hold itself alive.
     """
-    node = tensor.grad_fn
-    is_transposed = node is not None and node.name() == TRANSPOSE
-    if is_transposed:
-        node = node.next_functions[0][0]
+    node, is_transposed = tensor.grad_fn, False
+    if node is not None and node.name() == TRANSPOSE:
+        node, is_transposed = node.next_functions[0][0], True
     if node is None or node.name() not in CASTS:
         return tensor.detach()
     leaf = copied_leaf(node)

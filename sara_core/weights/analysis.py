@@ -73,9 +73,10 @@ def analyze(
     )
     result = Analysis(cutoff, suggestions=_suggestions(cutoff))
     for name, weight in parameters.items():
-        zeros = cutoff.zeros[name]
-        small = count_small(weight, cutoff.threshold)
-        tally = Tally(weight.numel(), small - zeros if cutoff.skip_zeros else small, zeros)
+        num_zeros = cutoff.zeros[name]
+        num_small = count_small(weight, cutoff.threshold)
+        num_selected = num_small - num_zeros if cutoff.skip_zeros else num_small
+        tally = Tally(weight.numel(), num_selected, num_zeros)
         kind = KIND_BY_DIMS.get(weight.dim(), f"{weight.dim()}-dimensional")
         for group in (
             result.total,

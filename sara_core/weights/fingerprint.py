@@ -26,19 +26,19 @@ def sample_positions(shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[str, i
     return positions
 
 
-def take_fingerprint(weights: Mapping[str, Tensor], index: Mapping[str, Tensor]) -> str:
-    """Sample the base weights of the parameters that `index` names.
+def take_fingerprint(weights: Mapping[str, Tensor], names: Iterable[str]) -> str:
+    """Sample the base weights of some parameters.
 
     Args:
         weights: Base weights by name; may hold further ones. A mapping that makes its weights when
             they are asked for can tell their shapes cheaply by an attribute `stored`, a mapping to
             anything with a shape.
-        index: Selected positions by name; only the names count.
+        names: Of the parameters in which weights are selected.
 
     Returns:
         The weights' dtype, a colon and 32 little-endian float32 values in base64.
     """
-    samples = sample_positions(_shapes(weights, index))
+    samples = sample_positions(_shapes(weights, names))
     values = torch.stack([_at(weights[name], position) for name, position in samples])
     dtype = str(weights[samples[0][0]].dtype).removeprefix("torch.")
     return f"{dtype}:{base64.b64encode(values.numpy().astype('<f4').tobytes()).decode()}"
@@ -63,8 +63,9 @@ def is_same_base(
         values = np.frombuffer(base64.b64decode(encoded, validate=True), "<f4")
     except (ValueError, binascii.Error):
         return False
-    known = isinstance(dtype, torch.dtype) and dtype.is_floating_point
-    if not known or len(values) != NUM_SAMPLES:
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        return False
+    if len(values) != NUM_SAMPLES:
         return False
     if not index:
         return True

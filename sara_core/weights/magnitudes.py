@@ -95,8 +95,8 @@ def kth_magnitude(parameters: Mapping[str, Tensor], histogram: Tensor, k: int) -
             bits = chunk.view(torch.int32).bitwise_xor_(high << 16)
             low = bits[bits <= 0xFFFF]
             low_counts += torch.bincount(low, minlength=1 << 16).cpu()
-    low = int(torch.searchsorted(low_counts.cumsum(0), rank, right=True))
-    return torch.tensor((high << 16) | low, dtype=torch.int32).view(torch.float32).item()
+    low_half = int(torch.searchsorted(low_counts.cumsum(0), rank, right=True))
+    return torch.tensor((high << 16) | low_half, dtype=torch.int32).view(torch.float32).item()
 
 
 def mark_small_weights(weight: Tensor, threshold: float, skip_zeros: bool = False) -> Tensor:

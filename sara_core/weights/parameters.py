@@ -33,8 +33,8 @@ def choose_parameters(
     """
     named = {n: p for n, p in module.named_parameters() if p.is_floating_point() and p.numel()}
     trainable = {n: p for n, p in named.items() if p.requires_grad}
-    chosen = filter_parameters(named, include, exclude, biases_and_norms)
-    chosen = {n: p for n, p in chosen.items() if n in trainable}
+    wanted = filter_parameters(named, include, exclude, biases_and_norms)
+    chosen = {n: p for n, p in trainable.items() if n in wanted}
     if not chosen:
         raise ValueError(
             f"no parameter to train: of {len(named)} floating-point parameters "

@@ -118,7 +118,9 @@ def solve_cutoff(
             zeros == "auto" and _mostly_zeros(parameters, histogram, num_zeros, threshold)
         )
         return Cutoff(threshold, skip, total, zero_counts, histogram, coarse)
-    budget = parse_count(num_trainable) if fraction is None else max(1, round(fraction * total))
+    budget = (
+        parse_count(num_trainable or 0) if fraction is None else max(1, round(fraction * total))
+    )
     skip = skip or (zeros == "auto" and num_zeros > budget / 2)
     live = total - num_zeros if skip else total
     if fraction is not None:
@@ -198,8 +200,8 @@ def select(
 
 
 def _refuse_rules(threshold, fraction, num_trainable, zeros) -> None:
-    given = {"threshold": threshold, "fraction": fraction, "num_trainable": num_trainable}
-    given = [name for name, value in given.items() if value is not None]
+    rules = {"threshold": threshold, "fraction": fraction, "num_trainable": num_trainable}
+    given = [name for name, value in rules.items() if value is not None]
     if len(given) != 1:
         raise ValueError(f"give exactly one of threshold, fraction and num_trainable; got {given}")
     if zeros not in ZEROS:

@@ -27,6 +27,7 @@ TOOLS = [
     "selenium",
     "torchao",
     "ruff==0.17.6",
+    "mypy==2.4.1",
 ]
 
 
