@@ -238,6 +238,7 @@ def memory_inputs() -> list:
         io.Boolean.Input(
             "offloading",
             default=SETTINGS.offloading,
+            optional=True,  # workflows in API form from before it was there
             tooltip="Leaves most of the model in main memory and copies each layer to the graphics card "
             "when it is used: for models that do not fit, and slower.",
         ),
@@ -246,6 +247,7 @@ def memory_inputs() -> list:
             display_name="optimizer_moments",
             options=list(KINDS),
             default=SETTINGS.moments,
+            optional=True,  # workflows in API form from before it was there
             tooltip="Precision of the optimizer's two moments. 8bit saves 6 of about 17 bytes per trained "
             "weight and follows fp32 closely; it needs the Python package torchao.",
         ),

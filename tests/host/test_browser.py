@@ -90,6 +90,9 @@ def test_a_workflow_of_an_earlier_version_keeps_its_values(page, tmp_path):
     for name, value in expected.items():
         assert page.widget("SaraTrain", name) == value, name
     assert page.widget("SaraImageFolder", "size") == 64
+    linked = """const { output } = await window.app.graphToPrompt();
+        return Object.values(output).find((n) => n.class_type === "SaraSampling").inputs.latent[0];"""
+    assert page.later(linked) == "8"
     assert page.widget("SaraAnalyze", "fraction") == 0.1
     # Its threshold comes from SaRA Analyze, so the fraction beside it is visibly off.
     off = "return window.app.graph.nodes.find((n) => n.type === 'SaraTrain').widgets.find((w) => w.name === 'fraction').disabled"

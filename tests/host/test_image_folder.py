@@ -192,7 +192,7 @@ def test_phone_pictures_and_odd_files(server):
         run_folder(server, "input/phone", problems="refuse")
     assert "cut.png" in str(error.value)
     make(server, "nothing", **{"a.txt": "no picture"})
-    with pytest.raises(PromptError, match="no picture that can be used; put pictures into it"):
+    with pytest.raises(PromptError, match="there is no folder 'input/nothing' with pictures"):
         run_folder(server, "input/nothing")
     with pytest.raises(PromptError, match="background 'blurple' is no colour"):
         run_folder(server, "input/phone", background="blurple")
@@ -202,7 +202,7 @@ def test_phone_pictures_and_odd_files(server):
 
 @pytest.mark.parametrize(
     "name",
-    ["input", "input/..", "../secret", "/etc", "input/../../secret", "C:\\secret", "input/link",
+    ["input/..", "../secret", "/etc", "input/../../secret", "C:\\secret", "input/link",
      "input/fluent3d/../../../secret", "input/fluent3d\0", "fluent3d", ""],
 )  # fmt: skip
 def test_no_other_folder_can_be_named(server, name):
@@ -213,7 +213,7 @@ def test_no_other_folder_can_be_named(server, name):
         os.symlink(secret, server.base / "input" / "link")
     listed = server.get("/object_info/SaraImageFolder")["SaraImageFolder"]["input"]["required"]
     assert name not in listed["folder"][1]["options"]
-    with pytest.raises(PromptError, match="not in list|there is no picture folder"):
+    with pytest.raises(PromptError, match="there is no folder"):
         run_folder(server, name, "hostile")
 
 

@@ -15,16 +15,16 @@ from ..harness.server import PromptError
 
 INPUTS = {  # public: saved workflows depend on every name
     "SaraImageFolder": "vae clip folder size max_buckets divisible_by crop crops max_upscale flip "
-    "alpha background trigger default_caption repeats problems seed cache_gb",
+    "alpha background trigger default_caption repeats problems seed cache_gb model",
     "SaraAnalyze": "model threshold fraction count include exclude zeros",
-    "SaraTrain": "model latents positive threshold fraction steps batch_size "
-    "grad_accumulation_steps learning_rate lr_schedule warmup_steps progressive low_rank_weight "
-    "max_grad_norm loss_function caption_dropout weight_decay seed gradient_checkpointing "
-    "training_dtype save_dtype output_name save_every_steps keep_checkpoints resume include exclude "
-    "zeros regularisation_weight validation_split validate_every_steps preview_every_steps "
-    "preview_strength trigger_words empty offloading moments masks regularisation_latents regularisation_positive "
-    "preview",
-    "SaraSampling": "vae positive negative latent seed steps cfg sampler_name scheduler previous",
+    "SaraTrain": "model latents positive steps batch_size fraction learning_rate output_name seed "
+    "save_every_steps preview_every_steps resume threshold include exclude zeros lr_schedule "
+    "warmup_steps progressive low_rank_weight weight_decay max_grad_norm grad_accumulation_steps "
+    "loss_function caption_dropout regularisation_weight gradient_checkpointing training_dtype "
+    "validation_split validate_every_steps keep_checkpoints save_dtype trigger_words "
+    "preview_strength empty more_steps allow_other_prediction offloading moments keep_state masks "
+    "regularisation_latents regularisation_positive preview",
+    "SaraSampling": "vae positive negative seed steps cfg sampler_name scheduler latent previous",
     "SaraLoadCheckpoints": "run",
     "SaraCompare": "model sampling deltas strengths deltas_2 deltas_3 deltas_4",
     "SaraLoadDelta": "delta_name",
@@ -415,11 +415,11 @@ def test_a_cancelled_run_is_saved_and_resumed_exactly(server):
     assert (folder / "stopped_00001" / "state.safetensors").is_file()
     (checkpoint,) = (folder / "stopped_00001").glob("checkpoint*")
     assert SparseDelta.load(checkpoint).num_values > 0
-    assert "stopped by InterruptProcessingException; all" in server.log_text()
+    assert "cancelled; all" in server.log_text()
     options = server.get("/object_info")["SaraTrain"]["input"]["required"]["resume"][1]["options"]
     assert options[:1] == ["new run"]
     assert "stopped_00001" in options
-    assert "straight_00001" not in options
+    assert "straight_00001" in options  # it has finished, and can be given more steps
 
     shutil.copytree(folder / "stopped_00001", folder / "broken_00001")
     state = folder / "broken_00001" / "state.safetensors"
@@ -467,7 +467,7 @@ def test_what_widgets_showed_is_told_to_a_page_that_is_opened_later(server):
     shown = server.get("/sara/shown")["sara_training"]
     assert [s["run"] for s in shown].count("shown_00001") == 0  # the same node's, so replaced
     (state,) = [s for s in shown if s["run"] == "halted_00001"]
-    assert state["status"] == "stopped"
+    assert state["status"] == "cancelled"
     assert "choose halted_00001 under resume" in state["marks"][-1][2]
 
 
