@@ -1,7 +1,13 @@
 """Small models, and a dense reference of SaRA written independently of the core."""
 
+import copy
+
 import torch
 from torch import nn
+
+from sara_core import SaraAdamW
+
+THRESHOLD, LR = 0.05, 1e-2
 
 
 class Net(nn.Module):
@@ -91,3 +97,11 @@ class DenseReference:
         found = dict(net.named_parameters())
         for name, param in self.net.named_parameters():
             assert torch.equal(found[name], param), name
+
+
+def pair(dtype=torch.float32, **options):
+    """A model, its optimizer, and the dense reference on a copy of it."""
+    net = Net().to(dtype)
+    twin = copy.deepcopy(net)
+    options = {"lr": LR, "low_rank_weight": 0, **options}
+    return net, SaraAdamW(net, THRESHOLD, **options), DenseReference(twin, THRESHOLD, options["lr"])

@@ -5,12 +5,15 @@
 
 import importlib.util
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from ..harness.environment import checkpoint
 from ..harness.server import Server, make_base
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,3 +73,68 @@ def server(tmp_path_factory):
     arguments += shlex.split(os.environ.get("COMFYUI_ARGS", ""))  # such as --front-end-root
     with Server(base, arguments) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def sara():
+    """The pack's modules, imported as ComfyUI does."""
+    import types
+
+    from sara_pack import sara_core
+    from sara_pack.nodes import host
+    from sara_pack.nodes.training import examples, run, training_set
+    from sara_pack.sara_core.optimizer import eight_bits, learning_rate
+    from sara_pack.sara_core.training import run_folder, run_settings
+
+    return types.SimpleNamespace(
+        host=host, run=run, sets=training_set, examples=examples, core=sara_core, rate=learning_rate,
+        settings=run_settings, folder=run_folder, eight_bits=eight_bits,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def sd15(tmp_path):
+    import comfy.sd
+
+    from .models import write_mini_sd15
+
+    write_mini_sd15(tmp_path / "mini.safetensors")
+    with torch.inference_mode():
+        return comfy.sd.load_diffusion_model(str(tmp_path / "mini.safetensors"))
+
+
+@pytest.fixture
+def emoji64():
+    import comfy.sd
+
+    with torch.inference_mode():
+        return comfy.sd.load_checkpoint_guess_config(str(checkpoint()), output_vae=False)[0]
+
+
+@pytest.fixture(scope="session")
+def trained(server):
+    """Analyze, train 40 steps, and sample before, after and with the weights zeroed."""
+    from .graphs import Graph, dataset, emoji64, sample
+
+    graph = Graph(server)
+    checkpoint, model, empty = emoji64(graph)
+    analyze = graph("SaraAnalyze", model=model, fraction=0.1)
+    graph("PreviewImage", images=analyze.out(3))
+    data = dataset(graph, checkpoint)
+    graph("ModelSave", model=checkpoint, filename_prefix="weights/before")
+    train = graph(
+        "SaraTrain", model=analyze, latents=data, positive=data.out(1), empty=empty,
+        threshold=analyze.out(1), steps=40, batch_size=8, learning_rate=4e-4, output_name="shared",
+    )  # fmt: skip
+    graph("LossGraphNode", loss=train.out(2))
+    sample(graph, checkpoint, empty, model, "base")
+    sample(graph, checkpoint, empty, train, "trained")
+    sample(graph, checkpoint, empty, analyze.out(4), "zeroed")
+    outputs = graph.run()
+    return {"outputs": outputs, "train": train, "analyze": analyze, "graph": graph}
+
+
+@pytest.fixture(scope="session")
+def delta_name(trained):
+    text = trained["outputs"][trained["train"]]["text"][0]
+    return re.fullmatch(r"saved (\S+), loss [\d.]+", text)[1]

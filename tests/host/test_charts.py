@@ -8,7 +8,7 @@ import tempfile
 import pytest
 import torch
 
-from .test_inside import pairs, sara, sd15, settings  # noqa: F401
+from .builders import pairs, settings
 
 
 def test_the_histogram_holds_every_weight_by_block_and_bin():

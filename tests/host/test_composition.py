@@ -14,7 +14,7 @@ from sara_core import DeltaEntry, SparseDelta
 from ..diffusers_names import parameter_names
 from ..harness.environment import checkpoint
 from ..harness.server import PromptError
-from .test_server import Graph, emoji64, saved_latents, saved_weights
+from .graphs import Graph, emoji64, saved_latents, saved_weights
 
 STEPS = 4
 

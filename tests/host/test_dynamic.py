@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from .builders import pairs, settings, train
 from .models import write_mini_sd15
-from .test_inside import pairs, sara, settings, train  # noqa: F401
 
 pytestmark = pytest.mark.skipif(
     not hasattr(patchers, "ModelPatcherDynamic"), reason="ComfyUI has no dynamic models yet"

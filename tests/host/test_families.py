@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from ..harness.server import Server, make_base
 from . import zoo
-from .test_server import Graph
+from .graphs import Graph
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs" / "families.json"

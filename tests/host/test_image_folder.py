@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from ..harness.environment import checkpoint
 from ..harness.server import PromptError
-from .test_server import Graph, cancel_at, emoji64
+from .graphs import Graph, cancel_at, emoji64
 
 
 def folder_node(graph, checkpoint, folder, **options):

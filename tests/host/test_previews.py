@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from ..harness.environment import checkpoint
-from .test_inside import assert_same_bits, bits, sara, settings  # noqa: F401
+from .builders import assert_same_bits, bits, settings
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from . import zoo
-from .test_inside import bits, sara, settings, train  # noqa: F401
+from .builders import settings, train
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 FAMILY = "SD3"

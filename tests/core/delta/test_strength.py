@@ -7,7 +7,7 @@ import torch
 
 from sara_core import SaraAdamW
 
-from .helpers import Net, loss_of
+from ..helpers import Net, loss_of
 
 
 def steps(net, optimizer, seeds):

@@ -13,7 +13,7 @@ from sara_core.files.state_file import read_state, snapshot, write_state
 from sara_core.optimizer import adam_moments, eight_bits
 from sara_core.optimizer.eight_bits import BLOCK
 
-from .helpers import Net, loss_of
+from ..helpers import Net, loss_of
 
 LENGTHS = (1, 255, 256, 1000)
 

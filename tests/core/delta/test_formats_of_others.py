@@ -12,7 +12,7 @@ from sara_core.delta.authors_format import diffusers_order, read_authors_checkpo
 from sara_core.delta.block_strengths import blocks_in, parse_strengths, scale_blocks
 from sara_core.delta.export import as_differences, as_lora
 
-from ..diffusers_names import SD15, parameter_names
+from ...diffusers_names import SD15, parameter_names
 
 
 def sparse(*shape, seed=0, density=0.2, name=None):

@@ -7,7 +7,7 @@ from torch import nn
 from sara_core import DeltaEntry, SaraAdamW, SparseDelta
 from sara_core.weights import at_positions
 
-from .helpers import Net, loss_of
+from ..helpers import Net, loss_of
 
 THRESHOLD = 0.05
 

@@ -1,0 +1,119 @@
+"""What training holds: no second copy, moments in eight bits, weights left outside the device."""
+
+import dataclasses
+import sys
+
+import pytest
+import torch
+
+from .builders import assert_same_bits, bits, pairs, settings, train
+
+
+def test_training_needs_no_second_copy_of_the_weights(sd15, sara):
+    latents, captions = pairs(2)
+    sizes = []
+
+    def look(module, inputs, output):
+        import gc
+
+        gc.collect()
+        seen = {}
+        for item in gc.get_objects():
+            if type(item) in (torch.Tensor, torch.nn.Parameter) and item.numel() >= 1_000_000:
+                seen[item.data_ptr()] = item.numel()
+        sizes.append(sum(seen.values()))
+
+    hook = sd15.model.diffusion_model.out.register_forward_hook(look)
+    train(sara, sd15, latents, captions, settings(sara, steps=1))
+    hook.remove()
+    large = sum(
+        p.numel() for p in sd15.model.diffusion_model.parameters() if p.numel() >= 1_000_000
+    )
+    assert sizes[0] <= 1.3 * large
+
+
+def test_moments_in_eight_bits_learn_nearly_the_same(sd15, sara):
+    latents, captions = pairs(4)
+    options = settings(sara, steps=20, learning_rate=1e-4, exclude="")
+    expected, losses = train(sara, sd15, latents, captions, options)
+    in_eight_bits = dataclasses.replace(options, moments="8bit")
+    found, losses_too = train(sara, sd15, latents, captions, in_eight_bits)
+    assert losses == pytest.approx(losses_too, rel=0.01)
+    one, two = (
+        torch.cat([entry.values for entry in delta.entries.values()]) for delta in (expected, found)
+    )
+    assert not torch.equal(one, two)
+    assert ((one - two).norm() / one.norm()).item() < 0.1
+
+
+def test_moments_in_eight_bits_without_torchao_are_refused_before_anything_runs(sara, monkeypatch):
+    from sara_pack.nodes.training.train import SaraTrain
+
+    assert SaraTrain.validate_inputs(["new run"], ["8bit"]) is True
+    sara.eight_bits._map.cache_clear()
+    monkeypatch.setitem(sys.modules, "torchao.optim.quant_utils", None)
+    assert "pip install -U torchao" in SaraTrain.validate_inputs(["new run"], ["8bit"])
+    assert SaraTrain.validate_inputs(["new run"]) is True
+    assert SaraTrain.validate_inputs([None], [None]) is True  # linked
+    assert "expected one of fp32, 8bit" in SaraTrain.validate_inputs(["new run"], ["4bit"])
+
+
+class Offloaded:
+    """Has ComfyUI leave all weights where they wait, as on a graphics card with little memory.
+
+    There is no second device here, so that a weight's way to it is a copy that is made each time.
+    """
+
+    def __init__(self, monkeypatch):
+        import comfy.model_management as management
+
+        self.full_loads, self.copied, self.largest = [], 0, 0
+        self._copies, self._load, self._cast = [], management.load_models_gpu, management.cast_to
+        self._management = management
+        monkeypatch.setattr(management, "load_models_gpu", self.load)
+        monkeypatch.setattr(management, "NUM_STREAMS", 2)
+
+    def load(self, models, force_full_load=False, **options):
+        self._load(models, force_full_load=force_full_load, **options)
+        self.full_loads.append(force_full_load)
+        if not force_full_load:
+            for patcher in models:
+                patcher.detach()
+                patcher.patch_model(torch.device("cpu"), lowvram_model_memory=1)
+
+    def cast(
+        self, weight, dtype=None, device=None, non_blocking=False, copy=False, stream=None, **_
+    ):
+        assert stream is None
+        assert self._management.NUM_STREAMS == 0
+        copied = self._cast(weight, dtype, device, non_blocking, True)
+        self._copies = [held for held in self._copies if not held[0].expired()]
+        reference = torch.multiprocessing.reductions.StorageWeakRef(copied.untyped_storage())
+        self._copies.append((reference, copied.nbytes))
+        self.copied += 1
+        self.largest = max(self.largest, sum(size for _, size in self._copies))
+        return copied
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bf16"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_offloaded_weights_train_to_the_same_and_no_copies_pile_up(
+    sd15, sara, monkeypatch, checkpointing, dtype
+):
+    latents, captions = pairs(2)
+    before = bits(sd15)
+    options = settings(sara, steps=2, batch_size=1, fraction=0.1, learning_rate=1e-3, exclude="",
+                       training_dtype=dtype, gradient_checkpointing=checkpointing)  # fmt: skip
+    expected, _ = train(sara, sd15, latents, captions, options)
+    watch = Offloaded(monkeypatch)
+    monkeypatch.setattr(watch._management, "cast_to", watch.cast)
+    delta, _ = train(sara, sd15, latents, captions, dataclasses.replace(options, offloading=True))
+    assert watch.full_loads == [False]
+    assert watch._management.NUM_STREAMS == 2
+    assert watch.copied > 100
+    for name, entry in expected.entries.items():
+        assert torch.equal(entry.values, delta.entries[name].values), name
+    largest_block = 0.2 if checkpointing else 0.1  # one block is made again as a whole
+    assert watch.largest < largest_block * sum(tensor.nbytes for tensor in before.values())
+    monkeypatch.undo()
+    assert_same_bits(before, sd15)
