@@ -4,10 +4,11 @@ import textwrap
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from .folder_plan import EncodedFolder, Variant
+from .fonts import font_for
 
 CELL, TEXT, COLUMNS = 144, 62, 10
 MAX_CELLS = 120
@@ -27,7 +28,7 @@ def contact_sheet(folder: EncodedFolder, variants: list[Variant]) -> Tensor:
     columns = min(COLUMNS, max(4, len(shown)))
     rows = -(-len(shown) // columns)
     sheet = Image.new("RGB", (columns * CELL + 8, rows * (CELL + TEXT) + 30), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=11)
+    draw, font = ImageDraw.Draw(sheet), font_for("".join(folder.texts.values()), 11)
     for number, variant in enumerate(shown):
         x, y = 8 + number % columns * CELL, 8 + number // columns * (CELL + TEXT)
         _draw_entry(sheet, draw, font, (x, y), folder, variant)

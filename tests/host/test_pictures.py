@@ -244,3 +244,19 @@ def test_a_linear_profile_that_calls_itself_srgb_is_applied(pictures):
     Image.new("RGB", (20, 20), (55, 55, 55)).save(buffer, "PNG", icc_profile=bytes(linear))
     found = pixels(pictures.read_picture(buffer.getvalue()).colour)
     assert np.abs(found - 128).max() <= 2  # 55 / 255 of the light is 128 in sRGB
+
+
+def test_a_font_is_found_that_has_the_captions_letters(monkeypatch):
+    from PIL import ImageFont
+    from sara_pack.nodes.pictures import fonts
+
+    plain = fonts.font_for("a plain caption, 3d", 11)
+    assert plain.getname() == ImageFont.load_default(size=11).getname()
+    if not fonts._system_fonts(11):
+        pytest.skip("no font on this system")
+    accented = fonts.font_for("caf\u00e9", 11)
+    nothing = ImageFont.load_default(size=11).getmask("\ue123")
+    assert bytes(accented.getmask("\u00e9")) != bytes(accented.getmask("\ue123"))
+    assert bytes(plain.getmask("\u00e9")) == bytes(nothing)  # what the sheet drew before
+    monkeypatch.setattr(fonts, "_system_fonts", lambda size: [])
+    assert fonts.font_for("\u732b", 11).getname() == plain.getname()
