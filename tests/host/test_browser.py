@@ -279,7 +279,7 @@ def test_the_card_tells_what_is_in_a_file(page):
     for part in (
         "fluent3d",
         "for sd3 (flow)",
-        "1.05 M weights below 0.00594",
+        "1.05 M weights below 0.00783",
         "6 steps of 2 pictures",
     ):
         assert part in text, text

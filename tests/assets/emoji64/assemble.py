@@ -4,7 +4,7 @@ usage: assemble.py OUT.safetensors   (about 290 MB, most of it the generated tex
 
 The text encoder is not trained: twelve CLIP-L layers that do nothing but mix in the causal mean of the tokens
 so far (layer 0), over seeded random embeddings. It gives every token its own code and the pooled vector a bag of
-words, which is all a 281-concept model needs, and it costs no bytes in a repository.
+words, which is all a model of 286 concepts needs, and it costs no bytes in a repository.
 """
 
 import sys
@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 HERE = Path(__file__).resolve().parent
 HIDDEN = 768
+NARROW, WIDE = 32, 64  # channels of the VAE that were trained, and that ComfyUI has
 
 
 def clip_l(seed: int = 0, mix: float = 2.0) -> dict[str, torch.Tensor]:
@@ -50,11 +51,34 @@ def clip_l(seed: int = 0, mix: float = 2.0) -> dict[str, torch.Tensor]:
     return {key: value.half().contiguous() for key, value in state.items()}
 
 
-def assemble(out: Path) -> None:
-    state = {
-        f"model.diffusion_model.{k}": v for k, v in load_file(HERE / "mmdit.safetensors").items()
+def denoiser_state() -> dict[str, torch.Tensor]:
+    """State dict of the diffusion model, ComfyUI's MMDiT."""
+    return load_file(HERE / "mmdit.safetensors")
+
+
+def vae_state() -> dict[str, torch.Tensor]:
+    """State dict of the VAE, ComfyUI's TAESD with 16 latent channels; half of its width is zero."""
+    return {key: _widened(value) for key, value in load_file(HERE / "vae.safetensors").items()}
+
+
+def _widened(weight: torch.Tensor) -> torch.Tensor:
+    wide = torch.zeros([WIDE if n == NARROW else n for n in weight.shape], dtype=weight.dtype)
+    wide[tuple(slice(0, n) for n in weight.shape)] = weight
+    return wide
+
+
+def narrowed(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Leave out the half of the VAE's channels that is zero, as it is stored."""
+    return {
+        key: value[tuple(slice(0, NARROW if n == WIDE else n) for n in value.shape)].contiguous()
+        for key, value in state.items()
     }
-    state |= {f"first_stage_model.{k}": v for k, v in load_file(HERE / "vae.safetensors").items()}
+
+
+def assemble(out: Path) -> None:
+    """Write the checkpoint."""
+    state = {f"model.diffusion_model.{k}": v for k, v in denoiser_state().items()}
+    state |= {f"first_stage_model.{k}": v for k, v in vae_state().items()}
     state |= {f"text_encoders.clip_l.transformer.{k}": v for k, v in clip_l().items()}
     save_file(
         state,
