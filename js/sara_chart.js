@@ -118,6 +118,19 @@ export function nodeOf(graph, id) {
   return found;
 }
 
+// Calls `show` now, and whenever a widget's value changes or a workflow sets it.
+export function followWidget(node, widget, show) {
+  for (const [owner, event] of [[widget, "callback"], [node, "onConfigure"]]) {
+    const before = owner[event];
+    owner[event] = function () {
+      const result = before?.apply(this, arguments);
+      show();
+      return result;
+    };
+  }
+  show();
+}
+
 export function short(number) {
   for (const [unit, size] of [["B", 1e9], ["M", 1e6], ["k", 1e3]])
     if (number >= size) return `${(number / size).toPrecision(3)} ${unit}`;

@@ -2,7 +2,7 @@
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
-import { ACCENT, addBoxWidget, addText } from "./sara_chart.js";
+import { ACCENT, addBoxWidget, addText, followWidget } from "./sara_chart.js";
 import { text } from "./sara_text.js";
 
 const HEIGHT = 190, THUMBNAIL = 72;
@@ -77,18 +77,6 @@ app.registerExtension({
     card.pictures.style.cssText =
       "display:flex;flex-wrap:wrap;overflow-y:auto;flex:1 1 auto;padding:2px 4px;color:var(--input-text,#ddd)";
     box.append(card.pictures);
-    const callback = widget.callback;
-    widget.callback = function () {
-      const result = callback?.apply(this, arguments);
-      show(card, widget);
-      return result;
-    };
-    const configured = node.onConfigure;
-    node.onConfigure = function () {
-      const result = configured?.apply(this, arguments);
-      show(card, widget);
-      return result;
-    };
-    show(card, widget);
+    followWidget(node, widget, () => show(card, widget));
   },
 });

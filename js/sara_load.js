@@ -2,7 +2,7 @@
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
-import { addBoxWidget, addText, short } from "./sara_chart.js";
+import { addBoxWidget, addText, followWidget, short } from "./sara_chart.js";
 import { text } from "./sara_text.js";
 
 const PICTURE = 96;
@@ -60,18 +60,6 @@ app.registerExtension({
     const card = { picture, caption: addText(box), file: null };
     const widget = node.widgets?.find((one) => one.name === "delta_name");
     if (!widget) return;
-    const callback = widget.callback;
-    widget.callback = function () {
-      const result = callback?.apply(this, arguments);
-      show(card, widget);
-      return result;
-    };
-    const configured = node.onConfigure;
-    node.onConfigure = function () {
-      const result = configured?.apply(this, arguments);
-      show(card, widget);
-      return result;
-    };
-    show(card, widget);
+    followWidget(node, widget, () => show(card, widget));
   },
 });

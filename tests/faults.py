@@ -35,7 +35,7 @@ def training_prompt(server, name, resume):
     train = node_titled(prompt, "SaRA Train")
     prompt[train]["inputs"].update(
         steps=STEPS, save_every_steps=SAVE_EVERY, keep_checkpoints=2, output_name=name,
-        resume=resume, save_dtype="fp32", seed=4,
+        resume=resume, save_dtype="fp32", seed=4, keep_state=False,
     )  # fmt: skip
     prompt[node_titled(prompt, "SaRA Image Folder")]["inputs"]["folder"] = "input/few"
     needed, todo = {}, [train]

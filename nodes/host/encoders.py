@@ -14,7 +14,7 @@ def compression(vae) -> int:
 
 
 def vae_facts(vae) -> list | None:
-    """Say what an encoding by this VAE depends on; None if that cannot be told."""
+    """Say what an encoding by this VAE depends on; None if that is unknown."""
     model = vae.first_stage_model
     if vae.patcher.patches:
         return None

@@ -1,4 +1,4 @@
-"""Memory, Cancel, and what the browser is told."""
+"""Memory, Cancel, and messages to the browser."""
 
 import asyncio
 import gc
@@ -28,7 +28,7 @@ def check_cancelled() -> None:
 
 
 def workflow_id(extra_pnginfo: dict | None) -> str | None:
-    """Return the id of the workflow that a prompt came from; None where it is not told."""
+    """Return the id of the workflow that a prompt came from; None if it is unknown."""
     workflow = extra_pnginfo.get("workflow") if isinstance(extra_pnginfo, dict) else None
     return workflow.get("id") if isinstance(workflow, dict) else None
 
@@ -54,7 +54,7 @@ def memory_in_use() -> tuple[int, int]:
         total = comfy.model_management.get_total_memory(device)
         return total - comfy.model_management.get_free_memory(device), total
     except RuntimeError as error:  # of a device in trouble; only shown, never needed
-        logger.warning("the memory in use cannot be told: %s", error)
+        logger.warning("the memory in use cannot be read: %s", error)
         return 0, 0
 
 

@@ -22,7 +22,7 @@ SCHEDULERS = comfy.samplers.KSampler.SCHEDULERS
 
 @dataclass(frozen=True)
 class Sampling:
-    """What a KSampler and a VAE Decode node are told.
+    """Settings of a KSampler and a VAE Decode node.
 
     Attributes:
         latent: LATENT, `samples` of shape `(n, C, ...)`: n pictures are made. None makes one at the

@@ -32,9 +32,9 @@ def contact_sheet(folder: EncodedFolder, variants: list[Variant]) -> Tensor:
     for number, variant in enumerate(shown):
         x, y = 8 + number % columns * CELL, 8 + number // columns * (CELL + TEXT)
         _draw_entry(sheet, draw, font, (x, y), folder, variant)
-    told = [f"left out or incomplete: {len(folder.problems)}"] if folder.problems else []
-    told += [f"further entries: {more}"] if more > 0 else []
-    draw.text((8, sheet.height - 20), ", ".join(told), fill=SKIPPED, font=font)
+    notes = [f"left out or incomplete: {len(folder.problems)}"] if folder.problems else []
+    notes += [f"further entries: {more}"] if more > 0 else []
+    draw.text((8, sheet.height - 20), ", ".join(notes), fill=SKIPPED, font=font)
     return torch.from_numpy(np.asarray(sheet, dtype=np.float32) / 255)[None]
 
 

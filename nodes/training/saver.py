@@ -26,7 +26,7 @@ class Saver:
         examples: What it is trained on.
         training: The loop.
         previews: Makes the picture that a file carries.
-        reporter: Is told what was saved.
+        reporter: Shows what was saved.
 
     Attributes:
         losses: Of each step so far.

@@ -100,7 +100,7 @@ class RunFolder:
             file.write(f"{stamp} {text}\n")
 
     def read_losses(self, up_to_step: int) -> list[tuple[float, float]]:
-        """Return loss and learning rate up to a step; later ones are forgotten, to be made again."""
+        """Return loss and learning rate up to a step; later ones, of steps that will be retried, are dropped."""
         rows = self._cut(LOSSES, COLUMNS, up_to_step)
         return [(float(row[1]), float(row[2])) for row in rows]
 
@@ -229,7 +229,7 @@ class RunFolder:
     def previews(self, up_to_step: int) -> list[tuple[int, str]]:
         """Return step and file name of the pictures up to a step, and delete those of later ones.
 
-        Later ones are left of steps that will be made again.
+        Later ones are left of steps that will be retried.
         """
         found = []
         for path in sorted((self.path / PREVIEWS).glob("preview_*_steps.png")):

@@ -229,7 +229,7 @@ class TrainingRun:
         count, losses = len(pictures), []
         size = -(-count // self._num_parts)
         for start in range(0, count, size):
-            with changes_allowed() if self.in_place else weight_casts.made_again():
+            with changes_allowed() if self.in_place else weight_casts.recomputed():
                 loss = self._loss(*(part[start : start + size] for part in draw))
                 share = min(size, count - start) / count
                 scaled = loss * (share * weight)

@@ -2,7 +2,7 @@
 
 A layer that computes in another precision than its weight is stored in, or on another device, makes a
 copy of it, and autograd holds the copies of all layers until the backward pass: a second model. Each
-can be made again from the weight when it is needed.
+can be recomputed from the weight when it is needed.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ TRANSPOSE = "TBackward0"  # a linear layer saves its weight so
 
 @dataclass(frozen=True)
 class Cast:
-    """What it takes to make a copy of a weight again; the weight must not change meanwhile."""
+    """What it takes to recompute a copy of a weight; the weight must not change meanwhile."""
 
     parameter: nn.Parameter
     dtype: torch.dtype
@@ -55,8 +55,8 @@ def unpack(kept: Tensor | Cast) -> Tensor:
 
 
 @contextlib.contextmanager
-def made_again() -> Iterator[None]:
-    """Have forward passes keep no copies of weights that require a gradient; backward makes them again.
+def recomputed() -> Iterator[None]:
+    """Have forward passes keep no copies of weights that require a gradient; backward recomputes them.
 
     Weights that do not require one cannot be told apart from activations, and their copies are kept.
     """

@@ -181,7 +181,7 @@ def select(
     }
     index = {name: positions for name, positions in index.items() if len(positions)}
     if not index:
-        skipped = f" ({cutoff.num_zeros} exact zeros were passed by)" if cutoff.skip_zeros else ""
+        skipped = f" ({cutoff.num_zeros} exact zeros were skipped)" if cutoff.skip_zeros else ""
         raise ValueError(
             f"no weight is selected: none of {cutoff.num_considered} has a magnitude below "
             f"{cutoff.threshold:g}{skipped}, so there would be nothing to train. Raise the "

@@ -99,7 +99,7 @@ def sara(net, options):
     from sara_core.training import weight_casts
     from sara_core.training.gradient_checkpointing import checkpointed
 
-    ON_THE_WAY.enter_context(weight_casts.made_again())  # as the trainer does
+    ON_THE_WAY.enter_context(weight_casts.recomputed())  # as the trainer does
     optimizer = SaraAdamW(
         net, fraction=options["fraction"], lr=1e-4, low_rank_weight=options.get("low_rank", 5e-4),
         moments=options.get("moments", "fp32"),

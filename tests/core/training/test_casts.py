@@ -72,13 +72,13 @@ def test_no_copy_is_kept_and_gradients_are_the_same(kind, by_copy):
     net = make(kind, by_copy)
     expected, kept = gradients(net, contextlib.nullcontext())
     assert all(kept)
-    for within in (weight_casts.made_again(), changes_allowed()):
+    for within in (weight_casts.recomputed(), changes_allowed()):
         found, kept = gradients(net, within)
         assert not any(kept)
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize("within", [weight_casts.made_again, changes_allowed])
+@pytest.mark.parametrize("within", [weight_casts.recomputed, changes_allowed])
 def test_a_forward_pass_without_a_backward_pass_leaves_nothing_behind(within):
     x = torch.randn(4, 6, requires_grad=True)
     with within():
@@ -91,13 +91,13 @@ def test_a_forward_pass_without_a_backward_pass_leaves_nothing_behind(within):
 def test_what_is_no_plain_copy_is_kept():
     net = make("twice")
     expected, _ = gradients(net, contextlib.nullcontext())
-    found, _ = gradients(net, weight_casts.made_again())
+    found, _ = gradients(net, weight_casts.recomputed())
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_an_activation_that_is_cast_is_kept():
     leaf = torch.randn(3, 3, dtype=torch.float64, requires_grad=True)
-    with weight_casts.made_again():
+    with weight_casts.recomputed():
         product = (leaf.float() ** 2).sum()
         expected = 2 * leaf.detach().float().double()
         leaf.data.zero_()
@@ -108,7 +108,7 @@ def test_an_activation_that_is_cast_is_kept():
 def test_checkpointed_blocks_give_the_same_gradients():
     net = make("linear")
     expected, _ = gradients(net, contextlib.nullcontext())
-    for in_place, within in ((False, weight_casts.made_again()), (True, changes_allowed())):
+    for in_place, within in ((False, weight_casts.recomputed()), (True, changes_allowed())):
         with checkpointed(net, True, in_place):
             found, kept = gradients(net, within)
         assert not any(kept)
@@ -131,7 +131,7 @@ def test_kernels_whose_gradient_is_made_in_parts_are_not_kept_either(monkeypatch
     F.conv2d(x, exact.weight).sin().sum().backward()
     expected, x.grad = x.grad, None
     optimizer = SaraAdamW(net, 0.1, lr=1e-3, low_rank_weight=0)
-    with weight_casts.made_again():
+    with weight_casts.recomputed():
         loss = net(x).sin().sum()
         assert net.copied.expired()
         loss.backward()
