@@ -84,7 +84,7 @@ def test_all_nodes_are_there_with_their_public_names(server):
 
 def test_analyze_reports_what_the_core_finds(server, trained):
     text = trained["outputs"][trained["analyze"]]["text"][0]
-    assert "selects 1,051,4" in text
+    assert "selects 1,051,6" in text
     assert "joint_blocks.3" in text
     weights = load_file(checkpoint())
     prefix = "model.diffusion_model."
