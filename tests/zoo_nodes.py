@@ -113,7 +113,10 @@ class TestWatch:
         watched.update(model=model[0].model, file=file[0])
         watched.update(latents=[latent["samples"] for latent in latents])
         watched.update(captions=[pair for conditioning in positive for pair in conditioning])
-        optimizer, schedule = pack("optimizer").SaraAdamW, pack("objective").NoiseSchedule
+        optimizer, schedule = (
+            pack("optimizer.sara_adamw").SaraAdamW,
+            pack("training.objective").NoiseSchedule,
+        )
         restore, add_noise = optimizer.restore, schedule.add_noise
         network = model[0].model.diffusion_model
 
