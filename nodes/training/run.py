@@ -73,6 +73,8 @@ def run(
             reporter = Reporter(folder, node_id, workflow)
             saver = Saver(patcher, examples, training, previews, reporter)
             rates = saver.resume() if resume else []
+            if training.step == settings.schedule_start > 0:  # more steps, and all fits
+                folder.save_settings()
             for line in likely_mistakes(patcher, settings, examples) if not resume else ():
                 reporter.warn(line)
             if (foreign := host.foreign_prediction(patcher)) is not None:
@@ -88,48 +90,53 @@ def run(
             optimizer.restore()
 
 
-def new_folder(settings: RunSettings) -> RunFolder:
-    """Make the folder of a new run.
+def new_folder(patcher, settings: RunSettings) -> RunFolder:
+    """Make the folder of a new run on a MODEL.
 
     Raises:
-        ValueError: Its name leads out of the output folder.
+        ValueError: Its name leads out of the output folder, or the MODEL's prediction is another.
         OSError: It cannot be written to.
     """
+    _refuse_other_prediction(patcher, settings)
     parent, name = output_folder.split_output_name(settings.output_name)
     return RunFolder.create(parent, name, settings)
 
 
-def old_folder(name: str, settings: RunSettings, more_steps: int) -> RunFolder:
+def old_folder(patcher, name: str, settings: RunSettings, more_steps: int) -> RunFolder:
     """Open the folder of a run, with what may be changed, and more steps if it has finished.
 
+    The file of its settings stays as it is until the run goes on.
+
     Args:
+        patcher: The MODEL to go on with.
         name: As `output_folder.resumable_runs` lists it.
         settings: Of the node that resumes it.
         more_steps: To make beyond those it has finished.
 
     Raises:
-        ValueError: No such run, or more steps for one that cannot go on.
+        ValueError: No such run, more steps for one that cannot go on, or a MODEL of another
+            prediction than its checkpoint's where the run does not allow it.
         RuntimeError: It is being trained.
     """
     folder = RunFolder(output_folder.run_path(name))
     try:
         own = folder.settings.resumed_with(settings)
+        _refuse_other_prediction(patcher, own)
         if more_steps and is_finished(folder):
             if not folder.can_resume:
                 raise ValueError(
                     f"the run {name} has finished and its state was not kept, so it cannot be given "
                     "more steps; apply its delta with Apply SaRA and train a new run on that model"
                 )
-            folder.change_settings(own.extended_by(more_steps, settings))
-        else:
-            folder.settings = own
+            own = own.extended_by(more_steps, settings)
+        folder.settings = own
     except BaseException:
         folder.close()
         raise
     return folder
 
 
-def refuse_other_prediction(patcher, settings: RunSettings) -> None:
+def _refuse_other_prediction(patcher, settings: RunSettings) -> None:
     """Refuse a MODEL set to predict something else than its checkpoint does, unless that is meant.
 
     Raises:

@@ -9,7 +9,7 @@ from .. import host, output_folder
 from ..sockets import LossMap, SaraDelta, SaraSampling
 from .examples import gather_examples
 from .live_chart import KIND
-from .run import finished, is_finished, new_folder, old_folder, refuse_other_prediction, run
+from .run import finished, is_finished, new_folder, old_folder, run
 from .widgets import NEW_RUN, training_inputs
 
 
@@ -93,9 +93,12 @@ class SaraTrain(io.ComfyNode):
         examples = gather_examples(
             latents, positive, empty, masks, regularisation_latents, regularisation_positive
         )
-        refuse_other_prediction(model[0], settings)
         is_new = resume == NEW_RUN
-        folder = new_folder(settings) if is_new else old_folder(resume, settings, more_steps)
+        folder = (
+            new_folder(model[0], settings)
+            if is_new
+            else old_folder(model[0], resume, settings, more_steps)
+        )
         samplings = [sampling for group in preview for sampling in group]
         shown = {}
         if is_new or not is_finished(folder):

@@ -83,10 +83,9 @@ class RunFolder:
         _write_settings(path, settings)
         return cls(path)
 
-    def change_settings(self, settings: RunSettings) -> None:
-        """Replace the run's settings, here and in the file."""
-        self.settings = settings
-        _write_settings(self.path, settings)
+    def save_settings(self) -> None:
+        """Replace the settings in the file by those the run has now."""
+        _write_settings(self.path, self.settings)
 
     @property
     def can_resume(self) -> bool:

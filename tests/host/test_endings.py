@@ -135,13 +135,21 @@ def test_a_finished_run_goes_on_with_more_steps_on_a_course_of_their_own(
     monkeypatch.setattr(sara.host, "output_root", lambda: str(tmp_path))
     latents, captions = pairs(4)
     options = settings(sara, steps=4, learning_rate=1e-3, output_name="run", progressive=0.5)
-    first, _ = train(sara, sd15, latents, captions, None, new=sara.run.new_folder(options))
+    first, _ = train(sara, sd15, latents, captions, None, new=sara.run.new_folder(sd15, options))
     more = dataclasses.replace(options, learning_rate=5e-4, lr_schedule="linear")
 
-    again = sara.run.old_folder("run_00001", more, 0)
+    again = sara.run.old_folder(sd15, "run_00001", more, 0)
     assert sara.run.is_finished(again)  # no more steps: what it has learned is put out
     again.close()
-    folder = sara.run.old_folder("run_00001", more, 2)
+    kept = (tmp_path / "run_00001" / "settings.json").read_text()
+    other, _ = pairs(4, seed=7)  # with other pictures it is refused, and stays finished
+    with pytest.raises(ValueError, match="cannot be resumed with what is connected"):
+        train(
+            sara, sd15, other, captions, None,
+            resume=sara.run.old_folder(sd15, "run_00001", more, 2),
+        )  # fmt: skip
+    assert (tmp_path / "run_00001" / "settings.json").read_text() == kept
+    folder = sara.run.old_folder(sd15, "run_00001", more, 2)
     delta, losses = train(sara, sd15, latents, captions, None, resume=folder)
     assert len(losses) == 6
     rates = [rate for _, rate in sara.folder.RunFolder(folder.path).read_losses(6)]
@@ -164,7 +172,7 @@ def test_a_finished_run_goes_on_with_more_steps_on_a_course_of_their_own(
     with pytest.raises(
         ValueError, match="its state was not kept, so it cannot be given more steps"
     ):
-        sara.run.old_folder("run_00001", more, 2)
+        sara.run.old_folder(sd15, "run_00001", more, 2)
 
 
 def test_a_full_disk_does_not_stop_the_training(sd15, sara, monkeypatch, caplog):
