@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from ...sara_core.pictures.picture_folder import find_pictures
 from .. import host
@@ -38,7 +38,7 @@ def look(query: Mapping[str, str]) -> dict:
             {
                 "name": Path(file.name).name,
                 "caption": file.caption,
-                "subfolder": f"{below}/{Path(file.name).parent.as_posix()}".strip("./")
+                "subfolder": str(PurePosixPath(below, file.name).parent)
                 if root == host.INPUT
                 else None,
             }

@@ -125,7 +125,7 @@ def test_few_widgets_are_shown_and_the_rest_on_demand(page):
 
 
 def test_the_folder_is_seen_before_anything_runs(page):
-    bare = page.server.base / "input" / "bare"
+    bare = page.server.base / "input" / "bare v1."
     bare.mkdir(exist_ok=True)
     (bare / "caf\u00e9 \u732b.png").write_bytes(
         (page.server.base / "input" / "fluent3d" / "bat.png").read_bytes()
@@ -141,7 +141,7 @@ def test_the_folder_is_seen_before_anything_runs(page):
         box,
     )
     assert "3d style, bat" in page.text("SaraImageFolder")
-    page.set_widgets("SaraImageFolder", folder="input/bare")
+    page.set_widgets("SaraImageFolder", folder="input/bare v1.")
     page.wait("return arguments[0].innerText.includes('No picture has a caption')", box)
     page.wait("return arguments[0].querySelector('img')?.naturalWidth > 0", box)
 
