@@ -10,7 +10,7 @@ const COLOURS = {
   back: ["--comfy-input-bg", "#222"],
 };
 export const ACCENT = { raw: "#6b8db5", smooth: "#4aa3ff", validation: "#ff9f40", selected: "#4aa3ff",
-  rest: "#777777", saved: "#3fb950", error: "#f85149", stage: "#b083f0" };
+  rest: "#777777", saved: "#3fb950", error: "#f85149", cancelled: "#999999", stage: "#b083f0" };
 
 export function colours(element) {
   const style = getComputedStyle(element);

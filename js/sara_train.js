@@ -100,9 +100,8 @@ function describe(state) {
       text("memory", { used: bytes(state.memory_used), total: bytes(state.memory_total) }),
     ].filter(Boolean).join(", "),
   ];
-  const error = state.marks.filter((mark) => mark[1] === "error").at(-1)
-    ?? (state.status === "cancelled" ? state.marks.at(-1) : null);
-  if (error) lines.push(`${text("step", { step: error[0] })}: ${error[2]}`);
+  const ending = state.marks.filter((mark) => ["error", "cancelled"].includes(mark[1])).at(-1);
+  if (ending) lines.push(`${text("step", { step: ending[0] })}: ${ending[2]}`);
   return lines.filter(Boolean).join("\n");
 }
 

@@ -91,7 +91,7 @@ class LiveChart:
         self.send()
 
     def mark(self, kind: str, text: str) -> None:
-        """Mark the present step: `stage`, `saved` or `error`."""
+        """Mark the present step: `stage`, `saved`, `cancelled` or `error`."""
         self._marks.append([self._step, kind, text])
 
     def warn(self, text: str) -> None:
@@ -101,7 +101,7 @@ class LiveChart:
     def stop(self, text: str, is_cancelled: bool = False) -> None:
         """Show that it ended before its last step, and why."""
         self._status = "cancelled" if is_cancelled else "stopped"
-        self.mark("stage" if is_cancelled else "error", text)
+        self.mark("cancelled" if is_cancelled else "error", text)
         self.send()
 
     def finish(self) -> dict:
