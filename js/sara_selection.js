@@ -1,6 +1,7 @@
 // Which weights train is said in one way: while a threshold or a count is set, the other ways are off.
 
 import { app } from "../../scripts/app.js";
+import { followWidget } from "./sara_chart.js";
 
 const WAYS = ["threshold", "count", "fraction"]; // the first one that is set counts
 const isSet = (widget, node) =>
@@ -22,23 +23,13 @@ app.registerExtension({
   name: "SaRA.Selection",
   nodeCreated(node) {
     if (!["SaraTrain", "SaraAnalyze"].includes(node.comfyClass)) return;
-    for (const event of ["onConnectionsChange", "onConfigure"]) {
-      const before = node[event];
-      node[event] = function () {
-        const result = before?.apply(this, arguments);
-        update(node);
-        return result;
-      };
-    }
-    for (const widget of node.widgets ?? []) {
-      if (!WAYS.includes(widget.name)) continue;
-      const callback = widget.callback;
-      widget.callback = function () {
-        const result = callback?.apply(this, arguments);
-        update(node);
-        return result;
-      };
-    }
-    update(node);
+    const connected = node.onConnectionsChange;
+    node.onConnectionsChange = function () {
+      const result = connected?.apply(this, arguments);
+      update(node);
+      return result;
+    };
+    for (const widget of (node.widgets ?? []).filter((one) => WAYS.includes(one.name)))
+      followWidget(node, widget, () => update(node));
   },
 });
