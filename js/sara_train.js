@@ -99,6 +99,11 @@ function describe(state) {
       state.status === "training" ? text("left", { time: time(state.seconds_left) }) : "",
       text("memory", { used: bytes(state.memory_used), total: bytes(state.memory_total) }),
     ].filter(Boolean).join(", "),
+    [
+      state.epochs ? text("epochs", { count: Math.round(10 * state.epochs) / 10 }) : "",
+      state.memory_need ? text("memory_need", Object.fromEntries(
+        Object.entries(state.memory_need).map(([name, size]) => [name, bytes(size)]))) : "",
+    ].filter(Boolean).join(", "),
   ];
   const ending = state.marks.filter((mark) => ["error", "cancelled"].includes(mark[1])).at(-1);
   if (ending) lines.push(`${text("step", { step: ending[0] })}: ${ending[2]}`);

@@ -24,6 +24,10 @@ class LiveChart:
         num_steps: Steps it has in all.
         workflow: Id of the workflow the node is in.
         subfolder: Of previews, below the output folder.
+
+    Attributes:
+        epochs: How often all steps together go over the pictures, once it is known.
+        memory_need: Bytes that the run needs, by what for, once they are known.
     """
 
     def __init__(
@@ -46,6 +50,8 @@ class LiveChart:
         self._pace: float | None = None
         self._last_step = self._last_sent = time.monotonic()
         self._started = time.time()
+        self.epochs: float | None = None
+        self.memory_need: dict[str, int] | None = None
 
     def start(
         self,
@@ -147,4 +153,6 @@ class LiveChart:
             "seconds_left": left,
             "memory_used": used,
             "memory_total": total,
+            "epochs": self.epochs,
+            "memory_need": self.memory_need,
         }

@@ -14,7 +14,8 @@ from ...sara_core.training.run_folder import RunFolder
 from ...sara_core.training.run_settings import COMPUTE_DTYPES, RunSettings
 from ...sara_core.training.trainer import TrainingRun
 from .. import host, output_folder
-from .advice import likely_mistakes
+from . import memory
+from .advice import epochs, likely_mistakes
 from .examples import Examples
 from .previews import Previews
 from .reporter import Reporter
@@ -71,6 +72,7 @@ def run(
             training = TrainingRun(optimizer, pictures, config, scaler, host.free_memory)
             previews = Previews(calls, optimizer, list(samplings), folder)
             reporter = Reporter(folder, node_id, workflow)
+            reporter.chart.epochs = epochs(settings, examples)
             saver = Saver(patcher, examples, training, previews, reporter)
             rates = saver.resume() if resume else []
             if training.step == settings.schedule_start > 0:  # more steps, and all fits
@@ -83,6 +85,7 @@ def run(
                 )
             training.look_for_in_place_changes()
             with checkpointed(model, settings.gradient_checkpointing, training.in_place):
+                memory.announce(calls, training, reporter)
                 Session(training, previews, reporter, saver).train(rates)
             path = saver.finish()
             return path, _loss_map(saver.losses, saver.validation), reporter.chart.finish()

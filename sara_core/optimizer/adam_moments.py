@@ -18,7 +18,8 @@ from torch import Tensor
 
 from .eight_bits import BLOCK, chances, code_of_zero, pack_, refuse_missing_torchao, unpack
 
-KINDS = ("fp32", "8bit")
+BYTES = {"fp32": 8, "8bit": 2}  # of both moments of a weight, by their precision
+KINDS = tuple(BYTES)
 SIGNED = {"exp_avg": True, "exp_avg_sq": False}
 STRIDES = {"exp_avg": 0.7548776662, "exp_avg_sq": 0.569840291}  # of the R2 sequence in a plane
 SCALE = "_scale"

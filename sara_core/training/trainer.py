@@ -12,6 +12,7 @@ from . import weight_casts
 from .batches import BatchOrder, by_key
 from .config import TrainConfig
 from .in_place_changes import changes_allowed, changes_saved_tensors
+from .memory_need import LiveBytes
 from .out_of_memory import is_out_of_memory
 from .task import StepReport, TrainingTask
 from .to_device import send
@@ -126,6 +127,22 @@ class TrainingRun:
         draw = self._draw([self.task.training[0]], torch.Generator(), 0.0)
         self.in_place = changes_saved_tensors(lambda: self._loss(*draw))
 
+    def rehearse(self, count: int) -> int:
+        """Return the most bytes that a forward and backward pass over so many pictures takes.
+
+        They are those with the largest latents. Neither gradients nor random numbers of the run are
+        touched.
+        """
+        keys = by_key(self.task.keys, [*self.task.training, *self.task.regularisation])
+        largest = max(keys.values(), key=lambda bucket: self.task.latents(bucket[:1]).numel())
+        pictures = [largest[i % len(largest)] for i in range(count)]
+        try:
+            with LiveBytes(self.task.latents(pictures).device) as live:
+                self._backward(self._draw(pictures, torch.Generator(), 0.0), 1.0)
+        finally:
+            self.optimizer.zero_grad()
+        return live.peak
+
     def validate(self) -> float | None:
         """Return the loss on the pictures held out, at the same noise every time; None without any.
 
@@ -218,15 +235,13 @@ class TrainingRun:
         losses: list[list[Tensor]] = [[] for _ in self._orders]
         for _ in range(self.config.grad_accumulation_steps):
             for order, weight, sums in zip(self._orders, weights, losses, strict=False):
-                sums.append(
-                    self._backward(next(order), weight / self.config.grad_accumulation_steps)
-                )
+                draw = self._draw(next(order), self._generator, self.config.caption_dropout)
+                sums.append(self._backward(draw, weight / self.config.grad_accumulation_steps))
         return torch.stack([torch.stack(sums).mean() for sums in losses])
 
-    def _backward(self, pictures: list[int], weight: float) -> Tensor:
+    def _backward(self, draw: tuple, weight: float) -> Tensor:
         """Add the gradient of a batch's mean loss times a weight; returns the loss."""
-        draw = self._draw(pictures, self._generator, self.config.caption_dropout)
-        count, losses = len(pictures), []
+        count, losses = len(draw[0]), []
         size = -(-count // self._num_parts)
         for start in range(0, count, size):
             with changes_allowed() if self.in_place else weight_casts.recomputed():

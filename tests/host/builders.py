@@ -4,6 +4,10 @@ import tempfile
 
 import torch
 
+LOOKS = (
+    3  # passes before the first step: for changes in place, memory of one picture, and of a batch
+)
+
 
 def pairs(count, channels=4, size=8, width=768, pooled=None, length=77, seed=0):
     """Random latents and captions, made in inference mode as nodes do."""

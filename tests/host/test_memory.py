@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+import tempfile
 
 import pytest
 import torch
@@ -117,3 +118,69 @@ def test_offloaded_weights_train_to_the_same_and_no_copies_pile_up(
     assert watch.largest < largest_block * sum(tensor.nbytes for tensor in before.values())
     monkeypatch.undo()
     assert_same_bits(before, sd15)
+
+
+def needs(sara, patcher, monkeypatch, free=None, fail=None, **changes):
+    """Train a step; returns what was said of memory, the warnings, and what the chart shows."""
+    from sara_pack.nodes.training import memory
+
+    found, measure = [], memory.measure
+
+    def kept(*given):
+        found.append(measure(*given))
+        return found[-1]
+
+    monkeypatch.setattr(memory, "measure", kept)
+    if free is not None:
+        monkeypatch.setattr(sara.host, "memory_in_use", lambda: (10**12 - free, 10**12))
+    if fail is not None:
+        monkeypatch.setattr(sara.run.TrainingRun, "rehearse", fail)
+    latents, captions = pairs(4)
+    options = settings(sara, **{"steps": 1, "batch_size": 4, "caption_dropout": 0.0, **changes})
+    with tempfile.TemporaryDirectory() as parent:
+        folder = sara.folder.RunFolder.create(parent, "run", options)
+        given = sara.examples.Examples(latents, captions)
+        _, _, chart = sara.run.run(patcher, given, folder, None)
+        text = (folder.path / "log.txt").read_text()
+    return found[0], text, chart
+
+
+def test_the_need_is_said_before_the_first_step(sd15, sara, monkeypatch):
+    need, text, chart = needs(sara, sd15, monkeypatch)
+    weights = [p for p in sd15.model.parameters()]
+    assert need.base == sum(p.nbytes for p in weights)
+    trained = next(int(word) for word in text.split() if word.isdigit() and int(word) > 10_000)
+    assert need.trained == 17 * trained
+    assert need.batch_size == 4
+    assert 0 < need.picture < need.activations
+    assert need.fits
+    assert chart["warnings"] == []
+    shown = {"base": need.base, "trained": need.trained, "activations": need.activations}
+    assert chart["memory_need"] == shown
+    assert text.index("memory: about") < text.index("training ")
+
+
+def test_what_would_fit_is_said_with_its_figure(sd15, sara, monkeypatch):
+    roomy, _, _ = needs(sara, sd15, monkeypatch)
+    monkeypatch.undo()
+    short = roomy.picture + roomy.picture // 2  # two pictures too many
+    to_come = roomy.trained * 12 // 17  # gradients and moments
+    held = roomy.base + roomy.trained - to_come
+    need, _, chart = needs(sara, sd15, monkeypatch, free=roomy.total - short - held)
+    assert need.largest_batch() == 2
+    (line,) = chart["warnings"]
+    assert "This is more than there is" in line
+    for remedy in ("gradient_checkpointing on", "moments to 8bit", "batch_size to 2 (about ",
+                   "offloading on", "make pictures "):  # fmt: skip
+        assert remedy in line
+    with_checkpointing, _, _ = needs(sara, sd15, monkeypatch, gradient_checkpointing=True)
+    assert with_checkpointing.activations < 0.8 * roomy.activations
+
+
+def test_memory_that_does_not_do_for_one_picture_is_said(sd15, sara, monkeypatch):
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    need, _, chart = needs(sara, sd15, monkeypatch, fail=fail)
+    assert need is None
+    assert "not even one picture fits. To need less memory" in chart["warnings"][0]
