@@ -1,6 +1,7 @@
 """A MODEL called with one caption per sample."""
 
 import comfy.conds
+import comfy.model_management
 import comfy.sampler_helpers
 import comfy.samplers
 import torch
@@ -90,10 +91,19 @@ class ModelCalls:
         return torch.cat(outputs)[back]
 
     def _denoise_group(self, noisy: Tensor, sigma: Tensor, captions: list[dict]) -> Tensor:
+        _forget_last_step()
         conds = comfy.samplers.cond_cat(captions)
         options = dict(self.patcher.model_options["transformer_options"])
         options.update(cond_or_uncond=[0], sigmas=sigma)
         return self.model.apply_model(noisy, sigma, **conds, transformer_options=options)
+
+
+def _forget_last_step() -> None:
+    """Drop what modules keep from one sampling step to the next, which would keep its gradients too."""
+    keepers = getattr(comfy.model_management, "CROSS_STEP_STATE", set())  # since 0.33
+    for module in keepers:
+        del module._comfy_cross_step_state
+    keepers.clear()
 
 
 def _signature(caption: dict) -> str:

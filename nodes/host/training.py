@@ -115,8 +115,18 @@ def _dequantised(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 
 def _ordinary_clone(patcher):
-    """Clone a MODEL; one whose weights 0.33 streams to the GPU piece by piece is loaded whole."""
+    """Clone a MODEL; one whose weights 0.33 streams to the GPU piece by piece is loaded whole.
+
+    Raises:
+        ValueError: It is streamed, and its loader has left no way to load it once more.
+    """
     if is_dynamic(patcher):
+        if patcher.cached_patcher_init is None:
+            raise ValueError(
+                "this model's weights are streamed to the graphics card piece by piece, which cannot "
+                "be trained, and its loader does not say how to load it whole; load it with Load "
+                "Checkpoint or Load Diffusion Model, or start ComfyUI with --disable-dynamic-vram"
+            )
         logger.info("SaRA Train: loading the model once more, as dynamic weights cannot be trained")
         return patcher.clone(disable_dynamic=True)
     return patcher.clone()

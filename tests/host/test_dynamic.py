@@ -99,3 +99,10 @@ def test_dynamic_models_train_and_apply_as_others(load, sara, name):
         assert difference < 0.05 * change
     assert change > 1
     assert torch.equal(output(dynamic), expected_base)
+
+
+def test_a_dynamic_model_that_cannot_be_loaded_whole_is_refused(load, sara):
+    dynamic = load("float32", True)
+    dynamic.cached_patcher_init = None  # as loaders of other packs leave it
+    with pytest.raises(ValueError, match="load it with Load Checkpoint or Load Diffusion Model"):
+        train(sara, dynamic, *pairs(2), settings(sara))

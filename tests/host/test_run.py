@@ -1,6 +1,7 @@
 """A run in this process: what it learns, what it leaves alone, what it refuses."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -131,3 +132,23 @@ def test_windows_of_a_picture_are_held_out_together(sara):
     one = sara.examples.gather_examples(latents[:3], captions[:3], None, None, None, None)
     with pytest.raises(ValueError, match="at least two pictures"):
         sara.examples.split_validation(one, 0.5, 0)
+
+
+def test_what_a_module_keeps_from_step_to_step_is_dropped(sd15, sara, monkeypatch):
+    """ComfyUI 0.33 lets modules keep tensors between steps; a gradient must not come along."""
+    import comfy.model_management as management
+
+    keepers = weakref.WeakSet()
+    monkeypatch.setattr(management, "CROSS_STEP_STATE", keepers, raising=False)
+    block, found = sd15.model.diffusion_model.out, []
+
+    def keep(module, inputs, output):
+        found.append(hasattr(module, "_comfy_cross_step_state"))
+        module._comfy_cross_step_state = output
+        keepers.add(module)
+
+    hook = block.register_forward_hook(keep)
+    train(sara, sd15, *pairs(2), settings(sara, steps=3, batch_size=1))
+    hook.remove()
+    assert len(found) >= 3
+    assert not any(found)
