@@ -1,5 +1,7 @@
 """Inputs that several nodes share, and what they mean to the core."""
 
+import dataclasses
+
 from comfy_api.latest import io
 
 from ..sara_core.weights.selection import ZEROS
@@ -23,6 +25,12 @@ def advanced(inputs: list) -> list:
     for entry in inputs:
         entry.extra_dict = {**(entry.extra_dict or {}), "advanced": True}
     return inputs
+
+
+def searched_as(*words: str) -> dict:
+    """Return the part of a Schema that has the node search find a node by other words too."""
+    is_known = any(field.name == "search_aliases" for field in dataclasses.fields(io.Schema))
+    return {"search_aliases": list(words)} if is_known else {}  # since 0.33
 
 
 def threshold_input():

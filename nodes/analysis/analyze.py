@@ -5,7 +5,7 @@ from comfy_api.latest import io
 from ...sara_core.weights.analysis import Analysis, Tally, analyze
 from ...sara_core.weights.parameters import filter_parameters
 from .. import host, page_state
-from ..inputs import advanced, filter_inputs, fraction_input, threshold_input
+from ..inputs import advanced, filter_inputs, fraction_input, searched_as, threshold_input
 from . import plots
 from .chart import analysis_chart
 
@@ -62,6 +62,7 @@ class SaraAnalyze(io.ComfyNode):
             "to see how little they do.",
             is_output_node=True,
             hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo],
+            **searched_as("magnitude histogram", "weight threshold", "inspect model"),
             inputs=[
                 io.Model.Input("model", tooltip="Model to look at. It is not changed."),
                 threshold_input(),

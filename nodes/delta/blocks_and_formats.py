@@ -12,7 +12,7 @@ from ...sara_core.delta.export import as_differences, as_lora
 from ...sara_core.files.atomic import replace_atomically
 from ...sara_core.training.run_settings import SAVE_DTYPES
 from .. import host
-from ..inputs import strength_input
+from ..inputs import searched_as, strength_input
 from ..sockets import SaraDelta
 
 CATEGORY = "SaRA"
@@ -29,6 +29,7 @@ class SaraBlockStrengths(io.ComfyNode):
             description="Gives each block of a delta a strength of its own. Run it once to see the "
             "blocks it has.",
             is_output_node=True,
+            **searched_as("block weights", "layer strengths", "lora block weight"),
             inputs=[
                 SaraDelta.Input("delta", tooltip="From Load SaRA Delta or SaRA Train."),
                 io.String.Input(
@@ -65,6 +66,7 @@ class SaraCreateHook(io.ComfyNode):
             category=CATEGORY,
             description="Makes a hook of a delta, to schedule it over the steps with hook keyframes "
             "or to give it to one conditioning only, as for a region.",
+            **searched_as("schedule delta", "hook lora", "prompt scheduling"),
             inputs=[
                 SaraDelta.Input("delta", tooltip="From Load SaRA Delta or SaRA Train."),
                 strength_input("strength", 1.0, "Multiplied with the strengths of the keyframes."),
@@ -92,6 +94,7 @@ class SaraExportDelta(io.ComfyNode):
             category=CATEGORY,
             description="Writes a delta as a LoRA file that Load LoRA takes without this pack.",
             is_output_node=True,
+            **searched_as("convert to lora", "extract lora", "save lora"),
             inputs=[
                 SaraDelta.Input("delta", tooltip="What to export."),
                 io.Combo.Input(
@@ -154,6 +157,7 @@ class SaraImportCheckpoint(io.ComfyNode):
             description="Reads a checkpoint (unet.pt) of the code that came with the SaRA paper. It "
             "holds values without positions, so the model it was trained on is needed.",
             is_output_node=True,
+            **searched_as("unet.pt", "convert checkpoint"),
             inputs=[
                 io.Model.Input(
                     "model", tooltip="The SD1.x or SD2.x checkpoint it was trained on, unchanged."

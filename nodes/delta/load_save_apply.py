@@ -7,7 +7,7 @@ from comfy_api.latest import io, ui
 from ...sara_core import SparseDelta
 from ...sara_core.training.run_settings import SAVE_DTYPES
 from .. import host, output_folder
-from ..inputs import chosen, refuse_unchosen, strength_input
+from ..inputs import chosen, refuse_unchosen, searched_as, strength_input
 from ..sockets import SaraDelta
 
 CATEGORY = "SaRA"
@@ -35,6 +35,7 @@ class SaraLoadDelta(io.ComfyNode):
             category=CATEGORY,
             description="Loads what SaRA Train has learned from a file in models/sara or "
             "output/sara. Press R after a training to see the new file.",
+            **searched_as("load fine-tune", "sparse delta"),
             inputs=[
                 io.Combo.Input(
                     "delta_name",
@@ -75,6 +76,7 @@ class SaraSaveDelta(io.ComfyNode):
             description="Writes a delta, such as a merged one, to the output folder. SaRA Train "
             "saves what it learns by itself.",
             is_output_node=True,
+            **searched_as("save fine-tune"),
             inputs=[
                 SaraDelta.Input("delta", tooltip="What to save."),
                 io.String.Input(
@@ -109,6 +111,7 @@ class SaraMergeDeltas(io.ComfyNode):
             category=CATEGORY,
             description="Adds two deltas of the same model, each times its strength. Chain it for "
             "more than two.",
+            **searched_as("add deltas", "combine fine-tunes"),
             inputs=[
                 SaraDelta.Input("delta_1", tooltip="First delta."),
                 SaraDelta.Input("delta_2", tooltip="Second delta."),
@@ -136,6 +139,7 @@ class SaraApply(io.ComfyNode):
             category=CATEGORY,
             description="Adds a delta to a model, as a patch like a LoRA: it stacks with LoRAs and "
             "other deltas and leaves no trace when it is removed.",
+            **searched_as("apply fine-tune", "lora loader", "delta strength"),
             inputs=[
                 io.Model.Input("model", tooltip="Model of the kind the delta was trained on."),
                 SaraDelta.Input("delta", tooltip="From Load SaRA Delta or SaRA Train."),

@@ -8,7 +8,7 @@ from comfy_api.latest import io, ui
 from ...sara_core.pictures.encoding_cache import EncodingCache
 from ...sara_core.pictures.picture_folder import describe_files
 from .. import host
-from ..inputs import chosen, refuse_unchosen
+from ..inputs import chosen, refuse_unchosen, searched_as
 from ..training.examples import PICTURE
 from .contact_sheet import contact_sheet
 from .encoded_folder import encode_folder, mask_of
@@ -65,6 +65,13 @@ class SaraImageFolder(io.ComfyNode):
             description="Reads a folder of pictures with captions, turns them upright, crops them to "
             "a few sizes and encodes them for SaRA Train. What is encoded once is kept on disk.",
             hidden=[io.Hidden.unique_id],
+            **searched_as(
+                "dataset",
+                "training images",
+                "captions",
+                "load images folder",
+                "aspect ratio buckets",
+            ),
             inputs=[
                 io.Vae.Input("vae", tooltip="VAE of the model to train."),
                 io.Clip.Input("clip", tooltip="CLIP of the model to train."),

@@ -7,7 +7,7 @@ from comfy_api.latest import io, ui
 from ...sara_core import SparseDelta
 from .. import host, output_folder
 from ..delta.load_save_apply import CATEGORY
-from ..inputs import chosen, refuse_unchosen
+from ..inputs import chosen, refuse_unchosen, searched_as
 from ..sockets import SaraDelta, SaraSampling
 from .comparison import compare, parse_strengths, steps_of
 
@@ -21,6 +21,7 @@ class SaraSamplingSettings(io.ComfyNode):
             category=CATEGORY,
             description="Says what to sample and how, for the previews of SaRA Train and for SaRA "
             "Compare. Chain several for several prompts; each becomes a row.",
+            **searched_as("training preview", "sample prompts", "validation images"),
             inputs=[
                 io.Vae.Input("vae", tooltip="Turns latents into pictures."),
                 io.Conditioning.Input("positive", tooltip="What the pictures are to show."),
@@ -93,6 +94,7 @@ class SaraCompare(io.ComfyNode):
             is_input_list=True,
             is_output_node=True,
             hidden=[io.Hidden.unique_id],
+            **searched_as("xy plot", "grid", "strength comparison"),
             inputs=[
                 io.Model.Input("model", tooltip="Model to apply the deltas to."),
                 SaraSampling.Input("sampling", tooltip="From SaRA Sampling: what to sample."),
@@ -142,6 +144,7 @@ class SaraLoadCheckpoints(io.ComfyNode):
             category=CATEGORY,
             description="Loads all deltas in the folder of a run: the checkpoints SaRA Train has "
             "kept, and the final one.",
+            **searched_as("training checkpoints", "run history"),
             inputs=[
                 io.Combo.Input(
                     "run",

@@ -6,6 +6,7 @@ from ...sara_core import SparseDelta
 from ...sara_core.optimizer.adam_moments import refuse_unusable
 from ...sara_core.training.run_settings import RunSettings
 from .. import host, output_folder
+from ..inputs import searched_as
 from ..sockets import LossMap, SaraDelta, SaraSampling
 from .examples import gather_examples
 from .live_chart import KIND
@@ -25,6 +26,7 @@ class SaraTrain(io.ComfyNode):
             is_input_list=True,
             is_output_node=True,
             hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo],
+            **searched_as("fine-tune", "finetune", "train lora", "training", "dreambooth"),
             inputs=[
                 io.Model.Input("model", tooltip="Model to train."),
                 io.Latent.Input(
