@@ -91,7 +91,11 @@ def _content_inputs() -> list:
             tooltip="Colour under transparent areas, such as white or #808080.",
         ),
         io.String.Input(
-            "trigger", default="", tooltip="Put before every caption that does not hold it yet."
+            "trigger",
+            display_name="trigger_word",
+            default="",
+            tooltip="A word that calls up what is learned, put before every caption that does not hold "
+            "it yet. Set trigger_words in SaRA Train as well, and the file says it.",
         ),
         io.String.Input(
             "default_caption", default="", tooltip="For pictures without a caption of their own."
