@@ -38,9 +38,13 @@ def view_subfolder(path: str | os.PathLike) -> str:
 
 
 def resumable_runs() -> list[str]:
-    """List the runs below output/sara that can be resumed, by folder."""
+    """List the runs below output/sara that can be resumed or have finished, by folder."""
     root = host.output_root()
-    found = [folder for folder, _, files in os.walk(root) if STATE in files]
+    found = [
+        folder
+        for folder, _, files in os.walk(root)
+        if STATE in files or (SETTINGS in files and any(_is_final(folder, file) for file in files))
+    ]
     return sorted(output_relative(folder) for folder in found)
 
 
@@ -68,6 +72,11 @@ def deltas_of_run(name: str) -> list[Path]:
 def _is_delta(file: str) -> bool:
     is_hidden = file.startswith(".")  # of a save under way
     return file.endswith(".safetensors") and file != STATE and not is_hidden
+
+
+def _is_final(folder: str, file: str) -> bool:
+    own = os.path.basename(folder).rpartition("_")[0]
+    return file.startswith(f"{own}_") and file.endswith("_steps.safetensors")
 
 
 def final_path(folder: str | os.PathLike, steps: int) -> Path:

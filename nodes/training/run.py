@@ -117,8 +117,8 @@ def old_folder(patcher, name: str, settings: RunSettings, more_steps: int) -> Ru
         more_steps: To make beyond those it has finished.
 
     Raises:
-        ValueError: No such run, more steps for one that cannot go on, or a MODEL of another
-            prediction than its checkpoint's where the run does not allow it.
+        ValueError: No such run, or a MODEL of another prediction than its checkpoint's where the run
+            does not allow it.
         RuntimeError: It is being trained.
     """
     folder = RunFolder(output_folder.run_path(name))
@@ -126,11 +126,6 @@ def old_folder(patcher, name: str, settings: RunSettings, more_steps: int) -> Ru
         own = folder.settings.resumed_with(settings)
         _refuse_other_prediction(patcher, own)
         if more_steps and is_finished(folder):
-            if not folder.can_resume:
-                raise ValueError(
-                    f"the run {name} has finished and its state was not kept, so it cannot be given "
-                    "more steps; apply its delta with Apply SaRA and train a new run on that model"
-                )
             own = own.extended_by(more_steps, settings)
         folder.settings = own
     except BaseException:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from ...sara_core import SparseDelta
 from ...sara_core.training.run_folder import RunFolder
 from ...sara_core.training.run_settings import SAVE_DTYPES
 from ...sara_core.training.trainer import TrainingRun
@@ -61,7 +62,10 @@ class Saver:
         Raises:
             ValueError: The model or the pictures are others, or the state is damaged.
         """
-        state, name = self.folder.read_state(), self.folder.path.name
+        name = self.folder.path.name
+        if not self.folder.can_resume:
+            return self._resume_from_delta()
+        state = self.folder.read_state()
         try:
             wrong = differences(state["identity"], self._identity)
             if wrong:
@@ -77,6 +81,17 @@ class Saver:
         rows = self.folder.read_losses(self.training.step)
         self.folder.read_validation(self.training.step)
         self.reporter.say(f"resumed after step {self.training.step}")
+        return [rate for _, rate in rows]
+
+    def _resume_from_delta(self) -> list[float]:
+        """Go on from the delta of a finished run whose state is gone."""
+        start = self.folder.settings.schedule_start
+        path = output_folder.final_path(self.folder.path, start)
+        self.training.load_delta(SparseDelta.load(path))
+        rows = self.folder.read_losses(start)
+        self.losses = [loss for loss, _ in rows]
+        self.validation = self.folder.read_validation(start)
+        self.reporter.warn(f"the state was not kept: going on from {path.name} with new moments")
         return [rate for _, rate in rows]
 
     def save(self, wait: bool = False) -> Exception | None:

@@ -9,16 +9,14 @@ from torch import Tensor, nn
 
 from ..delta.sparse_delta import SparseDelta
 from ..weights.fingerprint import take_fingerprint
-from ..weights.parameters import (
-    choose_parameters,
-    refuse_untrainable_dtypes,
-)
+from ..weights.parameters import choose_parameters, refuse_untrainable_dtypes
 from ..weights.selection import select
 from . import adam_moments, learning_rate
 from .low_rank import add_gradient_
 from .saved_state import FORMATS, PLAIN, checked
 from .sparse_model import SparseModel
-from .updates import update_
+from .take_over import take_over_delta, take_over_weights
+from .updates import keep_moments, refuse_bad_options, take_over_moments, update_
 
 logger = logging.getLogger("comfyui-sara")
 
@@ -94,14 +92,10 @@ class SaraAdamW(torch.optim.Optimizer):
         zeros: str = "auto",
         seed: int = 0,
     ):
-        for name, value in (("lr", lr or 0), ("eps", eps), ("weight_decay", weight_decay),
-                            ("low_rank_weight", low_rank_weight),
-                            ("low_rank_matrices", low_rank_matrices),
-                            ("progressive_step", progressive_step)):  # fmt: skip
-            if not 0 <= value < float("inf"):
-                raise ValueError(f"{name} is {value!r}; expected a finite number of at least 0")
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"betas are {betas!r}; expected two numbers in [0, 1)")
+        refuse_bad_options(
+            betas, lr=lr or 0, eps=eps, weight_decay=weight_decay, low_rank_weight=low_rank_weight,
+            low_rank_matrices=low_rank_matrices, progressive_step=progressive_step,
+        )  # fmt: skip
         adam_moments.refuse_unusable(moments)
         parameters = choose_parameters(model, include, exclude, biases_and_norms)
         refuse_untrainable_dtypes(parameters)
@@ -206,14 +200,10 @@ class SaraAdamW(torch.optim.Optimizer):
             logger.warning(
                 "progressive adjustment skipped: all %d trained weights have left the threshold "
                 "%g, so none would go on. A lower learning rate or progressive_step=0 avoids this",
-                num_before,
-                self.threshold,
-            )
+                num_before, self.threshold,
+            )  # fmt: skip
             return
-        for mark, (weight, kept) in zip(marks, self._weights.freeze(marks), strict=True):
-            state = self.state.pop(weight.leaf, None)
-            if kept is not None and state:
-                self.state[kept.leaf] = {"step": state["step"], **adam_moments.part(state, mark)}
+        keep_moments(self.state, self._weights.freeze(marks), marks)
         self.param_groups[0]["params"] = self.parameters()
         self.stage = 2
         logger.info("progressive adjustment: %d of %d trained weights go on", num_left, num_before)
@@ -233,6 +223,25 @@ class SaraAdamW(torch.optim.Optimizer):
             "sara.steps": str(self.num_steps),
             "sara.fingerprint": self.fingerprint,
         }
+
+    @torch.no_grad()
+    def start_from(self, delta: SparseDelta, num_steps: int = 0) -> None:
+        """Go on from what a delta has learned on this base, with new moments.
+
+        Args:
+            delta: Learned from the weights that are selected here.
+            num_steps: Steps it took; beyond `progressive_step` only weights that are still below
+                the threshold train on.
+
+        Raises:
+            ValueError: Another base, or weights that are not selected; nothing has been changed then.
+        """
+        if self.num_steps:
+            raise ValueError(f"{self.num_steps} steps are made already; start from a new SaraAdamW")
+        take_over_delta(self._weights, delta)
+        self.num_steps = num_steps
+        if 0 < self.progressive_step <= num_steps:
+            self.reselect()
 
     def at_strength(self, strength: float) -> AbstractContextManager[None]:
         """Have the model act, within the context, as with the delta applied at this strength.
@@ -282,15 +291,11 @@ class SaraAdamW(torch.optim.Optimizer):
             ImportError: Its moments are in 8 bits, and torchao is missing; the same holds.
         """
         saved = checked(state_dict)
-        self._weights.load_state(saved["weights"], saved["fingerprint"])
+        take_over_weights(self._weights, saved["weights"], saved["fingerprint"])
         self.state.clear()
         self.param_groups[0]["params"] = self.parameters()
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
-        leaves = self.parameters()
-        # Torch itself would make floats of eight-bit codes.
-        for i, state in state_dict["state"].items():
-            moments = adam_moments.restored(state, leaves[i], self.moments)
-            self.state[leaves[i]] = {"step": state["step"].to("cpu", copy=True), **moments}
+        take_over_moments(self.state, self.parameters(), state_dict["state"], self.moments)
         for name in PLAIN:
             setattr(self, name, saved[name])
         self.generator.set_state(saved["generator"].cpu())

@@ -9,8 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from ..delta.delta_file import DeltaEntry
-from ..weights import at_positions
-from ..weights.fingerprint import is_same_base
 from .convolution import InParts, is_large
 from .sparse_weight import SparseWeight
 
@@ -162,72 +160,6 @@ class SparseModel:
             for weight in group
         ]
 
-    def load_state(self, records: Sequence[Mapping], fingerprint: str) -> None:
-        """Take over a saved selection with its values; base values are put back first.
-
-        Args:
-            records: What `state` returned.
-            fingerprint: Of the base it was saved on.
-
-        Raises:
-            ValueError: It does not fit the module; nothing has been changed then.
-        """
-        self._refuse_unfitting(records)
-        index: dict[str, Tensor] = {}
-        for record in records:
-            parts = [index[record["name"]]] if record["name"] in index else []
-            index[record["name"]] = torch.cat([*parts, record["index"].cpu()])
-        if not is_same_base(fingerprint, self.parameters, index):
-            raise ValueError(
-                "the saved state was trained on another base than this model holds; load the "
-                "checkpoint it was started from"
-            )
-        self.restore_()
-        if not all(self._holds(record) for record in records):
-            for weight in (*self.active, *self.frozen):
-                weight.write_(weight.trained, weight.index)
-            raise ValueError(
-                "the saved state was trained on another base than this model holds: its smallest "
-                "weights differ, as if a delta or a merge had been part of one of them"
-            )
-        self.active, self.frozen = [], []
-        for record in records:
-            parameter = self.parameters[record["name"]]
-            positions, base, values = (
-                record[key].to(parameter.device, copy=True) for key in ("index", "base", "values")
-            )
-            weight = SparseWeight(record["name"], parameter, positions, base, values)
-            weight.write_(values, positions)
-            (self.frozen if record["frozen"] else self.active).append(weight)
-        self.attach()
-
-    def _holds(self, record: Mapping) -> bool:
-        """Tell whether the module holds a record's base values, or its trained ones."""
-        weight = self.parameters[record["name"]].detach()
-        found = at_positions.read(weight, record["index"].to(weight.device)).cpu()
-        trained = record["values"].to(found.dtype)
-        return any(torch.equal(found, values.cpu()) for values in (record["base"], trained))
-
-    def _refuse_unfitting(self, records: Sequence[Mapping]) -> None:
-        faults = []
-        for record in records:
-            name, shape = record["name"], tuple(record["shape"])
-            parameter = self.parameters.get(name)
-            if parameter is None:
-                faults.append(f"{name} is missing")
-            elif tuple(parameter.shape) != shape:
-                faults.append(f"{name} is {tuple(parameter.shape)}, saved {shape}")
-            elif parameter.dtype != record["base"].dtype:
-                faults.append(f"{name} is {parameter.dtype}, saved {record['base'].dtype}")
-            elif not _is_sound(record, parameter.numel()):
-                faults.append(f"{name} has positions or values that do not belong together")
-        if faults:
-            more = f"; and {len(faults) - 10} more" if len(faults) > 10 else ""
-            raise ValueError(
-                f"the saved state belongs to another model: {'; '.join(faults[:10])}{more}. Load "
-                "the model it was trained on, in the same dtype"
-            )
-
 
 def entries_of(records: Sequence[Mapping]) -> dict[str, DeltaEntry]:
     """Return learned minus base of saved weights by parameter name, on the CPU.
@@ -248,13 +180,6 @@ def entries_of(records: Sequence[Mapping]) -> dict[str, DeltaEntry]:
             index, values = index[order], values[order]
         entries[name] = DeltaEntry(index, values, tuple(found[0]["shape"]))
     return entries
-
-
-def _is_sound(record: Mapping, numel: int) -> bool:
-    index = record["index"].long()
-    ascending = bool((index.diff() > 0).all())
-    in_range = len(index) > 0 and int(index[0]) >= 0 and int(index[-1]) < numel
-    return ascending and in_range and len(index) == len(record["base"]) == len(record["values"])
 
 
 def _weak_hook(weight: SparseWeight) -> Callable[[Tensor], None]:

@@ -1,6 +1,6 @@
 """AdamW's update of the selected weights, as many in one go as memory should hold copies of."""
 
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 
 import torch
 from torch import Tensor
@@ -10,6 +10,19 @@ from . import adam_moments
 from .sparse_weight import SparseWeight
 
 BATCH_ON_CPU, BATCH = 1 << 19, 1 << 23  # trained values updated in one go
+
+
+def refuse_bad_options(betas: Sequence[float], **values: float) -> None:
+    """Raise if decay rates are not in `[0, 1)`, or other values not finite numbers from 0 on.
+
+    Raises:
+        ValueError: Naming the first that is not.
+    """
+    for name, value in values.items():
+        if not 0 <= value < float("inf"):
+            raise ValueError(f"{name} is {value!r}; expected a finite number of at least 0")
+    if not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"betas are {betas!r}; expected two numbers in [0, 1)")
 
 
 def update_(
@@ -36,6 +49,43 @@ def update_(
             states[weight.leaf].update(adam_moments.zeros(gradient, moments))
     for batch in _batches(updated):
         _update_batch(batch, [states[weight.leaf] for weight in batch], group, num_steps)
+
+
+def keep_moments(
+    states: MutableMapping[Tensor, dict],
+    changes: Sequence[tuple[SparseWeight, SparseWeight | None]],
+    marks: Sequence[Tensor],
+) -> None:
+    """Hand on what AdamW remembers of each weight to the part of it that goes on.
+
+    Args:
+        states: By leaf; changed in place.
+        changes: Each former weight with what remains of it, as `SparseModel.freeze` returns them.
+        marks: Which of its selected values remain.
+    """
+    for mark, (weight, kept) in zip(marks, changes, strict=True):
+        state = states.pop(weight.leaf, None)
+        if kept is not None and state:
+            states[kept.leaf] = {"step": state["step"], **adam_moments.part(state, mark)}
+
+
+def take_over_moments(
+    states: MutableMapping[Tensor, dict],
+    leaves: Sequence[Tensor],
+    saved: Mapping[int, Mapping],
+    kind: str,
+) -> None:
+    """Take over what AdamW remembered in a saved run; torch itself would make floats of codes.
+
+    Args:
+        states: By leaf; changed in place.
+        leaves: In the order of the saved run.
+        saved: Moments and number of steps by place in that order.
+        kind: How moments are to be kept, one of `adam_moments.KINDS`.
+    """
+    for i, state in saved.items():
+        moments = adam_moments.restored(state, leaves[i], kind)
+        states[leaves[i]] = {"step": state["step"].to("cpu", copy=True), **moments}
 
 
 def _update_batch(

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from ..delta.sparse_delta import SparseDelta
 from ..optimizer.learning_rate import factor
 from ..optimizer.sara_adamw import SaraAdamW
 from . import weight_casts
@@ -119,6 +120,17 @@ class TrainingRun:
         self._set_remaining(state["remaining"])
         self._mark()
 
+    def load_delta(self, delta: SparseDelta) -> None:
+        """Go on at `config.schedule_start` from what a delta has learned, with new random numbers.
+
+        Raises:
+            ValueError: It does not fit the model or the selection; nothing has been changed then.
+        """
+        self.step = self.config.schedule_start
+        self.optimizer.start_from(delta, self.step)
+        self._generator.manual_seed(self.config.seed + self.step)
+        self._mark()
+
     def look_for_in_place_changes(self) -> None:
         """Set `in_place`, by one forward pass: whether the model changes tensors backward needs.
 
@@ -218,11 +230,9 @@ class TrainingRun:
             self._free_memory()
             self._num_parts = num_parts
             logger.warning(
-                "memory ran out in step %d; going on with each batch in %d parts, with the same "
-                "result",
-                self.step + 1,
-                num_parts,
-            )
+                "memory ran out in step %d; going on with each batch in %d parts, with the same result",
+                self.step + 1, num_parts,
+            )  # fmt: skip
 
     def _gradients(self) -> Tensor:
         """Add up the gradient of one update.

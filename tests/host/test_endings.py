@@ -168,11 +168,24 @@ def test_a_finished_run_goes_on_with_more_steps_on_a_course_of_their_own(
     assert frozen > 0
     assert moved > 0
 
+    # Without its state it goes on from its delta.
     (folder.path / "state.safetensors").unlink()
-    with pytest.raises(
-        ValueError, match="its state was not kept, so it cannot be given more steps"
-    ):
-        sara.run.old_folder(sd15, "run_00001", more, 2)
+    assert sara.output.resumable_runs() == ["run_00001"]
+    folder = sara.run.old_folder(sd15, "run_00001", more, 1)
+    further, losses_too = train(sara, sd15, latents, captions, None, resume=folder)
+    assert losses_too[:6] == losses
+    assert len(losses_too) == 7
+    assert further.metadata["sara.steps"] == "7"
+    same = [
+        (further.entries[name].values == entry.values).float().mean()
+        for name, entry in delta.entries.items()
+    ]
+    assert 0 < sum(same) / len(same) < 1  # the second stage goes on
+    assert all(
+        (further.entries[name].values - entry.values).abs().max() < 1e-3
+        for name, entry in delta.entries.items()
+    )
+    assert "going on from run_6_steps.safetensors" in (folder.path / "log.txt").read_text()
 
 
 def test_a_full_disk_does_not_stop_the_training(sd15, sara, monkeypatch, caplog):

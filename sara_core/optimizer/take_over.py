@@ -1,0 +1,132 @@
+"""What was learned before, taken over into a model: the weights of a saved run, or a delta."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ..delta.sparse_delta import SparseDelta
+from ..weights import at_positions
+from ..weights.fingerprint import is_same_base
+from .sparse_model import SparseModel
+from .sparse_weight import SparseWeight
+
+
+def take_over_weights(model: SparseModel, records: Sequence[Mapping], fingerprint: str) -> None:
+    """Take over a saved selection with its values; base values are put back first.
+
+    Args:
+        model: Of the module to go on with.
+        records: What `SparseModel.state` returned.
+        fingerprint: Of the base it was saved on.
+
+    Raises:
+        ValueError: It does not fit the module; nothing has been changed then.
+    """
+    _refuse_unfitting(model, records)
+    index: dict[str, Tensor] = {}
+    for record in records:
+        parts = [index[record["name"]]] if record["name"] in index else []
+        index[record["name"]] = torch.cat([*parts, record["index"].cpu()])
+    if not is_same_base(fingerprint, model.parameters, index):
+        raise ValueError(
+            "the saved state was trained on another base than this model holds; load the "
+            "checkpoint it was started from"
+        )
+    model.restore_()
+    if not all(_holds(model, record) for record in records):
+        for weight in (*model.active, *model.frozen):
+            weight.write_(weight.trained, weight.index)
+        raise ValueError(
+            "the saved state was trained on another base than this model holds: its smallest "
+            "weights differ, as if a delta or a merge had been part of one of them"
+        )
+    model.active, model.frozen = [], []
+    for record in records:
+        parameter = model.parameters[record["name"]]
+        positions, base, values = (
+            record[key].to(parameter.device, copy=True) for key in ("index", "base", "values")
+        )
+        weight = SparseWeight(record["name"], parameter, positions, base, values)
+        weight.write_(values, positions)
+        (model.frozen if record["frozen"] else model.active).append(weight)
+    model.attach()
+
+
+def take_over_delta(model: SparseModel, delta: SparseDelta) -> None:
+    """Change the selected weights by what a delta holds, as if they had just learned it.
+
+    Args:
+        model: On the base the delta was trained on.
+        delta: Learned from weights that are selected.
+
+    Raises:
+        ValueError: It does not fit the selection or the base; nothing has been changed then.
+    """
+    places = _places(model, delta)
+    if not delta.fits_base(model.parameters):
+        raise ValueError(
+            "the delta was trained on another base than this model holds; load the checkpoint it was "
+            "trained on"
+        )
+    for weight in model.active:
+        if weight.name in places:
+            values, learned = weight.trained.clone(), delta.entries[weight.name].values
+            values[places[weight.name]] += learned.to(values.device, values.dtype)
+            weight.write_(values, weight.index)
+
+
+def _places(model: SparseModel, delta: SparseDelta) -> dict[str, Tensor]:
+    """Say where in the selection each of a delta's positions is, by parameter name."""
+    weights = {weight.name: weight for weight in model.active}
+    places, outside = {}, 0
+    for name, entry in delta.entries.items():
+        if name not in weights or tuple(weights[name].parameter.shape) != tuple(entry.shape):
+            outside += len(entry.index)
+            continue
+        index = weights[name].index
+        wanted = entry.index.to(index.device, index.dtype)
+        places[name] = torch.searchsorted(index, wanted).clamp(max=len(index) - 1)
+        outside += int((index[places[name]] != wanted).sum())
+    if outside:
+        raise ValueError(
+            f"the delta changes {outside} weights that are not selected here; load the checkpoint it "
+            "was trained on, and select with its threshold or fraction and patterns of names"
+        )
+    return places
+
+
+def _holds(model: SparseModel, record: Mapping) -> bool:
+    """Tell whether the module holds a record's base values, or its trained ones."""
+    weight = model.parameters[record["name"]].detach()
+    found = at_positions.read(weight, record["index"].to(weight.device)).cpu()
+    trained = record["values"].to(found.dtype)
+    return any(torch.equal(found, values.cpu()) for values in (record["base"], trained))
+
+
+def _refuse_unfitting(model: SparseModel, records: Sequence[Mapping]) -> None:
+    faults = []
+    for record in records:
+        name, shape = record["name"], tuple(record["shape"])
+        parameter = model.parameters.get(name)
+        if parameter is None:
+            faults.append(f"{name} is missing")
+        elif tuple(parameter.shape) != shape:
+            faults.append(f"{name} is {tuple(parameter.shape)}, saved {shape}")
+        elif parameter.dtype != record["base"].dtype:
+            faults.append(f"{name} is {parameter.dtype}, saved {record['base'].dtype}")
+        elif not _is_sound(record, parameter.numel()):
+            faults.append(f"{name} has positions or values that do not belong together")
+    if faults:
+        more = f"; and {len(faults) - 10} more" if len(faults) > 10 else ""
+        raise ValueError(
+            f"the saved state belongs to another model: {'; '.join(faults[:10])}{more}. Load "
+            "the model it was trained on, in the same dtype"
+        )
+
+
+def _is_sound(record: Mapping, numel: int) -> bool:
+    index = record["index"].long()
+    ascending = bool((index.diff() > 0).all())
+    in_range = len(index) > 0 and int(index[0]) >= 0 and int(index[-1]) < numel
+    return ascending and in_range and len(index) == len(record["base"]) == len(record["values"])
