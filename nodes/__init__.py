@@ -4,12 +4,8 @@ from comfy_api.latest import ComfyExtension
 
 from . import host, page_state
 from .analysis.analyze import SaraAnalyze
-from .delta.blocks_and_formats import (
-    SaraBlockStrengths,
-    SaraCreateHook,
-    SaraExportDelta,
-    SaraImportCheckpoint,
-)
+from .delta.blocks_and_schedules import SaraBlockStrengths, SaraCreateHook
+from .delta.export_import import SaraExportDelta, SaraImportCheckpoint
 from .delta.load_save_apply import SaraApply, SaraLoadDelta, SaraMergeDeltas, SaraSaveDelta
 from .pictures import folder_look
 from .pictures.image_folder import SaraImageFolder

@@ -71,7 +71,7 @@ class SparseAddition:
         return sum(tensor.nbytes for tensor in self._on(torch.device(device)))
 
     def forget(self) -> None:
-        """Let go of the copies on devices; they are made anew when needed."""
+        """Let go of the copies on devices; they are made again when needed."""
         self._copies.clear()
 
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:

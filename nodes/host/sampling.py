@@ -55,7 +55,7 @@ def sample(patcher, sampling: Sampling) -> Tensor:
 def sample_in_training(calls: ModelCalls, sampling: Sampling) -> Tensor:
     """Make pictures, as `sample`, by the model that is being trained, as it is at this moment.
 
-    Its weights stay on their device: it is not loaded anew, which might move some of them away, and
+    Its weights stay on their device: it is not loaded again, which might move some of them away, and
     ComfyUI does not see it while the VAE is being loaded, which is unloaded again.
 
     Raises:

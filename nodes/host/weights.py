@@ -107,7 +107,7 @@ def is_quantised(weight: Tensor) -> bool:
 def patchable_names(model: torch.nn.Module) -> set[str]:
     """Name the parameters ComfyUI patches: not those beside which a module has further modules.
 
-    It passes over such as Wan's `blocks.0.modulation`, without a word, so what they learned would be
+    It skips parameters such as Wan's `blocks.0.modulation`, without a word, so what they learned would be
     gone once loaded. Layers that cannot cast their weight are patched by some versions only.
     """
     names = set()

@@ -17,7 +17,7 @@ def parse_strengths(text: str, blocks: Sequence[str], others: float = 1.0) -> di
     """Read lines such as `output_blocks.3: 0.5`; a name may hold wildcards, later lines win.
 
     Args:
-        text: Lines; empty ones and what follows a `#` are passed over.
+        text: Lines; empty ones and what follows a `#` are skipped.
         blocks: Names that exist.
         others: Strength of blocks no line names.
 

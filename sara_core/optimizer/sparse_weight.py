@@ -55,7 +55,7 @@ class SparseWeight:
 
     @property
     def index(self) -> Tensor:
-        """Sorted flat positions, `(k,)`, int32 (int64 for 2**31 weights or more); made anew."""
+        """Sorted flat positions, `(k,)`, int32 (int64 for 2**31 weights or more); computed on each use."""
         dtype = torch.int32 if self.parameter.numel() < INT32_LIMIT else torch.int64
         return torch.cumsum(self._gaps, 0, dtype=dtype)
 

@@ -49,7 +49,7 @@ def is_same_base(
 ) -> bool:
     """Tell whether `weights` are those the fingerprint was taken of, up to a change of dtype.
 
-    Selected positions are passed over, so weights that a delta on the same base has changed do not
+    Selected positions are skipped, so weights that a delta on the same base has changed do not
     count as different. Without any other sample the answer is yes.
 
     Args:

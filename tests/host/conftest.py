@@ -138,3 +138,16 @@ def trained(server):
 def delta_name(trained):
     text = trained["outputs"][trained["train"]]["text"][0]
     return re.fullmatch(r"saved (\S+), loss [\d.]+", text)[1]
+
+
+@pytest.fixture(scope="session")
+def deltas(server):
+    """Three deltas for emoji64 and one for the miniature SD1.5."""
+    from .scene import make_delta
+
+    folder = server.base / "models" / "sara"
+    make_delta(folder / "one.safetensors", checkpoint())
+    make_delta(folder / "two.safetensors", checkpoint(), seed=1)
+    make_delta(folder / "three.safetensors", checkpoint(), seed=4)
+    mini = server.base / "models" / "diffusion_models" / "mini_sd15.safetensors"
+    make_delta(folder / "mini.safetensors", mini, prefix="", seed=2)

@@ -1,83 +1,17 @@
 """Deltas beside what else changes a model, through the executor; each compared by value."""
 
-import re
 import shutil
 
 import pytest
 import torch
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from sara_core import DeltaEntry, SparseDelta
+from sara_core import SparseDelta
 
-from ..diffusers_names import parameter_names
-from ..harness.environment import checkpoint
 from ..harness.server import PromptError
-from .graphs import Graph, emoji64, saved_latents, saved_weights
-
-STEPS = 4
-
-
-def make_delta(path, checkpoint, prefix="model.diffusion_model.", size=0.02, seed=0):
-    """Write a delta of random changes at a tenth of a model's matrices, large enough to see."""
-    generator, entries = torch.Generator().manual_seed(seed), {}
-    with safe_open(checkpoint, "pt") as file:
-        for key in file.keys():  # noqa: SIM118
-            if key.startswith(prefix) and len(file.get_slice(key).get_shape()) > 1:
-                shape = tuple(file.get_slice(key).get_shape())
-                index = torch.rand(torch.Size(shape).numel(), generator=generator) < 0.1
-                index = index.nonzero()[:, 0].int()
-                if key.endswith(".weight") and len(index):
-                    values = torch.randn(len(index), generator=generator) * size
-                    entries[key.removeprefix(prefix)] = DeltaEntry(index, values, shape)
-    path.parent.mkdir(exist_ok=True)
-    SparseDelta(entries).save(path, torch.float32)
-
-
-@pytest.fixture(scope="module")
-def deltas(server):
-    folder = server.base / "models" / "sara"
-    make_delta(folder / "one.safetensors", checkpoint())
-    make_delta(folder / "two.safetensors", checkpoint(), seed=1)
-    make_delta(folder / "three.safetensors", checkpoint(), seed=4)
-    mini = server.base / "models" / "diffusion_models" / "mini_sd15.safetensors"
-    make_delta(folder / "mini.safetensors", mini, prefix="", seed=2)
-
-
-class Scene:
-    """emoji64 with texts, and shorthands for what is done with it."""
-
-    def __init__(self, server):
-        self.graph = Graph(server)
-        self.checkpoint, self.base, self.empty = emoji64(self.graph)
-        self.text = self.graph("CLIPTextEncode", clip=self.checkpoint.out(1), text="3d strawberry")
-
-    def delta(self, name="one"):
-        return self.graph("SaraLoadDelta", delta_name=f"{name}.safetensors")
-
-    def applied(self, model=None, name="one", strength=1.0, delta=None):
-        return self.graph(
-            "SaraApply", model=self.base if model is None else model,
-            delta=self.delta(name) if delta is None else delta, strength=strength,
-        )  # fmt: skip
-
-    def sample(self, name, model, positive=None, steps=STEPS, latent=None, **options):
-        latent = latent or self.graph("EmptySD3LatentImage", width=64, height=64, batch_size=1)
-        common = {"model": model, "positive": self.text if positive is None else positive,
-                  "negative": self.empty, "latent_image": latent, "steps": steps, "cfg": 1.0,
-                  "sampler_name": "euler", "scheduler": "simple"}  # fmt: skip
-        if options:
-            found = self.graph("KSamplerAdvanced", noise_seed=1, **common, **options)
-        else:
-            found = self.graph("KSampler", seed=1, denoise=1.0, **common)
-        self.graph("SaveLatent", samples=found, filename_prefix=f"latents/{name}")
-        return found
-
-
-def same(server, one, two, atol=1e-5):
-    one, two = saved_latents(server, one), saved_latents(server, two)
-    return torch.allclose(one, two, atol=atol)
+from .graphs import Graph, saved_latents, saved_weights
+from .scene import STEPS, Scene, same
 
 
 def test_a_hook_is_the_applied_delta_where_and_when_it_is_on(server, deltas):
@@ -211,42 +145,6 @@ def test_merges_and_saved_checkpoints_hold_the_delta(server, deltas):
     assert same(server, "m_reloaded", "m_applied", 1e-4)
 
 
-def test_exports_load_in_core_without_the_pack(server, deltas):
-    loras = server.base / "models" / "loras"
-    loras.mkdir(exist_ok=True)
-    scene = Scene(server)
-    exports = {}
-    for name, options in {
-        "exact": {"format": "differences (exact)"},
-        "whole": {"format": "LoRA (approximate)", "rank": 1024},
-        "small": {"format": "LoRA (approximate)", "rank": 2},
-    }.items():
-        exports[name] = scene.graph(
-            "SaraExportDelta", delta=scene.delta(), dtype="fp32", filename_prefix=f"loras/{name}",
-            **options,
-        )  # fmt: skip
-    outputs = scene.graph.run()
-    texts = {name: outputs[str(node)]["text"][0] for name, node in exports.items()}
-    assert "100.0% of the change's energy is kept" in texts["exact"]
-    assert "100.0% of the change's energy is kept" in texts["whole"]
-    kept = float(re.search(r"([\d.]+)% of the change", texts["small"])[1])
-    assert 1 < kept < 60
-    scene = Scene(server)
-    scene.sample("e_applied", scene.applied(strength=0.7))
-    for name in exports:
-        (path,) = (server.base / "output" / "loras").glob(f"{name}_*.safetensors")
-        shutil.copy(path, loras / f"{name}.safetensors")
-    for name in exports:
-        lora = scene.graph("LoraLoaderModelOnly", model=scene.base, lora_name=f"{name}.safetensors", strength_model=0.7)  # fmt: skip
-        scene.sample(f"e_{name}", lora)
-    scene.sample("e_base", scene.base)
-    scene.graph.run()
-    assert same(server, "e_exact", "e_applied", 1e-4)
-    assert same(server, "e_whole", "e_applied", 1e-2)
-    assert not same(server, "e_small", "e_applied", 1e-2)
-    assert not same(server, "e_small", "e_base", 1e-2)
-
-
 def test_a_delta_beside_a_controlnet_is_the_merged_model_beside_it(server, deltas):
     write_mini_controlnet(server.base / "models" / "controlnet" / "mini.safetensors")
 
@@ -307,46 +205,6 @@ def write_mini_controlnet(path):
     }
     path.parent.mkdir(exist_ok=True)
     save_file(state, path)
-
-
-def test_a_checkpoint_of_the_authors_is_imported_with_its_base(server, deltas):
-    """As their code saves it: values by number, of everything below the threshold, biases too."""
-    import comfy.utils
-
-    folder = server.base / "models" / "diffusion_models"
-    base, threshold = load_file(folder / "mini_sd15.safetensors"), 0.004
-    config = {"num_res_blocks": [1], "channel_mult": (1,), "transformer_depth": [1],
-              "transformer_depth_output": [1, 1], "transformer_depth_middle": 1}  # fmt: skip
-    ours = comfy.utils.unet_to_diffusers(config)
-    names = [ours[name] for name in parameter_names([(1, (0,), False)], [(2, (1, 1), False)])]
-    assert sorted(names) == sorted(base)
-    learned, saved = (
-        {name: weight.clone() for name, weight in base.items()},
-        {"threshold": threshold},
-    )
-    generator = torch.Generator().manual_seed(0)
-    for number, name in enumerate(names):
-        mask = base[name].abs() < threshold
-        learned[name][mask] += torch.randn(int(mask.sum()), generator=generator) * 0.01
-        saved[number] = learned[name][mask].requires_grad_(True)
-    torch.save(saved, server.base / "models" / "sara" / "unet.pt")
-
-    def imported(unet):
-        graph = Graph(server)
-        model = graph("UNETLoader", unet_name=unet, weight_dtype="default")
-        delta = graph("SaraImportCheckpoint", model=model, file="unet.pt")
-        applied = graph("SaraApply", model=model, delta=delta, strength=1.0)
-        graph("ModelSave", model=applied, filename_prefix="weights/imported")
-        graph("SaraSaveDelta", delta=delta, filename_prefix="sara/imported", dtype="fp32")
-        graph.run()
-
-    imported("mini_sd15.safetensors")
-    found = saved_weights(server, "imported")
-    for name, weight in learned.items():
-        key = next(k for k in found if k.endswith(f"diffusion_model.{name}"))
-        assert torch.allclose(found[key], weight, atol=1e-6), name
-    with pytest.raises(PromptError, match="was trained on another base"):
-        imported("other_sd15.safetensors")
 
 
 def test_an_8_bit_model_trains_and_keeps_the_delta_through_the_executor(server):
