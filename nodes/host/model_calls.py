@@ -11,6 +11,13 @@ from ...sara_core.training.inference_tensors import trackable_copy
 from .schedules import noise_schedule
 from .weights import architecture
 
+# What latents are of, by the dimensions beside batch and channels.
+KINDS = {1: "sound, (1, C, length)", 2: "pictures, (1, C, h, w)", 3: "videos, (1, C, frames, h, w)"}
+
+
+# Of a conditioning that counts everywhere and in all steps.
+WHOLE = {"start_percent": 0.0, "end_percent": 1.0, "strength": 1.0}
+
 
 class ModelCalls:
     """Calls a MODEL with one caption per sample, in the model's own conditioning format.
@@ -28,10 +35,24 @@ class ModelCalls:
     def prepare_latent(self, latent: Tensor) -> Tensor:
         """Scale a latent `(1, C, ...)` as the model expects it, float32, on the CPU.
 
+        A picture for a model of videos becomes a video of one frame, as in KSampler, and the other way
+        round.
+
         Raises:
-            ValueError: Other channels than the model's.
+            ValueError: Other channels than the model's, or frames that it cannot take.
         """
-        channels = self.model.latent_format.latent_channels
+        format = self.model.latent_format
+        channels, dimensions = format.latent_channels, format.latent_dimensions
+        if dimensions == 3 and latent.dim() == 4:
+            latent = latent.unsqueeze(2)
+        elif dimensions == 2 and latent.dim() == 5 and latent.shape[2] == 1:
+            latent = latent.squeeze(2)
+        if latent.dim() != dimensions + 2:
+            raise ValueError(
+                f"a latent has the shape {tuple(latent.shape)} but this {architecture(self.patcher)} "
+                f"model takes {KINDS[dimensions]}; encode the pictures with the VAE of the same "
+                "checkpoint"
+            )
         if latent.shape[1] != channels:
             raise ValueError(
                 f"a latent has {latent.shape[1]} channels but this {architecture(self.patcher)} "
@@ -43,12 +64,13 @@ class ModelCalls:
         """Turn conditioning pairs into the model's keyword arguments, for one sample each.
 
         Raises:
-            ValueError: A conditioning that carries a ControlNet or a mask.
+            ValueError: A conditioning that carries a ControlNet, a mask or a range of steps.
         """
         encoded = []
         copies: dict[tuple, list] = {}  # repeats and windows of a picture share their caption
         for (cross_attention, options), latent in zip(captions, latents, strict=True):
             unusable = {"control", "mask", "area", "hooks", "gligen"} & options.keys()
+            unusable |= {key for key, whole in WHOLE.items() if options.get(key, whole) != whole}
             if unusable:
                 raise ValueError(
                     f"a caption's conditioning carries {', '.join(sorted(unusable))}, which SaRA "

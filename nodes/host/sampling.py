@@ -83,6 +83,7 @@ def sample_in_training(calls: ModelCalls, sampling: Sampling) -> Tensor:
 
 
 def _sample_latent(patcher, sampling: Sampling) -> Tensor:
+    _refuse_other_vae(patcher, sampling.vae)
     given = sampling.latent or {"samples": empty_latent(patcher, compression(sampling.vae))}
     latent = comfy.sample.fix_empty_latent_channels(patcher, given["samples"])
     noise = comfy.sample.prepare_noise(latent, sampling.seed, given.get("batch_index"))
@@ -91,6 +92,25 @@ def _sample_latent(patcher, sampling: Sampling) -> Tensor:
         sampling.positive, sampling.negative, latent, noise_mask=given.get("noise_mask"),
         callback=lambda *_: check_cancelled(), disable_pbar=True, seed=sampling.seed,
     )  # fmt: skip
+
+
+def _refuse_other_vae(patcher, vae) -> None:
+    """Refuse a VAE whose latents have other channels or dimensions than the model's.
+
+    Raises:
+        ValueError: It is of another family.
+    """
+    if vae is None:
+        raise ValueError("there is no VAE in SaRA Sampling; connect that of the model's checkpoint")
+    format = patcher.get_model_object("latent_format")
+    found = vae.latent_channels, vae.latent_dim
+    expected = format.latent_channels, format.latent_dimensions
+    one_frame = expected[1] == 2 or found[1] == 2  # a picture's VAE may be used for one frame
+    if found[0] != expected[0] or (found[1] != expected[1] and not one_frame):
+        raise ValueError(
+            f"the VAE connected to SaRA Sampling decodes latents of {found[0]} channels, but this "
+            f"model makes {expected[0]}; connect the VAE of the model's checkpoint"
+        )
 
 
 def _decode(vae, latent: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from ...sara_core.pictures.encoding_cache import EncodingCache
 from ...sara_core.pictures.picture_folder import describe_files
 from .. import host
 from ..inputs import chosen, refuse_unchosen, searched_as
-from ..training.examples import PICTURE
+from ..training.examples import NAME, PICTURE
 from .contact_sheet import contact_sheet
 from .encoded_folder import encode_folder, mask_of
 from .folder_inputs import folder_inputs, folder_options
@@ -138,7 +138,7 @@ class SaraImageFolder(io.ComfyNode):
         encodings = [found.encodings[v.key] for v in epoch]
         return io.NodeOutput(
             [
-                {"samples": encoding["latent"][None], PICTURE: v.digest}
+                {"samples": encoding["latent"][None], PICTURE: v.digest, NAME: v.file.name}
                 for v, encoding in zip(epoch, encodings, strict=True)
             ],
             [found.captions[found.texts[v.file.name]] for v in epoch],

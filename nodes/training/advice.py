@@ -5,6 +5,7 @@ import torch
 from ...sara_core.training.run_settings import RunSettings
 from .. import host
 from .examples import Examples
+from .unlearnable import listed, unmasked
 
 MANY_EPOCHS = 300
 
@@ -29,6 +30,8 @@ def likely_mistakes(patcher, settings: RunSettings, examples: Examples) -> list[
         found.append(
             "all pictures have the same caption: prompts will hardly tell what they show apart"
         )
+    if empty := unmasked(examples):
+        found.append(f"the masks keep nothing of {listed(empty)}, so nothing is learned of them")
     if settings.batch_size > count:
         found.append(
             f"batch_size is {settings.batch_size}, but there are {count} pictures: each step goes "

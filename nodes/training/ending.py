@@ -1,5 +1,8 @@
 """How a run ended, in words."""
 
+import math
+from collections.abc import Sequence
+
 from ...sara_core.training.out_of_memory import is_out_of_memory
 from .. import host
 
@@ -7,6 +10,38 @@ MEMORY_ADVICE = (
     "To need less memory: turn gradient_checkpointing on, lower batch_size, use smaller pictures, "
     "train a smaller fraction, set moments to 8bit, turn offloading on."
 )
+
+
+def refuse_unlearned(num_updates: int) -> None:
+    """Raise if a run has made all its steps, but none of them counted.
+
+    Raises:
+        FloatingPointError: No update was made.
+    """
+    if not num_updates:
+        raise FloatingPointError(
+            "the loss or its gradient was not finite in any step, so nothing was learned; compute in "
+            "fp32 or bf16 if training_dtype is fp16, or lower the learning rate"
+        )
+
+
+def worse_than_it_began(losses: Sequence[float]) -> str | None:
+    """Say so if the last quarter of the losses is far above the first tenth; None if not.
+
+    Single losses of a diffusion model differ by a factor of ten with the noise they draw, so that few
+    of them say little.
+    """
+    finite = [loss for loss in losses if math.isfinite(loss)]
+    begun, ended = finite[: len(finite) // 10], finite[-(len(finite) // 4) :]
+    if not begun:
+        return None
+    first, last = (sum(part) / len(part) for part in (begun, ended))
+    if last <= first * (2 if len(begun) >= 10 else 10):
+        return None
+    return (
+        f"the loss rose from {first:.3g} to {last:.3g}: the model got worse instead of learning. Lower "
+        "the learning rate"
+    )
 
 
 def how_it_ended(error: BaseException) -> str:

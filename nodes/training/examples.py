@@ -1,17 +1,33 @@
 """What SaRA Train is given: latents, captions and masks as ComfyUI's nodes emit them."""
 
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-PICTURE = "sara_picture"  # key in a LATENT by which windows of one picture are known as such
+# Keys in a LATENT: by which windows of one picture are known as such, and its name.
+PICTURE, NAME = "sara_picture", "sara_name"
 
 
 def flatten_latents(latents: list[dict]) -> list[Tensor]:
     """Split LATENT inputs, single or batched, into latents of shape `(1, C, ...)`."""
     return [sample[None] for latent in latents for sample in latent["samples"]]
+
+
+def noise_masks(latents: list[dict]) -> list[Tensor] | None:
+    """Return the masks that latents carry, one per sample, all or none; None if there are none."""
+    if not any(latent.get("noise_mask") is not None for latent in latents):
+        return None
+    masks = []
+    for latent in latents:
+        samples, given = latent["samples"], latent.get("noise_mask")
+        if given is None:
+            masks.append(torch.ones(len(samples), *samples.shape[-2:]))
+        else:
+            flat = given.reshape(-1, *given.shape[-2:])
+            masks.append(flat.repeat(-(-len(samples) // len(flat)), 1, 1)[: len(samples)])
+    return masks
 
 
 def flatten_masks(masks: list[Tensor] | None, count: int) -> list[Tensor] | None:
@@ -42,6 +58,12 @@ def picture_names(latents: list[dict]) -> list[Hashable]:
     return names
 
 
+def picture_labels(latents: list[dict], kind: str) -> list[str]:
+    """Name each latent for people: by its file, or by its number."""
+    names = [latent.get(NAME, "") for latent in latents for _ in latent["samples"]]
+    return [name or f"{kind} {number}" for number, name in enumerate(names, 1)]
+
+
 def flatten_conditioning(conditioning: list[list], count: int) -> list[list]:
     """Give each of `count` pictures its conditioning: one `[cross_attention, options]` pair.
 
@@ -70,6 +92,7 @@ class Examples:
         masks: What counts in the loss, one per picture to learn, shape `(1, H, W)`, or None.
         names: Picture that each entry to learn is a window of; each its own if None.
         num_regularisation: Number of regularisation pictures at the end.
+        labels: Name of each picture for people; its number if there are none.
     """
 
     latents: list[Tensor]
@@ -78,6 +101,12 @@ class Examples:
     masks: list[Tensor] | None = None
     names: list[Hashable] | None = None
     num_regularisation: int = 0
+    labels: list[str] = field(default_factory=list)
+
+    def __post_init__(self):
+        if not self.labels:
+            numbers = range(1, len(self.latents) + 1)
+            object.__setattr__(self, "labels", [f"picture {number}" for number in numbers])
 
     @property
     def num_to_learn(self) -> int:
@@ -139,9 +168,11 @@ def gather_examples(
         pictures + prior,
         captions + prior_captions,
         empty[0][0] if empty else None,
-        flatten_masks(masks, len(pictures)),
+        flatten_masks(noise_masks(latents) if masks is None else masks, len(pictures)),
         picture_names(latents),
         len(prior),
+        picture_labels(latents, "picture")
+        + picture_labels(regularisation_latents or [], "regularisation picture"),
     )
 
 

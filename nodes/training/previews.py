@@ -5,7 +5,6 @@ from pathlib import Path
 
 from ...sara_core import SaraAdamW
 from ...sara_core.files.atomic import replace_atomically
-from ...sara_core.training.out_of_memory import is_out_of_memory
 from ...sara_core.training.run_folder import RunFolder
 from .. import host
 from ..sampling.picture_sheets import row_of, stack, thumbnail
@@ -40,7 +39,6 @@ class Previews:
             folder,
         )
         self.thumbnail = ""
-        self._is_first = True
 
     def is_due(self, step: int) -> bool:
         """Tell whether a picture is to be made after a step; with 0 before the first one."""
@@ -49,9 +47,7 @@ class Previews:
         return bool(self.samplings) and is_time and not self.folder.preview_path(step).exists()
 
     def make(self, step: int) -> tuple[Path | None, str]:
-        """Sample and save.
-
-        What goes wrong ends the training only if it is the first thing the run does.
+        """Sample and save. What goes wrong does not end the training.
 
         Returns:
             The picture's path, or None and what went wrong; no more are made then.
@@ -70,13 +66,11 @@ class Previews:
         except host.Cancelled:
             raise
         except Exception as error:
-            if self._is_first and step == 0 and not is_out_of_memory(error):
-                raise
             logger.warning("SaRA Train: no more previews", exc_info=error)
             self.samplings = []
-            problem = f"{type(error).__name__}: {error}"
+            is_explained = isinstance(error, ValueError)
+            problem = str(error) if is_explained else f"{type(error).__name__}: {error}"
         else:
-            self._is_first = False
             self.thumbnail = thumbnail(pictures[0][0])
             return path, ""
         host.free_memory()  # outside the except block, where the error held on to tensors

@@ -28,6 +28,7 @@ class Reporter:
         self.progress = host.Progress(steps, node_id)
         previews = output_folder.view_subfolder(folder.preview_path(0).parent)
         self.chart = LiveChart(node_id, folder.path.name, steps, workflow, previews)
+        self._had_zero = False
         self._every = max(1, steps // NUM_LINES)
 
     def say(self, text: str) -> str:
@@ -47,6 +48,12 @@ class Reporter:
         self.chart.add(report)
         if report.skipped:
             self.say(f"step {report.step} was not finite and changed nothing")
+        elif report.loss == 0 and not self._had_zero:
+            self._had_zero = True
+            self.warn(
+                f"step {report.step}: the loss is exactly 0, so nothing was learned in it; masks may "
+                "keep nothing of its pictures, or the model does not use what it is given"
+            )
         elif report.step % self._every == 0:
             mean = sum(losses[-self._every :]) / len(losses[-self._every :])
             logger.info(

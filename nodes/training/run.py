@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from ...sara_core.training.trainer import TrainingRun
 from .. import host, output_folder
 from . import memory
 from .advice import epochs, likely_mistakes
+from .ending import worse_than_it_began
 from .examples import Examples
 from .previews import Previews
 from .reporter import Reporter
@@ -88,6 +90,8 @@ def run(
                 memory.announce(calls, training, reporter)
                 Session(training, previews, reporter, saver).train(rates)
             path = saver.finish()
+            if (line := worse_than_it_began(saver.losses)) is not None:
+                reporter.warn(line)
             return path, _loss_map(saver.losses, saver.validation), reporter.chart.finish()
         finally:
             optimizer.restore()
@@ -176,9 +180,18 @@ def finished(folder: RunFolder) -> tuple[Path, dict[str, list]]:
 
 
 def _loss_map(losses: list[float], validation: list[tuple[int, float]]) -> dict[str, list]:
-    """Return the losses as ComfyUI's Plot Loss Graph takes them, with the validation beside."""
+    """Return the losses as ComfyUI's Plot Loss Graph takes them, with the validation beside.
+
+    It cannot draw a loss that is not finite, of a step that was skipped; such take the one before.
+    """
+    shown: list[float] = []
+    latest = next(filter(math.isfinite, losses), 0.0)
+    for loss in losses:
+        latest = loss if math.isfinite(loss) else latest
+        shown.append(latest)
+    finite = [(step, loss) for step, loss in validation if math.isfinite(loss)]
     return {
-        "loss": losses,
-        "validation_step": [step for step, _ in validation],
-        "validation_loss": [loss for _, loss in validation],
+        "loss": shown,
+        "validation_step": [step for step, _ in finite],
+        "validation_loss": [loss for _, loss in finite],
     }

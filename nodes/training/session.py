@@ -5,6 +5,7 @@ import traceback
 from ...sara_core.training.out_of_memory import is_out_of_memory
 from ...sara_core.training.trainer import TrainingRun
 from .. import host
+from .ending import refuse_unlearned
 from .previews import Previews
 from .reporter import Reporter
 from .saver import Saver
@@ -43,6 +44,7 @@ class Session:
                     self._stage = report.stage
                     self.saver.save()
                 self.reporter.progress.update(report.step)
+            refuse_unlearned(self.training.optimizer.num_steps)
         except BaseException as error:
             if is_out_of_memory(error):  # its traceback holds on to the step's activations
                 traceback.clear_frames(error.__traceback__)

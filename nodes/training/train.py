@@ -11,6 +11,7 @@ from ..sockets import LossMap, SaraDelta, SaraSampling
 from .examples import gather_examples
 from .live_chart import KIND
 from .run import finished, is_finished, new_folder, old_folder, run
+from .unlearnable import refuse_unlearnable
 from .widgets import NEW_RUN, training_inputs
 
 
@@ -95,6 +96,7 @@ class SaraTrain(io.ComfyNode):
         examples = gather_examples(
             latents, positive, empty, masks, regularisation_latents, regularisation_positive
         )
+        refuse_unlearnable(examples)
         is_new = resume == NEW_RUN
         folder = (
             new_folder(model[0], settings)

@@ -190,25 +190,15 @@ def fail_at(call, error):
     return decode
 
 
-def test_a_first_preview_that_fails_ends_it_before_anything_is_done(
-    loaded, sara, sampling, monkeypatch
-):  # fmt: skip
-    model, vae, _ = loaded
-    before = bits(model)
-    monkeypatch.setattr(type(vae), "decode", fail_at(1, KeyError("no such thing")))
-    options = settings(sara, preview_every_steps=2)
-    folder = sara.folder.RunFolder.create(tempfile.mkdtemp(), "run", options)
-    with pytest.raises(KeyError, match="no such thing"):
-        sara.run.run(model, sampling.examples, folder, None, samplings=[sampling()])
-    assert not folder.path.exists()
-    assert_same_bits(before, model)
-
-
 @pytest.mark.parametrize(
     ("call", "error"),
-    [(2, KeyError("later")), (1, torch.cuda.OutOfMemoryError("CUDA out of memory"))],
+    [
+        (2, KeyError("later")),
+        (1, KeyError("at once")),
+        (1, torch.cuda.OutOfMemoryError("CUDA out of memory")),
+    ],
 )
-def test_a_preview_that_fails_later_is_told_and_the_training_goes_on(
+def test_a_preview_that_fails_is_reported_and_the_training_goes_on(
     loaded, sara, sampling, monkeypatch, call, error
 ):  # fmt: skip
     model, vae, _ = loaded
@@ -248,13 +238,20 @@ def test_cancel_in_a_preview_saves_and_the_resumed_run_shows_what_it_should(
     assert not again.preview_path(3).exists()
 
 
-def test_hooks_in_a_preview_are_refused(loaded, sara, sampling):
-    model, _, captions = loaded
+def test_hooks_or_another_vae_in_a_preview_are_said_and_the_training_goes_on(
+    loaded, sara, sampling, monkeypatch
+):  # fmt: skip
+    model, vae, captions = loaded
     delta = train(sara, model, sampling.examples)[0]
     hooks = sara.host.create_hook(delta, 1.0, None)
     positive = [[captions[0][0][0], {**captions[0][0][1], "hooks": hooks}]]
-    with pytest.raises(ValueError, match="hooks"):
-        train(sara, model, sampling.examples, [sampling(positive=positive)])
+    found, _, chart, _ = train(sara, model, sampling.examples, [sampling(positive=positive)])
+    assert "carries hooks" in chart["warnings"][-1]
+    assert_same(found.entries, delta.entries)
+    monkeypatch.setattr(vae, "latent_channels", 4)
+    found, _, chart, _ = train(sara, model, sampling.examples, [sampling()])
+    assert "latents of 4 channels, but this model makes 16" in chart["warnings"][-1]
+    assert_same(found.entries, delta.entries)
 
 
 def test_without_a_first_preview_a_cancelled_run_leaves_no_folder(
