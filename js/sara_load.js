@@ -21,6 +21,8 @@ export function lines(told) {
       : text("weights", { count }),
     steps ? (pictures ? text("steps_of", { steps, pictures }) : text("steps", { steps })) : "",
     words ? text("trigger_words", { words }) : "",
+    told["sara.patches_below"]
+      ? text("patches_below", { what: told["sara.patches_below"] }) : "",
     told["sara.other_prediction"]
       ? text("other_prediction", { what: told["sara.other_prediction"] }) : "",
     (told["modelspec.date"] ?? "").slice(0, 10),

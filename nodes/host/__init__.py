@@ -36,6 +36,7 @@ from .patches import (
     ZeroSmallWeights,
     apply_delta,
     create_hook,
+    patches_carried,
     zero_small_weights,
 )
 from .sampling import SAMPLERS, SCHEDULERS, Sampling, sample, sample_in_training
@@ -47,6 +48,7 @@ from .weights import (
     bytes_per_trained_weight,
     diffusers_names,
     is_quantised,
+    patched_weights,
     trainable_weights,
     zero_rule,
 )
@@ -90,6 +92,8 @@ __all__ = [
     "new_output_path",
     "noise_schedule",
     "output_root",
+    "patched_weights",
+    "patches_carried",
     "picture_folder",
     "picture_folders",
     "register_folders",

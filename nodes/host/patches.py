@@ -3,6 +3,7 @@
 import functools
 import logging
 import weakref
+from collections import Counter
 
 import comfy.hooks
 import torch
@@ -20,6 +21,7 @@ from .weights import (
     is_dynamic,
     is_quantised,
     patchable_names,
+    patched_weights,
 )
 
 logger = logging.getLogger("comfyui-sara")
@@ -129,7 +131,10 @@ def apply_delta(patcher, delta: SparseDelta, strength: float):
     patched = patcher.clone()
     weights = base_weights(patcher)
     _refuse_other_shapes(patcher, delta, weights)
-    if not delta.fits_base(weights):
+    is_carried = bool(patcher.patches)  # such as a LoRA that was there when the delta was trained
+    if not delta.fits_base(weights) and not (
+        is_carried and delta.fits_base(patched_weights(patcher))
+    ):
         logger.warning(
             "Apply SaRA: this delta was trained on another base than the loaded checkpoint. Shapes "
             "fit, so it is applied, but the result may differ from what was trained"
@@ -158,6 +163,21 @@ def apply_delta(patcher, delta: SparseDelta, strength: float):
         )
     patched.add_patches(adapters, strength)
     return patched
+
+
+def patches_carried(patcher) -> str:
+    """Say which patches a MODEL carries, such as `lora on 128 parameters`; empty for none."""
+    kinds: Counter[str] = Counter()
+    for key, patches in patcher.patches.items():
+        if key.startswith(PREFIX):
+            kinds.update({_kind(patch[1]) for patch in patches})
+    return ", ".join(f"{kind} on {count} parameters" for kind, count in kinds.items())
+
+
+def _kind(patch: object) -> str:
+    """Name a patch: an adapter by its name, a tuple by its first word; of merges it is a weight."""
+    first = patch[0] if isinstance(patch, (tuple, list)) and patch else None
+    return getattr(patch, "name", None) or (first if isinstance(first, str) else "merge")
 
 
 def _is_added_when_used(patcher, weight: Tensor) -> bool:

@@ -1,13 +1,20 @@
 """Weights of a MODEL: which there are, what 8-bit ones stand for, which may train."""
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
+import comfy.float
+import comfy.lora
+import comfy.model_patcher
 import comfy.supported_models
 import comfy.utils
 import torch
 from comfy.quant_ops import QuantizedTensor
 from torch import Tensor
 
+_seeds = (
+    comfy.utils if hasattr(comfy.utils, "string_to_seed") else comfy.model_patcher
+)  # since 0.33
 PREFIX = "diffusion_model."
 REAL_SCALE = "sara_scale"  # of a scaled layer whose weight is a number for a while
 CASTS = "comfy_cast_weights"  # layers that turn their weight into another dtype when it is used
@@ -20,16 +27,21 @@ class BaseWeights(Mapping):
         stored: The weights as the model holds them.
     """
 
-    def __init__(self, stored: dict[str, Tensor], convert: dict[str, Callable]):
+    def __init__(
+        self,
+        stored: dict[str, Tensor],
+        convert: dict[str, Callable],
+        patch: dict[str, Callable] | None = None,
+    ):
         self.stored = stored
         self._convert = convert
+        self._patch = patch or {}
 
     def __getitem__(self, name: str) -> Tensor:
         weight = self.stored[name]
-        if not is_quantised(weight):
-            return weight
         with torch.no_grad():
-            return self._convert[name](weight, inplace=False)
+            number = self._convert[name](weight, inplace=False) if is_quantised(weight) else weight
+            return self._patch[name](number) if name in self._patch else number
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.stored)
@@ -39,7 +51,11 @@ class BaseWeights(Mapping):
 
     def only(self, names: Iterable[str]) -> "BaseWeights":
         """Return those of the names."""
-        return BaseWeights({name: self.stored[name] for name in names}, self._convert)
+        return BaseWeights({name: self.stored[name] for name in names}, self._convert, self._patch)
+
+    def patched(self, patch: dict[str, Callable]) -> "BaseWeights":
+        """Return them with what some of them become."""
+        return BaseWeights(self.stored, self._convert, patch)
 
 
 def base_weights(patcher) -> BaseWeights:
@@ -62,6 +78,21 @@ def base_weights(patcher) -> BaseWeights:
     return BaseWeights(stored, convert)
 
 
+def patched_weights(patcher) -> BaseWeights:
+    """Return the weights of a MODEL as it uses them: with the LoRAs, merges and deltas it carries."""
+
+    def patch(key: str, weight: Tensor) -> Tensor:
+        number = weight.to(torch.float32, copy=True)
+        out = comfy.lora.calculate_weight(patcher.patches[key], number, key)
+        if not weight.is_floating_point() or weight.element_size() == 1:
+            return out
+        return comfy.float.stochastic_rounding(out, weight.dtype, seed=_seeds.string_to_seed(key))
+
+    weights = base_weights(patcher)
+    keys = {name: PREFIX + name for name in weights if PREFIX + name in patcher.patches}
+    return weights.patched({name: functools.partial(patch, key) for name, key in keys.items()})
+
+
 def converter(module: torch.nn.Module, kind: str) -> Callable[..., Tensor]:
     """Return what turns a layer's stored weight into numbers, during training as well."""
     scale = getattr(module, REAL_SCALE, getattr(module, "scale_weight", None))
@@ -75,9 +106,9 @@ def _as_it_is(weight: Tensor, **_) -> Tensor:
 
 
 def trainable_weights(patcher) -> BaseWeights:
-    """Return those of `base_weights` that may train: those ComfyUI is able to patch."""
+    """Return those of `patched_weights` that may train: those ComfyUI is able to patch."""
     names = patchable_names(patcher.model.diffusion_model)
-    weights = base_weights(patcher)
+    weights = patched_weights(patcher)
     return weights.only(name for name in weights if name in names)
 
 

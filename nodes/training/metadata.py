@@ -13,15 +13,17 @@ from .. import host
 def run_metadata(patcher, settings: RunSettings, optimizer: SaraAdamW) -> dict[str, str]:
     """Return what stays the same during a run, as text by key.
 
-    The MODEL may carry LoRAs; the file is for the checkpoint below them.
+    The MODEL may carry LoRAs or be a merge; the file is for what they make of the checkpoint.
     """
     values = dataclasses.asdict(settings) | {"learning_rate": optimizer.param_groups[0]["lr"]}
     words = settings.trigger_words.strip()
-    base = take_fingerprint(host.base_weights(patcher), optimizer.names())
+    base = take_fingerprint(host.patched_weights(patcher), optimizer.names())
+    carried = host.patches_carried(patcher)
     foreign = host.foreign_prediction(patcher)
     return {
         **optimizer.delta_metadata(),
         **({"sara.other_prediction": "{} instead of {}".format(*foreign)} if foreign else {}),
+        **({"sara.patches_below": carried} if carried else {}),
         **({"modelspec.trigger_phrase": words} if words else {}),
         "sara.fingerprint": base,
         "sara.settings": json.dumps(values, sort_keys=True),

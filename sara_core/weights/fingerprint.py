@@ -49,6 +49,9 @@ def is_same_base(
 ) -> bool:
     """Tell whether `weights` are those the fingerprint was taken of, up to a change of dtype.
 
+    They are compared at the coarsest of the precisions that either has gone through, those they are
+    held in and those their values give away: a bfloat16 file may have been loaded as float32.
+
     Selected positions are skipped, so weights that a delta on the same base has changed do not
     count as different. Without any other sample the answer is yes.
 
@@ -70,15 +73,24 @@ def is_same_base(
     if not index:
         return True
     samples = sample_positions(_shapes(weights, index))
-    for (name, position), expected in zip(samples, values.tolist(), strict=True):
-        weight = weights[name]
-        coarser = max((dtype, weight.dtype), key=lambda d: torch.finfo(d).eps)
-        info = torch.finfo(coarser)
-        tolerance = info.eps * abs(expected) + info.eps * info.smallest_normal
-        is_equal = abs(_at(weight, position).item() - expected) <= tolerance
-        if not is_equal and not bool((index[name] == position).any()):
-            return False
-    return True
+    expected = torch.from_numpy(values.copy())
+    found = torch.stack([_at(weights[name], position) for name, position in samples])
+    dtypes = {dtype, weights[samples[0][0]].dtype, *_precisions(expected), *_precisions(found)}
+    infos = [torch.finfo(one) for one in dtypes if one.is_floating_point]
+    relative = max(info.eps for info in infos)
+    absolute = max(info.eps * info.smallest_normal for info in infos)
+    differ = (found - expected).abs() > relative * expected.abs() + absolute
+    return all(
+        bool((index[name] == position).any())
+        for (name, position), is_other in zip(samples, differ.tolist(), strict=True)
+        if is_other
+    )
+
+
+def _precisions(values: Tensor) -> list[torch.dtype]:
+    """List the half precisions in which all values are exact, so that they may come from there."""
+    halves = (torch.bfloat16, torch.float16)
+    return [dtype for dtype in halves if torch.equal(values.to(dtype).float(), values)]
 
 
 def _shapes(weights: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, tuple[int, ...]]:

@@ -1,6 +1,7 @@
 """Deltas as patches of a MODEL in this process."""
 
 import comfy.sd as comfy
+import pytest
 import torch
 
 from .builders import assert_same_bits, bits, pairs, settings, train
@@ -135,3 +136,63 @@ def test_base_weights_are_seen_through_loaded_patches(sd15, sara):
         assert torch.equal(seen["time_embed.0.weight"], before["time_embed.0.weight"])
         assert len(seen) == len(list(sd15_unet().parameters()))
         management.load_models_gpu([sd15])
+
+
+def of_merge(sd15, tmp_path):
+    """Half the miniature, half another one; and the same merge as it would be saved."""
+    import comfy.sd
+    from comfy_extras.nodes_model_merging import ModelMergeSimple
+
+    write_mini_sd15(tmp_path / "other.safetensors", seed=1)
+    with torch.inference_mode():
+        other = comfy.sd.load_diffusion_model(str(tmp_path / "other.safetensors"))
+        (merged,) = ModelMergeSimple().merge(sd15, other, 0.5)
+        halves = zip(bits(sd15).items(), bits(other).values(), strict=True)
+        saved = {name: 0.5 * one + 0.5 * two for (name, one), two in halves}
+    return merged, saved
+
+
+def test_what_analyze_shows_and_train_trains_are_the_patched_weights(sd15, sara, tmp_path):
+    from sara_pack.nodes.analysis.analyze import SaraAnalyze
+
+    merged, saved = of_merge(sd15, tmp_path)
+    seen = sara.host.patched_weights(merged)
+    for name, weight in seen.items():
+        assert torch.allclose(weight, saved[name], atol=1e-7), name
+    hidden = type("Hidden", (), {"unique_id": None, "extra_pnginfo": None})
+    node = type("Node", (SaraAnalyze,), {"hidden": hidden})
+    threshold = node.execute(merged, 0.0, 0.1, "", "", "", "auto").args[1]
+    trainable = sara.host.trainable_weights(merged)
+    magnitudes = torch.cat(
+        [saved[name].abs().flatten() for name in trainable if saved[name].dim() > 1]
+    )
+    expected = magnitudes.sort().values[round(0.1 * len(magnitudes))].item()
+    assert threshold == pytest.approx(expected, rel=1e-3)
+    assert node.execute(sd15, 0.0, 0.1, "", "", "", "auto").args[1] != pytest.approx(
+        threshold, rel=0.01
+    )
+
+    before = {name: weight.clone() for name, weight in sara.host.base_weights(sd15).items()}
+    delta, _ = train(sara, merged, *pairs(2), settings(sara, fraction=0.1))
+    after = sara.host.base_weights(merged)
+    assert all(torch.equal(weight, after[name]) for name, weight in before.items())
+    assert float(delta.metadata["sara.threshold"]) == pytest.approx(threshold, rel=1e-6)
+    assert delta.fits_base(saved)
+    assert not delta.fits_base(sara.host.base_weights(sd15))
+    assert delta.metadata["sara.patches_below"].startswith("merge on ")
+
+
+def test_a_delta_trained_above_a_patch_fits_the_model_with_that_patch(sd15, sara, tmp_path, caplog):
+    merged, _ = of_merge(sd15, tmp_path)
+    delta, _ = train(sara, merged, *pairs(2), settings(sara))
+    with caplog.at_level("WARNING"):
+        sara.host.apply_delta(merged, delta, 1.0)
+        assert "another base" not in caplog.text
+        sara.host.apply_delta(sd15, delta, 1.0)
+        assert "another base" in caplog.text
+    plain, _ = train(sara, sd15, *pairs(2), settings(sara))
+    assert "sara.patches_below" not in plain.metadata
+    caplog.clear()
+    with caplog.at_level("WARNING"):  # of the checkpoint, with the merge beside it
+        sara.host.apply_delta(merged, plain, 1.0)
+        assert "another base" not in caplog.text

@@ -185,10 +185,13 @@ def test_copies_of_a_delta_are_let_go_of_with_the_model(sara):
     assert not any(addition._copies for addition in additions)
 
 
-def test_the_fingerprint_of_a_scaled_base_is_of_its_numbers_beside_a_lora(sara):
+def test_the_fingerprint_of_a_scaled_base_is_of_its_numbers_with_a_lora_on_them(sara):
     patcher = load("scaled")
     with_lora = patcher.clone()
     key = "diffusion_model.joint_blocks.0.x_block.mlp.fc1.weight"
     assert with_lora.add_patches({key: ("diff", (torch.ones(512, 128) * 0.01,))}, 1.0)
     delta, _ = delta_of(sara, with_lora)
-    assert delta.fits_base(sara.host.base_weights(patcher))
+    assert delta.fits_base(sara.host.patched_weights(with_lora))
+    assert not delta.fits_base(sara.host.base_weights(patcher))
+    plain, _ = delta_of(sara, patcher)
+    assert plain.fits_base(sara.host.base_weights(patcher))

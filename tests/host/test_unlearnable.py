@@ -86,7 +86,7 @@ def test_a_loss_of_exactly_zero_is_said(sd15, sara, tmp_path):
     options = settings(sara, caption_dropout=0.0)
     folder = sara.folder.RunFolder.create(tmp_path, "run", options)
     given = sara.examples.Examples(latents, captions, masks=masks)
-    _, _, chart = sara.run.run(sd15, given, folder, None)
+    _, losses, chart = sara.run.run(sd15, given, folder, None)
     assert losses["loss"] == [0.0] * 4
     (line,) = [line for line in chart["warnings"] if "exactly 0" in line]
     assert line.startswith("step 1: ")
