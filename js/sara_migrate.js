@@ -14,6 +14,10 @@ const BEFORE = { // up to 0.1
     "validate_every_steps", "preview_every_steps", "preview_strength", "trigger_words",
     "offloading", "moments",
   ],
+  SaraImageFolder: [
+    "folder", "size", "max_buckets", "divisible_by", "crop", "crops", "max_upscale", "flip", "alpha",
+    "background", "trigger", "default_caption", "repeats", "problems", "seed", "cache_gb",
+  ],
 };
 
 const saved = (node) => (node.widgets ?? []).filter((widget) => widget.serialize !== false);

@@ -46,6 +46,12 @@ def encode_pixels(vae, pixels: Tensor) -> Tensor:
     return vae.encode(pixels)
 
 
-def encode_text(clip, text: str) -> list:
-    """Encode a caption. Returns a CONDITIONING."""
-    return clip.encode_from_tokens_scheduled(clip.tokenize(text))
+def encode_text(clip, text: str, weights: bool = False) -> list:
+    """Encode a caption. Returns a CONDITIONING.
+
+    Args:
+        clip: The CLIP.
+        text: The caption.
+        weights: Whether parentheses are ComfyUI's emphasis, as `(cat:1.2)`, or just parentheses.
+    """
+    return clip.encode_from_tokens_scheduled(clip.tokenize(text, disable_weights=not weights))

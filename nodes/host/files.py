@@ -1,6 +1,8 @@
 """Folders and files as ComfyUI lists them."""
 
 import contextlib
+import functools
+import logging
 import os
 from pathlib import Path
 
@@ -8,6 +10,8 @@ import folder_paths
 
 from ...sara_core.pictures.picture_folder import ENDINGS, REPEATS
 from ...sara_core.training.run_folder import STATE
+
+logger = logging.getLogger("comfyui-sara")
 
 FOLDER = "sara"
 INPUT, DATASETS = "input", "datasets"
@@ -101,6 +105,9 @@ def _with_pictures(root: Path) -> dict[Path, int]:
     real, ranks = root.resolve(), {}
     for parent, folders, files in os.walk(root):
         path = Path(parent)
+        for name in folders:
+            if not (path / name).resolve().is_relative_to(real):
+                _say_of_link(path / name)
         folders[:] = [
             name
             for name in folders
@@ -115,6 +122,15 @@ def _with_pictures(root: Path) -> dict[Path, int]:
                     above, 0 if REPEATS.fullmatch(path.name) and above == path.parent else 1
                 )
     return ranks
+
+
+@functools.cache
+def _say_of_link(path: Path) -> None:
+    logger.info(
+        "SaRA Image Folder: %s is a link that leads out of its folder, so it is not listed; put the "
+        "pictures there, or name their folder under datasets in extra_model_paths.yaml",
+        path,
+    )
 
 
 def picture_folder(name: str) -> str:

@@ -29,6 +29,10 @@ from .picture_files import Picture, read_file, read_picture
 logger = logging.getLogger("comfyui-sara")
 
 EMBEDDING = "embedding:"
+NOT_FINITE = (
+    "the VAE makes NaN or infinity of it; start ComfyUI with --fp32-vae or --bf16-vae, or use a VAE that "
+    "is fixed for fp16"
+)
 THUMBNAIL = 128
 
 
@@ -48,7 +52,7 @@ def encode_folder(
     Raises:
         ValueError: No picture in it can be used, or one cannot and `options.refuse` is set.
     """
-    files, problems = find_pictures(folder)
+    files, problems = find_pictures(folder, options.recurse)
     result = EncodedFolder(problems=problems)
     looks = look_at(files, result)
     facts = host.vae_facts(vae)
@@ -59,11 +63,16 @@ def encode_folder(
     texts = settle_captions(list(looks), options, result)
     progress = host.Progress(len(missing) + len(texts), node_id)
     for done, (variant, *parts) in enumerate(_decoded(missing, options, result.problems), 1):
-        entry = result.encodings[variant.key] = _encode(*parts, vae)
-        pictures_cache.put(variant.key, entry)
+        entry = _encode(*parts, vae)
         progress.update(done)
-    if options.refuse and result.problems:
-        raise ValueError(f"{folder.name} has files that cannot be used:\n{_list(result.problems)}")
+        if not entry["latent"].isfinite().all():
+            result.problems.append(Problem(variant.file.name, NOT_FINITE))
+            continue
+        result.encodings[variant.key] = entry
+        pictures_cache.put(variant.key, entry)
+    refused = [problem for problem in result.problems if not problem.is_note]
+    if options.refuse and refused:
+        raise ValueError(f"{folder.name} has files that are not used:\n{_list(refused)}")
     result.variants = [v for v in result.variants if v.key in result.encodings]
     if not result.variants:
         raise ValueError(
@@ -73,7 +82,7 @@ def encode_folder(
     facts = host.clip_facts(clip)
     captions_cache = cache if facts is not None else cache.off()
     for number, text in enumerate(texts):
-        result.captions[text] = _encode_caption(text, clip, facts, captions_cache)
+        result.captions[text] = _encode_caption(text, clip, facts, captions_cache, options.emphasis)
         progress.update(len(missing) + number + 1)
     return result
 
@@ -135,14 +144,16 @@ def _encode(colour: Image.Image, opacity: Image.Image | None, vae) -> dict:
     }
 
 
-def _encode_caption(text: str, clip, facts: list | None, cache: EncodingCache) -> list:
+def _encode_caption(
+    text: str, clip, facts: list | None, cache: EncodingCache, emphasis: bool
+) -> list:
     if EMBEDDING in text:  # a file's content takes its place
         cache = cache.off()
-    key = content_key(version=CACHE_VERSION, caption=text, clip=facts)
+    key = content_key(version=CACHE_VERSION, caption=text, clip=facts, emphasis=emphasis)
     entry = cache.get(key)
     if entry is not None:
         return entry["conditioning"]
-    conditioning = host.encode_text(clip, text)
+    conditioning = host.encode_text(clip, text, emphasis)
     try:
         cache.put(key, {"conditioning": conditioning})
     except TypeError as error:  # a text encoder that adds more than tensors and plain values

@@ -97,6 +97,14 @@ def _content_inputs() -> list:
             tooltip="A word that calls up what is learned, put before every caption that does not hold "
             "it yet. Set trigger_words in SaRA Train as well, and the file says it.",
         ),
+        io.Combo.Input(
+            "parentheses",
+            options=["text", "emphasis"],
+            default="text",
+            optional=True,
+            tooltip="What parentheses in captions mean: text, as in tags such as saber (fate), or "
+            "ComfyUI's emphasis, as in (cat:1.2).",
+        ),
         io.String.Input(
             "default_caption", default="", tooltip="For pictures without a caption of their own."
         ),
@@ -107,12 +115,19 @@ def _content_inputs() -> list:
             max=1000,
             tooltip="Times every picture comes in an epoch, multiplied with the repeats in folder names.",
         ),
+        io.Boolean.Input(
+            "subfolders",
+            default=False,
+            optional=True,
+            tooltip="Take the pictures of all folders in it as well, at any depth. Folders such as "
+            "10_name are always taken.",
+        ),
         io.Combo.Input(
             "problems",
             options=["skip", "refuse"],
             default="skip",
-            tooltip="What to do about files that cannot be used: skip leaves them out and tells of them "
-            "in the report, refuse stops and names them all.",
+            tooltip="What to do about files that are not used: skip leaves them out and names them in the "
+            "report, refuse stops and names them all.",
         ),
         io.Int.Input(
             "seed",
@@ -159,6 +174,8 @@ def folder_options(unit: int, model=None, **widgets) -> tuple[FolderOptions, int
         size,
         use_alpha=widgets["alpha"] == "mask",
         refuse=widgets["problems"] == "refuse",
+        emphasis=widgets.get("parentheses") == "emphasis",
+        recurse=widgets.get("subfolders", False),
         **{name: widgets[name] for name in same},
     )
     return options, int(widgets["cache_gb"] * GIGABYTE)

@@ -1,6 +1,7 @@
 """What is to be made of a folder of pictures: which windows at which size, which captions."""
 
 import hashlib
+import math
 from dataclasses import dataclass, field
 
 from PIL import ImageColor
@@ -13,6 +14,7 @@ from .. import host
 from .picture_files import picture_size, read_file
 
 CACHE_VERSION = 1
+FEW = 3  # files that are named one by one
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,8 @@ class FolderOptions:
         default_caption: Of pictures without one.
         repeats: Times every picture comes, beside what its folder says.
         refuse: Whether a file that cannot be used is an error.
+        emphasis: Whether parentheses in captions are ComfyUI's emphasis.
+        recurse: Take the pictures of all folders in it.
         seed: Of random crops.
     """
 
@@ -41,6 +45,8 @@ class FolderOptions:
     default_caption: str = ""
     repeats: int = 1
     refuse: bool = False
+    emphasis: bool = False
+    recurse: bool = False
     seed: int = 0
 
     def __post_init__(self):
@@ -119,11 +125,12 @@ def plan_windows(looks: dict, options: FolderOptions, vae_facts: list | None, re
     """List the windows of every picture, and what each one's encoding depends on."""
     rule = options.size
     chosen = choose_sizes([own for own, _ in looks.values()], rule)
+    small = {
+        file: own for (file, (own, _)), size in zip(looks.items(), chosen, strict=True) if not size
+    }
+    result.problems += too_small(small, len(looks), rule)
     for (file, (own, digest)), size in zip(looks.items(), chosen, strict=True):
         if size is None:
-            result.problems.append(
-                Problem(file.name, f"it is too small, {own[0]}x{own[1]} pixels, for {rule.side}")
-            )
             continue
         if size[0] * size[1] < 0.6 * rule.side**2:
             result.reduced.append(file.name)
@@ -136,6 +143,25 @@ def plan_windows(looks: dict, options: FolderOptions, vae_facts: list | None, re
                     background=options.background,
                 )  # fmt: skip
                 result.variants.append(Variant(file, digest, size, window, mirrored, key))
+
+
+def too_small(small: dict, count: int, rule: SizeRule) -> list[Problem]:
+    """Say which pictures are too small, or what size would do if they are most of them."""
+    if len(small) <= max(FEW, count // 2):
+        return [
+            Problem(file.name, f"it is too small, {own[0]}x{own[1]} pixels, for {rule.side}")
+            for file, own in small.items()
+        ]
+    sides = sorted(math.isqrt(own[0] * own[1]) for own in small.values())
+    fitting = max(
+        rule.unit, int(sides[len(sides) // 2] * min(1, rule.max_upscale)) // rule.unit * rule.unit
+    )
+    first, own = next(iter(small.items()))
+    reason = (
+        f"and {len(small) - 1} more of {count} pictures are too small for a size of {rule.side}, this one "
+        f"has {own[0]}x{own[1]} pixels; a size of {fitting} would suit most of them"
+    )
+    return [Problem(first.name, reason)]
 
 
 def settle_captions(

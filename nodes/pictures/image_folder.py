@@ -47,7 +47,8 @@ def report(
     for title, names in (
         ("without a caption of their own", [n for n in folder.missing if n in files]),
         ("at a smaller size, as they would have to be enlarged too much", folder.reduced),
-        ("left out or incomplete", list(map(str, folder.problems))),
+        ("left out or incomplete", [str(p) for p in folder.problems if not p.is_note]),
+        ("to be known of", [str(p) for p in folder.problems if p.is_note]),
     ):
         if names:
             lines += ["", f"{len(names)} {title}:", *(f"  {n}" for n in names[:MAX_NAMES])]
@@ -124,6 +125,12 @@ class SaraImageFolder(io.ComfyNode):
 
     @classmethod
     def execute(cls, vae, clip, folder, model=None, **widgets) -> io.NodeOutput:
+        for socket, given in (("vae", vae), ("clip", clip)):
+            if given is None:
+                raise ValueError(
+                    f"{socket} is connected to a checkpoint without {socket.upper()}; connect a Load "
+                    f"{socket.upper()} node with the one that the model was trained with"
+                )
         unit = host.compression(vae) * PATCH
         options, limit = folder_options(unit, model, **widgets)
         cache = EncodingCache(host.cache_folder(), limit)

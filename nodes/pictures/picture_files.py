@@ -124,7 +124,7 @@ def _opened(data: bytes, name: str) -> Iterator[Image.Image]:
         except Image.DecompressionBombError as error:
             raise ValueError(f"it is taken for a decompression bomb ({error})") from error
         except Exception as error:
-            if name.lower().endswith((".heic", ".heif")) and "HEIF" not in Image.OPEN:
+            if _is_heic(data, name) and "HEIF" not in Image.OPEN:
                 raise ValueError(
                     "Pillow alone cannot read HEIC; install pillow-heif or save it as JPEG"
                 ) from error
@@ -138,6 +138,12 @@ def _opened(data: bytes, name: str) -> Iterator[Image.Image]:
             yield image
     finally:
         ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS = tolerant, largest
+
+
+def _is_heic(data: bytes, name: str) -> bool:
+    brands = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
+    by_content = data[4:8] == b"ftyp" and data[8:12] in brands
+    return by_content or name.lower().endswith((".heic", ".heif"))
 
 
 def _why(error: Exception) -> str:
@@ -161,11 +167,11 @@ def _opacity(image: Image.Image) -> Image.Image | None:
 
 def _eight_bit(image: Image.Image) -> Image.Image:
     """Turn palettes, 16-bit and floating-point pictures into L, RGB or CMYK."""
-    if image.mode in SIXTEEN_BIT:
+    if image.mode in SIXTEEN_BIT and image.mode != "I":
         return _scaled(np.asarray(image), 1 / 257)
-    if image.mode == "F":
+    if image.mode in ("I", "F"):
         values = np.nan_to_num(np.asarray(image))
-        return _scaled(values, 255 if values.max(initial=0) <= 1 else 1)
+        return _scaled(values, 255 / _white(values))
     if image.mode == "LAB":
         lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
         return ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
@@ -174,6 +180,20 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     if image.mode in ("1", "LA"):
         return image.convert("L")
     return image.convert("RGB") if image.mode == "HSV" else image.convert("RGBA").convert("RGB")
+
+
+def _white(values: np.ndarray) -> float:
+    """Guess which number is white in a grey picture of large or broken numbers, from its largest.
+
+    Whole numbers are meant for 8, 16 or more bits. Others go to 1, or to 255; between them, where they
+    go beyond a white of 1, and above, the largest is white.
+    """
+    largest = float(values.max(initial=0))
+    if np.issubdtype(values.dtype, np.integer):
+        steps = (255.0, 65535.0)
+    else:
+        steps = (1.0,) if largest <= 1 or largest < 16 else (255.0, 65535.0)
+    return next((step for step in steps if largest <= step), largest)
 
 
 def _scaled(values: np.ndarray, factor: float) -> Image.Image:

@@ -1,5 +1,6 @@
 """Captions: beside the pictures or in a table, in the forms other trainers write them."""
 
+import csv
 import json
 import os
 import re
@@ -8,17 +9,26 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from .caption_text import read_text
+
 CAPTION_ENDINGS = (".txt", ".caption")
-TABLES = ("metadata.jsonl", "captions.json")
+TABLES = ("metadata.jsonl", "metadata.csv", "captions.jsonl", "captions.json")  # in any case
 NAME_KEYS, TEXT_KEYS = ("file_name", "image", "image_path", "file"), ("text", "caption", "prompt")
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A file that cannot be used, or not wholly, and why."""
+    """A file that cannot be used, or not wholly, and why.
+
+    Args:
+        name: Below the folder.
+        reason: Why.
+        is_note: It is used all the same; this is only to be known.
+    """
 
     name: str
     reason: str
+    is_note: bool = False
 
     def __str__(self) -> str:
         return f"{self.name}: {self.reason}"
@@ -32,48 +42,82 @@ def with_trigger(caption: str, trigger: str) -> str:
     return f"{trigger}, {caption}" if caption else trigger
 
 
-def caption_beside(picture: Path, root: Path, beside: dict) -> tuple[str | None, str]:
-    """Read the text file of a picture's name; `beside` remembers such files by folder."""
-    parent = picture.parent
-    if parent not in beside:
-        beside[parent] = {
-            path.stem.casefold() + path.suffix.lower(): path
-            for path in sorted(parent.iterdir(), reverse=True)
-            if path.suffix.lower() in CAPTION_ENDINGS
-        }
-    for ending in CAPTION_ENDINGS:
-        for stem in (picture.stem, picture.name):
-            path = beside[parent].get(stem.casefold() + ending)
-            if path is not None:
-                if not path.resolve().is_relative_to(root):
-                    raise ValueError(f"{path.name} is a link that leads out of the folder")
-                return _one_line(_read_text(path)), ending
-    return None, ""
+class CaptionFiles:
+    """The caption files of a folder, by the name of their picture.
+
+    Args:
+        folder: Where pictures and captions lie.
+        root: Nothing outside of it is read, whatever links say.
+    """
+
+    def __init__(self, folder: Path, root: Path):
+        self._root = root
+        self._files = [
+            path for path in sorted(folder.iterdir()) if path.suffix.lower() in CAPTION_ENDINGS
+        ]
+        self._exact = {path.name: path for path in self._files}
+        self._cased = {path.name.casefold(): path for path in reversed(self._files)}
+        self._folded = {_folded(path.name): path for path in reversed(self._files)}
+
+    def of(self, picture: Path) -> tuple[str | None, str, str]:
+        """Read the text file of a picture's name: spelled the same, or else in other case or accents.
+
+        Returns:
+            Its text on one line, None if there is none or it is empty; the ending it was found by;
+            and a note on its encoding, mostly empty.
+
+        Raises:
+            ValueError: A link that leads out of the folder, or text in an unknown encoding.
+            OSError: It cannot be read.
+        """
+        names = [f"{s}{e}" for e in CAPTION_ENDINGS for s in (picture.stem, picture.name)]
+        path = next(filter(None, map(self._find, names)), None)
+        if path is None:
+            return None, "", ""
+        if not path.resolve().is_relative_to(self._root):
+            raise ValueError(f"{path.name} is a link that leads out of the folder")
+        text, guessed = read_text(path)
+        note = (
+            f"{path.name} is taken for {guessed}; save it as UTF-8 if it looks wrong"
+            if guessed
+            else ""
+        )
+        return _one_line(text) or None, path.suffix.lower(), note
+
+    def _find(self, name: str) -> Path | None:
+        return (
+            self._exact.get(name)
+            or self._cased.get(name.casefold())
+            or self._folded.get(_folded(name))
+        )
 
 
 def read_tables(folder: Path, root: Path) -> tuple[dict[str, tuple[str, str]], list[Problem]]:
-    """Read metadata.jsonl and captions.json into captions by name below the folder."""
+    """Read the tables in a folder, those of TABLES, into captions by name below the folder."""
     table: dict[str, tuple[str, str]] = {}
     problems = []
+    names = {path.name.casefold(): path for path in sorted(folder.iterdir(), reverse=True)}
     for file in reversed(TABLES):  # the first one wins
-        path = folder / file
-        if not os.path.isfile(path):
+        path = names.get(file)
+        if path is None or not os.path.isfile(path):
             continue
         try:
             if not path.resolve().is_relative_to(root):
                 raise ValueError("a link that leads out of the folder")
-            rows = list(_rows(_read_text(path), file))
-        except (OSError, ValueError, RecursionError) as error:
-            problems.append(Problem(file, f"cannot be read: {error}"))
+            rows = list(_rows(read_text(path)[0], file))
+        except (OSError, ValueError, RecursionError, csv.Error) as error:
+            problems.append(Problem(path.name, f"cannot be read: {error}"))
             continue
         for where, row in rows:
             entry = _entry(row)
             if entry is None:
                 problems.append(
-                    Problem(file, f"{where} has no file_name and text of a picture in the folder")
+                    Problem(
+                        path.name, f"{where} has no file_name and text of a picture in the folder"
+                    )
                 )
-            else:
-                table[entry[0]] = (_one_line(entry[1]), file)
+            elif text := _one_line(entry[1]):
+                table[entry[0]] = (text, path.name)
     return _as_on_disk(table, folder), problems
 
 
@@ -115,6 +159,10 @@ def _rows(text: str, file: str) -> Iterator[tuple[str, object]]:
                 except ValueError:
                     yield f"line {number}", None
         return
+    if file.endswith(".csv"):
+        for number, row in enumerate(csv.DictReader(text.splitlines()), 2):
+            yield f"line {number}", {key: value for key, value in row.items() if key}
+        return
     data = json.loads(text)
     if isinstance(data, dict):
         for name, value in data.items():
@@ -135,15 +183,6 @@ def _entry(row: object) -> tuple[str, str] | None:
     path = PurePosixPath(name.replace("\\", "/"))
     leads_out = path.is_absolute() or ".." in path.parts or ":" in name
     return None if leads_out or not path.parts else (path.as_posix(), text)
-
-
-def _read_text(path: Path) -> str:
-    data = path.read_bytes()
-    encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
-    try:
-        return data.decode(encoding)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path.name} is not in UTF-8; save it as UTF-8") from error
 
 
 def _one_line(text: str) -> str:

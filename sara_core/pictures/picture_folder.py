@@ -2,11 +2,12 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .captions import CAPTION_ENDINGS, TABLES, Problem, caption_beside, read_tables
+from .captions import CaptionFiles, Problem, read_tables
+from .strays import has_picture_inside, is_hidden, strays
 
 ENDINGS = frozenset(
     ".png .jpg .jpeg .jpe .jfif .mpo .webp .bmp .tif .tiff .gif .avif .heic .heif".split()
@@ -34,91 +35,156 @@ class PictureFile:
     repeats: int
 
 
-def find_pictures(folder: Path) -> tuple[list[PictureFile], list[Problem]]:
+def find_pictures(folder: Path, recurse: bool = False) -> tuple[list[PictureFile], list[Problem]]:
     """List the pictures of a folder with their captions, in natural order of their names.
 
     Pictures lie in the folder itself, in folders such as `10_name` in it (ten repeats, and `name` as
-    caption), or where `metadata.jsonl` or `captions.json` in it says. Captions come from a text file
-    beside the picture, before these tables, before the folder's name.
+    caption), in all folders in it if asked, or where one of its tables says. The chosen folder may
+    have such a name itself. Captions come from a text file beside the picture, before the tables of
+    its folder and of the chosen one, before the folder's name.
 
     Args:
         folder: An existing folder. Nothing outside of it is read, whatever links or tables say.
+        recurse: Take pictures of all folders in it.
 
     Returns:
-        The pictures, and what was wrong with files that were to be one or to caption one.
+        The pictures, and what lies there beside them and is not used, or not wholly, with the reason.
     """
     root = folder.resolve()
     table, problems = read_tables(folder, root)
-    found, listed = [], set()
-    beside: dict[Path, dict[str, Path]] = {}
-    for path, repeats, label in _candidates(folder, table, problems):
+    found: dict[str, PictureFile] = {}
+    for place in _places(folder, recurse, problems):
+        _take_in(place, folder, root, table, found, problems)
+    for name in table:
+        path = folder / name
+        if name not in found and _is_picture(path):
+            place = _Place(path.parent, 1, "", [path], is_whole=False)
+            _take_in(place, folder, root, table, found, problems)
+    if not recurse:
+        problems += _left_out(folder, found)
+    seen = found.keys() | {problem.name for problem in problems}
+    problems += [
+        Problem(name, f"named in {source}, but there is no such picture")
+        for name, (_, source) in table.items()
+        if name not in seen
+    ]
+    return sorted(found.values(), key=lambda file: _natural(file.name)), problems
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A folder of pictures, how often they come, and the caption its name stands for."""
+
+    path: Path
+    repeats: int
+    label: str
+    listing: list[Path]
+    is_whole: bool = True
+
+
+def _take_in(
+    place: _Place, folder: Path, root: Path, table: dict, found: dict, problems: list[Problem]
+) -> None:
+    """Add a place's pictures with their captions, and say what else is there."""
+    pictures = [path for path in place.listing if _is_picture(path)]
+    if not place.path.resolve().is_relative_to(root):
+        name = place.path.relative_to(folder).as_posix()
+        problems.append(Problem(name, "a link that leads out of the folder"))
+        return
+    beside = CaptionFiles(place.path, root)
+    own = {}
+    if place.path != folder and place.is_whole:
+        own, more = read_tables(place.path, root)
+        below = place.path.relative_to(folder).as_posix()
+        problems += [Problem(f"{below}/{problem.name}", problem.reason) for problem in more]
+    for path in pictures:
         name = path.relative_to(folder).as_posix()
-        if name in listed:
-            continue
-        listed.add(name)
         if not path.resolve().is_relative_to(root):
             problems.append(Problem(name, "a link that leads out of the folder"))
             continue
         try:
-            caption, source = caption_beside(path, root, beside)
+            caption, source, note = beside.of(path)
         except (OSError, ValueError) as error:
             problems.append(Problem(name, f"its caption cannot be read: {error}"))
             continue
-        if caption is None and name in table:
-            caption, source = table[name]
-        if caption is None and label:
-            caption, source = label, "folder name"
-        found.append(PictureFile(path, name, caption, source, repeats))
-    problems += [
-        Problem(name, f"named in {source}, but there is no such picture")
-        for name, (_, source) in table.items()
-        if name not in listed
-    ]
-    return sorted(found, key=lambda file: _natural(file.name)), problems
+        if note:
+            problems.append(Problem(name, note, is_note=True))
+        if caption is None:
+            caption, source = own.get(path.name) or table.get(name) or (None, "")
+        if caption is None and place.label:
+            caption, source = place.label, "folder name"
+        found[name] = PictureFile(path, name, caption, source, place.repeats)
+    if place.is_whole:
+        problems += strays(folder, place.listing, pictures)
 
 
 def describe_files(folder: Path) -> list[tuple]:
-    """Describe every picture and caption file, such that any change to one changes the result."""
+    """Describe every file, such that any change to one changes the result."""
     facts: list[tuple] = []
     for path in [folder, *folder.rglob("*")]:
-        ending = path.suffix.lower()
-        if ending in ENDINGS or ending in CAPTION_ENDINGS or path.name in TABLES:
-            try:
-                status = path.stat()
-            except OSError:
-                facts.append((path.relative_to(folder).as_posix(), "unreadable"))
-                continue
-            facts.append(
-                (path.relative_to(folder).as_posix(), status.st_size, status.st_mtime_ns,
-                 status.st_ctime_ns)
-            )  # fmt: skip
+        if is_hidden(path):
+            continue
+        name = path.relative_to(folder).as_posix()
+        try:
+            status = path.stat()
+        except OSError:
+            facts.append((name, "unreadable"))
+            continue
+        facts.append((name, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
     return sorted(facts)
 
 
-def _candidates(
-    folder: Path, table: dict, problems: list[Problem]
-) -> Iterator[tuple[Path, int, str]]:
-    """Yield paths with repeats and the caption their folder stands for."""
-    for path in _listed(folder, folder, problems):
+def _places(folder: Path, recurse: bool, problems: list[Problem]) -> Iterator[_Place]:
+    """Yield the folders whose pictures are taken; name the others."""
+    listing = _listed(folder, folder, problems)
+    match = REPEATS.fullmatch(folder.name)
+    repeats, label = _meaning(match) if match and 0 < int(match[1]) <= MOST_REPEATS else (1, "")
+    yield _Place(folder, repeats, label, listing)
+    for path in listing:
+        if not path.is_dir() or is_hidden(path):
+            continue
         match = REPEATS.fullmatch(path.name)
-        if match and path.is_dir():
-            repeats = int(match[1])
-            if not 0 < repeats <= MOST_REPEATS:
-                reason = (
-                    f"its name asks for {repeats} repeats, so it is left out; rename the folder"
-                )
-                problems.append(Problem(path.name, reason))
-                continue
-            label = match[2].replace("_", " ").strip()
-            for inner in _listed(path, folder, problems):
-                if _is_picture(inner):
-                    yield inner, repeats, label
-        elif _is_picture(path):
-            yield path, 1, ""
-    for name in table:
-        path = folder / name
-        if _is_picture(path):
-            yield path, 1, ""
+        if match and not 0 < int(match[1]) <= MOST_REPEATS:
+            reason = (
+                f"its name asks for {int(match[1])} repeats, so it is left out; rename the folder"
+            )
+            problems.append(Problem(path.relative_to(folder).as_posix(), reason))
+        elif match:
+            yield _Place(path, *_meaning(match), _listed(path, folder, problems))
+        elif recurse:
+            yield from _below(path, folder, problems)
+
+
+def _left_out(folder: Path, found: Mapping[str, PictureFile]) -> Iterator[Problem]:
+    """Name the plain folders in a folder whose pictures are not taken."""
+    for path in _listed(folder, folder, []):
+        if path.is_dir() and not is_hidden(path) and not REPEATS.fullmatch(path.name):
+            name = path.relative_to(folder).as_posix()
+            inside = (Path(parent, file) for parent, _, files in os.walk(path) for file in files)
+            count = sum(
+                _is_picture(file) and file.relative_to(folder).as_posix() not in found
+                for file in inside
+            )
+            if count:
+                reason = f"pictures in it are not taken ({count}); turn subfolders on, or choose it itself"
+                yield Problem(name, reason)
+
+
+def _below(path: Path, folder: Path, problems: list[Problem]) -> Iterator[_Place]:
+    listing = _listed(path, folder, problems)
+    yield _Place(path, 1, "", listing)
+    for inner in listing:
+        if inner.is_dir() and not inner.is_symlink() and not is_hidden(inner):
+            match = REPEATS.fullmatch(inner.name)
+            if match and 0 < int(match[1]) <= MOST_REPEATS:
+                yield _Place(inner, *_meaning(match), _listed(inner, folder, problems))
+            else:
+                yield from _below(inner, folder, problems)
+
+
+def _meaning(match: re.Match) -> tuple[int, str]:
+    """Return the repeats and the caption that a name such as `10_sks dog` stands for."""
+    return int(match[1]), match[2].replace("_", " ").strip()
 
 
 def _listed(path: Path, folder: Path, problems: list[Problem]) -> list[Path]:
@@ -130,8 +196,10 @@ def _listed(path: Path, folder: Path, problems: list[Problem]) -> list[Path]:
 
 
 def _is_picture(path: Path) -> bool:
-    hidden = path.name.startswith(".")  # such as macOS' ._ companions
-    return not hidden and path.suffix.lower() in ENDINGS and os.path.isfile(path)
+    """Tell by the ending, or else by the content, whether a file is a picture to try."""
+    if is_hidden(path) or not os.path.isfile(path):
+        return False
+    return path.suffix.lower() in ENDINGS or has_picture_inside(path)
 
 
 def _natural(name: str) -> list:

@@ -86,6 +86,30 @@ def test_sixteen_bits_and_floats_keep_their_range(pictures, tmp_path):
     assert np.abs(found[0, :, 1] - light[0] * 255).max() <= 0.51
 
 
+@pytest.mark.parametrize(
+    ("values", "white"),
+    [
+        (np.linspace(0, 255, 64, dtype=np.int32), 255),
+        (np.linspace(0, 65535, 64, dtype=np.int32), 65535),
+        (np.linspace(0, 2**31 - 1, 64).astype(np.int32), 2**31 - 1),
+        (np.linspace(0, 255, 64, dtype=np.float32), 255),
+        (np.linspace(0, 65535, 64, dtype=np.float32), 65535),
+        (np.linspace(0, 3.5, 64, dtype=np.float32), 3.5),
+        (np.linspace(0, 1e6, 64, dtype=np.float32), 1e6),
+    ],
+)
+def test_large_numbers_of_grey_tiffs_are_neither_black_nor_white(pictures, tmp_path, values, white):
+    Image.fromarray(values.reshape(1, 64).repeat(20, axis=0)).save(tmp_path / "grey.tif")
+    found = pixels(pictures.read_picture((tmp_path / "grey.tif").read_bytes()).colour)
+    assert np.abs(found[0, :, 0] - values / white * 255).max() <= 0.51
+
+
+def test_heic_under_another_name_is_recognised(pictures, monkeypatch):
+    monkeypatch.delitem(Image.OPEN, "HEIF", raising=False)
+    with pytest.raises(ValueError, match="install pillow-heif or save it as JPEG"):
+        pictures.read_picture(b"\0\0\0\x18ftypheic" + bytes(40), name="photo.jpg")
+
+
 def test_transparency_lies_on_the_background_and_is_the_mask(pictures, tmp_path):
     image = np.zeros((20, 30, 4), np.uint8)
     image[..., :3], image[:, 10:20, 3], image[:, 20:, 3] = COLOUR, 128, 255

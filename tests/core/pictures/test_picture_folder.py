@@ -34,9 +34,9 @@ def test_text_files_beside_pictures(tmp_path):
     assert found == {
         "a.png": ("a cat, on a mat", ".txt"), "B.JPEG": ("a dog", ".caption"),
         "c.webp": ("named after the whole file", ".txt"), "d.GIF": (None, ""),
-        "e.tif": ("zwei Bäume", ".txt"), "empty.png": ("", ".txt"),
+        "e.tif": ("zwei Bäume", ".txt"), "empty.png": (None, ""),
     }  # fmt: skip
-    assert not problems
+    assert problems == ["notes.md: not a picture"]
 
 
 def test_order_is_natural():
@@ -71,6 +71,7 @@ def test_metadata_jsonl_as_hugging_face_writes_it(tmp_path):
     assert problems == [
         "metadata.jsonl: line 5 has no file_name and text of a picture in the folder",
         "metadata.jsonl: line 6 has no file_name and text of a picture in the folder",
+        "other: pictures in it are not taken (1); turn subfolders on, or choose it itself",
         "gone.png: named in metadata.jsonl, but there is no such picture",
     ]
 
@@ -163,7 +164,7 @@ def test_nothing_outside_the_folder_is_read(tmp_path):
     found, problems = captions(folder)
     assert found == {"ok.png": (None, "")}
     assert "link.png: a link that leads out of the folder" in problems
-    assert "5_outside/secret.png: a link that leads out of the folder" in problems
+    assert "5_outside: a link that leads out of the folder" in problems
     assert "captioned.png: its caption cannot be read: captioned.txt is a link that leads out of " \
         "the folder" in problems  # fmt: skip
     assert sum("metadata.jsonl: line" in p for p in problems) == len(rows)
@@ -185,8 +186,9 @@ def test_any_change_is_noticed_and_nothing_else(tmp_path):
     put(tmp_path, **{"a.png": "x", "a.txt": "t", "5_b/c.png": "y", "other.bin": "z"})
     before = describe_files(tmp_path)
     assert describe_files(tmp_path) == before
-    put(tmp_path, **{"other.bin": "changed"})
-    assert describe_files(tmp_path) == before
+    put(tmp_path, **{".DS_Store": "z"})
+    os.utime(tmp_path, ns=(before[0][2], before[0][2]))  # the folder itself has changed by it
+    assert [entry[0] for entry in describe_files(tmp_path)] == [entry[0] for entry in before]
     for change in ({"a.txt": "u"}, {"a.png": "w"}, {"5_b/c.txt": "new"}, {"metadata.jsonl": "{}"}):
         put(tmp_path, **change)
         after = describe_files(tmp_path)
@@ -204,3 +206,105 @@ def test_trigger_is_put_before_captions_that_lack_it():
     assert with_trigger("asks why", "sks") == "sks, asks why"
     assert with_trigger("", "sks") == "sks"
     assert with_trigger("a cat", " ") == "a cat"
+
+
+PNG, JPEG = b"\x89PNG\r\n\x1a\n...", b"\xff\xd8\xff..."
+
+
+def test_whatever_is_not_used_is_named_with_the_reason(tmp_path):
+    put(tmp_path, **{
+        "a.png": PNG, "noending": JPEG, "moving.apng": PNG, "b.jxl": b"\xff\x0a..", "c.jp2": "x",
+        "d.tga": "x", "e.psd": b"8BPS", "f.exr": b"\x76\x2f\x31\x01", "g.dat": b"8BPS", "h.txt": "alone",
+        "readme.md": "text", "Thumbs.db": "x", ".DS_Store": "x", "more/i.png": PNG, "more/deep/j.png": PNG,
+        "void/k.txt": "x",
+    })  # fmt: skip
+    os.symlink(tmp_path / "nowhere.png", tmp_path / "link.png")
+    found, problems = captions(tmp_path)
+    assert list(found) == ["a.png", "moving.apng", "noending"]
+    format = "its format, {}, is not read; save it as PNG or JPEG".format
+    assert sorted(problems) == [
+        f"b.jxl: {format('JPEG XL')}",
+        f"c.jp2: {format('JPEG 2000')}",
+        f"d.tga: {format('Targa')}",
+        f"e.psd: {format('Photoshop')}",
+        f"f.exr: {format('OpenEXR')}",
+        f"g.dat: {format('Photoshop')}",
+        "h.txt: a caption without a picture of its name",
+        "link.png: a link to something that is not there",
+        "more: pictures in it are not taken (2); turn subfolders on, or choose it itself",
+        "readme.md: not a picture",
+    ]
+
+
+def test_subfolders_are_taken_if_asked(tmp_path):
+    put(tmp_path, **{"a.png": "x", "more/b.png": "x", "more/b.txt": "b", "more/deep/c.png": "x",
+                     "more/3_x/d.png": "x", ".git/e.png": "x", "more/deep/metadata.csv":
+                     "file_name,text\nc.png,from a table"})  # fmt: skip
+    os.symlink(tmp_path / "more", tmp_path / "more" / "round")
+    found, problems = find_pictures(tmp_path, recurse=True)
+    assert [(f.name, f.caption, f.repeats) for f in found] == [
+        ("a.png", None, 1), ("more/3_x/d.png", "x", 3), ("more/b.png", "b", 1),
+        ("more/deep/c.png", "from a table", 1),
+    ]  # fmt: skip
+    assert not problems
+
+
+def test_a_folder_of_repeats_means_the_same_chosen_itself(tmp_path):
+    folder = tmp_path / "10_sks dog"
+    put(folder, **{"a.png": "x", "b.png": "x", "b.txt": "b"})
+    (inside, chosen) = (find_pictures(where)[0] for where in (tmp_path, folder))
+    meaning = [(f.caption, f.source, f.repeats) for f in inside]
+    assert meaning == [("sks dog", "folder name", 10), ("b", ".txt", 10)]
+    assert [(f.caption, f.source, f.repeats) for f in chosen] == meaning
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "Captions.JSONL", "METADATA.jsonl"])
+@pytest.mark.parametrize("folder", ["", "10_name/"])
+def test_tables_of_other_trainers_are_read(tmp_path, name, folder):
+    row = {"file_name": "a.png", "text": 'a "cat", sat'}
+    text = 'file_name,text\r\na.png,"a ""cat"", sat"\r\n' if "csv" in name else json.dumps(row)
+    put(tmp_path, **{f"{folder}a.png": "x", f"{folder}{name}": text})
+    found, problems = captions(tmp_path)
+    assert found == {f"{folder}a.png": ('a "cat", sat', name)}
+    assert not problems
+
+
+def test_a_caption_is_found_by_its_exact_name_first(tmp_path):
+    put(tmp_path, **{"a.png": "x", "a.txt": "exact", "A.TXT": "other case", "B.png": "x", "b.txt": "cased",
+                     "caf\u00e9.png": "x", "cafe\u0301.txt": "composed"})  # fmt: skip
+    found, _ = captions(tmp_path)
+    assert {name: text for name, (text, _) in found.items()} == {
+        "a.png": "exact", "B.png": "cased", "caf\u00e9.png": "composed",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("data", "text", "guessed"),
+    [
+        ("Frau am Café".encode("cp1252"), "Frau am Café", "cp1252"),
+        ("“a cat’s” – Łódź".encode(), "“a cat’s” – Łódź", None),
+        ("it’s a cat".encode("cp1252"), "it’s a cat", "cp1252"),
+        ("a cat".encode("utf-16-le"), "a cat", "utf-16-le"),
+        ("a cat".encode("utf-16-be"), "a cat", "utf-16-be"),
+        ("a cat".encode("utf-16"), "a cat", None),
+        ("a cat".encode("utf-32"), "a cat", None),
+        ("a cat".encode("utf-32-le"), "a cat", "utf-32-le"),
+        ("a cat".encode("utf-32-be"), "a cat", "utf-32-be"),
+        ("一只小狗".encode("gbk"), None, None),
+        ("a photo of 狗".encode("gbk"), None, None),
+        ("猫の写真".encode("shift-jis"), None, None),
+        ("фото кошки".encode("cp1251"), None, None),
+        (b"\x00\x01\x02\x80\xff\x00\x00", None, None),
+    ],
+)
+def test_captions_in_any_encoding_are_read_or_reported(tmp_path, data, text, guessed):
+    put(tmp_path, **{"a.png": "x", "a.txt": data})
+    found, problems = find_pictures(tmp_path)
+    if text is None:
+        assert not found
+        assert "a.txt is not in UTF-8; save it as UTF-8" in problems[0].reason
+        return
+    assert found[0].caption == text
+    notes = [f"a.txt is taken for {guessed}; save it as UTF-8 if it looks wrong"] if guessed else []
+    assert [problem.reason for problem in problems] == notes
+    assert all(problem.is_note for problem in problems)
