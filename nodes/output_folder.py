@@ -1,30 +1,90 @@
 """Names of runs and files below output/sara."""
 
 import os
+import re
+import time
 from pathlib import Path
 
 from ..sara_core.training.run_folder import SETTINGS, STATE
 from . import host
 
-MAX_NAME = 100
+MAX_BYTES = 255  # of one name, on nearly all file systems
+MAX_PATH = 259  # characters on Windows
+# The longest that is added to a name: a temporary file's name around that of the final delta.
+ADDED = len(f"._1000000_steps.safetensors.{'0' * 32}.tmp")
+DATE_PARTS = {  # as in ComfyUI's page, longer ones before their beginnings
+    "yyyy": "%Y", "yy": "%y", "MM": "%m", "dd": "%d", "hh": "%H", "mm": "%M", "ss": "%S",
+}  # fmt: skip
+SHORT_PARTS = {"M": "tm_mon", "d": "tm_mday", "h": "tm_hour", "m": "tm_min", "s": "tm_sec"}
+TIMES = {"year": "%Y", "month": "%m", "day": "%d", "hour": "%H", "minute": "%M", "second": "%S"}
+
+
+def with_date(name: str) -> str:
+    """Fill in `%year%` and the like, and `%date:yyyy-MM-dd%`, as in Save Image."""
+    now = time.localtime()
+
+    def part(match: re.Match) -> str:
+        text = match[0]
+        return (
+            time.strftime(DATE_PARTS[text], now)
+            if text in DATE_PARTS
+            else str(getattr(now, SHORT_PARTS[text]))
+        )
+
+    def date(match: re.Match) -> str:
+        return re.sub("|".join([*DATE_PARTS, *SHORT_PARTS]), part, match[1] or "yyyyMMddhhmmss")
+
+    name = re.sub(r"%date(?::([^%]*))?%", date, name)
+    return re.sub(f"%({'|'.join(TIMES)})%", lambda match: time.strftime(TIMES[match[1]], now), name)
 
 
 def split_output_name(name: str) -> tuple[str, str]:
     """Return the folder below output/sara and the file name that a name such as `a/b` stands for.
 
     Raises:
-        ValueError: The name is empty or leads out of the output folder.
+        ValueError: The name is empty, leads out of the output folder, or is too long to save under.
     """
     root = host.output_root()
-    path = os.path.abspath(os.path.join(root, name.strip()))
+    path = os.path.abspath(os.path.join(root, with_date(name).strip()))
     if "\0" in name or path == root or not Path(path).is_relative_to(root):
         raise ValueError(
             f"the name {name!r} is empty or leads out of the output folder {root}; give a plain "
             "name such as style"
         )
-    if len(os.path.basename(path)) > MAX_NAME:
-        raise ValueError(f"the name {name!r} is longer than {MAX_NAME} characters; shorten it")
+    refuse_long(path)
     return os.path.dirname(path), os.path.basename(path)
+
+
+def checked_prefix(prefix: str) -> str:
+    """Fill the date into a name below the output folder, as Save Image's, and check its length.
+
+    Raises:
+        ValueError: A name in it is too long to save under.
+    """
+    prefix = with_date(prefix)
+    refuse_long(os.path.join(os.path.dirname(host.output_root()), prefix))
+    return prefix
+
+
+def refuse_long(path: str) -> None:
+    """Refuse a path whose names have no room for what is added to them when a run is saved.
+
+    Raises:
+        ValueError: A name has too many bytes, or on Windows the path too many characters.
+    """
+    for part in Path(path).parts[1:]:
+        size, room = len(os.fsencode(part)), MAX_BYTES - ADDED
+        if size > room:
+            raise ValueError(
+                f"the name {part[:40]!r}... has {size} bytes, but with what is added when it is saved "
+                f"there is room for {room} (a Chinese character takes 3); shorten it"
+            )
+    length = len(path) + len(os.path.basename(path)) + len("_00001/") + ADDED
+    if os.name == "nt" and length > MAX_PATH:
+        raise ValueError(
+            f"the path of {os.path.basename(path)!r} would have {length} characters with what is added; "
+            f"Windows takes {MAX_PATH}. Shorten the name, or move ComfyUI's output folder up"
+        )
 
 
 def output_relative(path: str | os.PathLike) -> str:

@@ -10,7 +10,7 @@ from ...sara_core.delta.authors_format import diffusers_order, read_authors_chec
 from ...sara_core.delta.export import as_differences, as_lora
 from ...sara_core.files.atomic import replace_atomically
 from ...sara_core.training.run_settings import SAVE_DTYPES
-from .. import host
+from .. import host, output_folder
 from ..inputs import searched_as
 from ..sockets import SaraDelta
 
@@ -68,12 +68,14 @@ class SaraExportDelta(io.ComfyNode):
 
     @classmethod
     def execute(cls, delta, format, rank, dtype, filename_prefix) -> io.NodeOutput:
+        if not delta.num_values:
+            raise ValueError("the delta changes nothing, so there is nothing to export")
         kept, chosen = 1.0, SAVE_DTYPES[dtype]
         if format == LORA:
             tensors, kept = as_lora(delta, rank, chosen)
         else:
             tensors = as_differences(delta, chosen)
-        path = host.new_output_path(filename_prefix)
+        path = host.new_output_path(output_folder.checked_prefix(filename_prefix))
         replace_atomically(Path(path), lambda temporary: save_file(tensors, temporary))
         size = os.path.getsize(path) / 1e6
         text = f"saved {path}\n{size:.1f} MB, {kept:.1%} of the change's energy is kept"

@@ -42,6 +42,13 @@ class SaraLoadDelta(io.ComfyNode):
                     options=chosen("delta", host.delta_names()),
                     tooltip="File to load. Press R after a training to see the new one.",
                 ),
+                io.String.Input(
+                    "file",
+                    default="",
+                    optional=True,
+                    force_input=True,
+                    tooltip="A file's name from SaRA Train; loaded instead of the one chosen.",
+                ),
             ],
             outputs=[
                 SaraDelta.Output(display_name="delta", tooltip="Connect to Apply SaRA."),
@@ -50,19 +57,23 @@ class SaraLoadDelta(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, delta_name):
+    def validate_inputs(cls, delta_name, file=""):
+        if file is None:  # connected, so known only when it is run
+            return True
         return refuse_unchosen(
             delta_name, "train one with SaRA Train, or put a file into models/sara, and press R"
         )
 
     @classmethod
-    def fingerprint_inputs(cls, delta_name):
-        state = os.stat(host.delta_path(delta_name))
+    def fingerprint_inputs(cls, delta_name, file=""):
+        if file is None:
+            return ""
+        state = os.stat(host.delta_path(file or delta_name))
         return f"{state.st_mtime_ns} {state.st_size}"
 
     @classmethod
-    def execute(cls, delta_name) -> io.NodeOutput:
-        delta = SparseDelta.load(host.delta_path(delta_name))
+    def execute(cls, delta_name, file="") -> io.NodeOutput:
+        delta = SparseDelta.load(host.delta_path(file or delta_name))
         return io.NodeOutput(delta, describe(delta))
 
 
@@ -97,7 +108,7 @@ class SaraSaveDelta(io.ComfyNode):
 
     @classmethod
     def execute(cls, delta, filename_prefix, dtype) -> io.NodeOutput:
-        path = host.new_output_path(filename_prefix)
+        path = host.new_output_path(output_folder.checked_prefix(filename_prefix))
         delta.save(path, SAVE_DTYPES[dtype])
         return io.NodeOutput(ui=ui.PreviewText(f"saved {output_folder.output_relative(path)}"))
 

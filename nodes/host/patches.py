@@ -191,9 +191,11 @@ def _refuse_other_shapes(patcher, delta: SparseDelta, weights: BaseWeights) -> N
     wrong = delta.mismatches({name: tuple(w.shape) for name, w in weights.stored.items()})
     if wrong:
         more = f"; and {len(wrong) - 10} more" if len(wrong) > 10 else ""
+        own = delta.metadata.get("modelspec.architecture", "").removesuffix("/sara")
+        trained = f"was trained on a model of the kind {own}, and" if own else ""
         raise ValueError(
-            f"this delta does not fit the {architecture(patcher)} model it is applied to: "
-            f"{'; '.join(wrong[:10])}{more}. Load the checkpoint it was trained on"
+            f"load the checkpoint that this delta was trained on: it {trained} does not fit the "
+            f"{architecture(patcher)} model it is applied to. {'; '.join(wrong[:10])}{more}"
         )
 
 

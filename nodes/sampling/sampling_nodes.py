@@ -175,6 +175,18 @@ class SaraLoadCheckpoints(io.ComfyNode):
 
     @classmethod
     def execute(cls, run) -> io.NodeOutput:
-        loaded = [(SparseDelta.load(file), file.name) for file in output_folder.deltas_of_run(run)]
+        loaded, broken = [], []
+        for file in output_folder.deltas_of_run(run):
+            try:
+                loaded.append((SparseDelta.load(file), file.name))
+            except (OSError, ValueError) as error:
+                broken.append(str(error))
+        if not loaded:
+            raise ValueError(f"no delta in {run} can be read:\n" + "\n".join(broken))
         loaded.sort(key=lambda pair: steps_of(pair[0]))
-        return io.NodeOutput([delta for delta, _ in loaded], [name for _, name in loaded])
+        lines = [f"{len(loaded)} deltas", *(f"left out: {problem}" for problem in broken)]
+        return io.NodeOutput(
+            [delta for delta, _ in loaded],
+            [name for _, name in loaded],
+            ui=ui.PreviewText("\n".join(lines)),
+        )

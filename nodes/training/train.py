@@ -82,6 +82,8 @@ class SaraTrain(io.ComfyNode):
             if moments[0] is not None:  # None if it is linked
                 refuse_unusable(moments[0])  # before anything is encoded for it
             if resume[0] not in (NEW_RUN, None):
+                if not isinstance(resume[0], str):
+                    return f"resume is {resume[0]!r}; expected {NEW_RUN!r} or the name of a run"
                 output_folder.run_path(resume[0])
         except (ValueError, ImportError) as error:
             return str(error)
@@ -97,6 +99,7 @@ class SaraTrain(io.ComfyNode):
             latents, positive, empty, masks, regularisation_latents, regularisation_positive
         )
         refuse_unlearnable(examples)
+        workflow = host.workflow_id(cls.hidden.extra_pnginfo)
         is_new = resume == NEW_RUN
         folder = (
             new_folder(model[0], settings)
@@ -108,7 +111,7 @@ class SaraTrain(io.ComfyNode):
         if is_new or not is_finished(folder):
             path, losses, chart = run(
                 model[0], examples, folder, cls.hidden.unique_id, not is_new,
-                host.workflow_id(cls.hidden.extra_pnginfo), samplings,
+                workflow, samplings,
             )  # fmt: skip
             shown[KIND] = (chart,)
         else:

@@ -136,6 +136,11 @@ def _refuse_foreign(metadata: Mapping[str, str], keys: list[str]) -> None:
             f"it is of format version {metadata.get('sara.version')!r}, this reads {VERSION}; "
             "update the node pack"
         )
+    for key, kind in (("sara.threshold", float), ("sara.steps", int)):
+        try:
+            kind(metadata.get(key, 0))
+        except ValueError as error:
+            raise ValueError(f"its {key} is {metadata[key][:40]!r}, expected a number") from error
     if sorted(keys) != ["positions", "values"]:
         raise ValueError(f"it holds the tensors {sorted(keys)[:5]}, expected positions and values")
 

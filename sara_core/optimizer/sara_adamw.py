@@ -33,9 +33,7 @@ class SaraAdamW(torch.optim.Optimizer):
     flat float32 gradient. `param_groups` and `parameters()` hold the leaves of these gradients; clip
     those, not the model's parameters.
 
-    Weight decay pulls the learned change towards zero, not the weight: decaying a weight that is
-    small already works against its becoming useful, and for a fine-tuned model "no effect" means
-    the base value, so decaying to the base is what regularises.
+    Weight decay pulls the learned change towards zero, not the weight, which is small already.
 
     Making the optimizer sets `requires_grad=False` on parameters it does not train and drops
     gradients the model already holds; `restore` and `detach` give `requires_grad` back. Gradients
@@ -57,6 +55,8 @@ class SaraAdamW(torch.optim.Optimizer):
             threshold go on (half of the run in the paper); 0 is off.
         moments: How AdamW's two moments are kept: "fp32", or "8bit", which takes 2 bytes a trained
             weight instead of 8 and needs torchao.
+        max_grad_norm: Gradients of a larger norm are scaled down to it in each step; 0 is off. The
+            model's own parameters have none that `clip_grad_norm_` could find.
         include: Only parameters in whose name one of these patterns occurs.
         exclude: No parameters in whose name one of these patterns occurs.
         biases_and_norms: Also select among parameters of fewer than two dimensions.
@@ -86,6 +86,7 @@ class SaraAdamW(torch.optim.Optimizer):
         low_rank_matrices: int = 1,
         progressive_step: int = 0,
         moments: str = "fp32",
+        max_grad_norm: float = 0.0,
         include: str | Iterable[str] | None = None,
         exclude: str | Iterable[str] | None = None,
         biases_and_norms: bool = False,
@@ -95,6 +96,7 @@ class SaraAdamW(torch.optim.Optimizer):
         refuse_bad_options(
             betas, lr=lr or 0, eps=eps, weight_decay=weight_decay, low_rank_weight=low_rank_weight,
             low_rank_matrices=low_rank_matrices, progressive_step=progressive_step,
+            max_grad_norm=max_grad_norm,
         )  # fmt: skip
         adam_moments.refuse_unusable(moments)
         parameters = choose_parameters(model, include, exclude, biases_and_norms)
@@ -115,6 +117,7 @@ class SaraAdamW(torch.optim.Optimizer):
         self.low_rank_matrices = low_rank_matrices
         self.progressive_step = progressive_step
         self.moments = moments
+        self.max_grad_norm = max_grad_norm
         self.num_steps = 0
         self.stage = 1
         self.low_rank_loss: Tensor | None = None
@@ -132,10 +135,7 @@ class SaraAdamW(torch.optim.Optimizer):
         return sum(map(len, self._weights.active))
 
     def parameters(self) -> list[nn.Parameter]:
-        """Return one flat leaf per trained parameter, whose `grad` is its gradient; clip these.
-
-        They do not hold the trained values, which are in the model.
-        """
+        """Return a flat leaf per trained parameter with its gradient; the values are in the model."""
         return [weight.leaf for weight in self._weights.active]
 
     def names(self) -> list[str]:
@@ -168,15 +168,15 @@ class SaraAdamW(torch.optim.Optimizer):
         """Update the trained values, write them into the model and re-select when it is time.
 
         Args:
-            closure: As in torch: reevaluates the model and returns the loss.
+            closure: As in torch: evaluates the model and returns the loss.
         """
         if not self._weights.attached:
             raise RuntimeError("this optimizer was detached from its model; make a new SaraAdamW")
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
         self.add_low_rank_gradient_()
+        if self.max_grad_norm:
+            nn.utils.clip_grad_norm_(self.parameters(), self.max_grad_norm)
         update_(
             self._weights.active, self.state, self.param_groups[0], self.num_steps, self.moments
         )

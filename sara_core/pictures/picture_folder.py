@@ -92,7 +92,7 @@ def _take_in(
         problems.append(Problem(name, "a link that leads out of the folder"))
         return
     beside = CaptionFiles(place.path, root)
-    own = {}
+    own: dict[str, tuple[str, str]] = {}
     if place.path != folder and place.is_whole:
         own, more = read_tables(place.path, root)
         below = place.path.relative_to(folder).as_posix()

@@ -195,6 +195,7 @@ class RunFolder:
     def _write(self, state: dict, metadata: dict, keep: int, dtype: torch.dtype) -> None:
         step = state["run"]["step"]
         problems = []
+        self._make_again()
         try:
             write_state(self.path / STATE, state)
         except OSError as error:
@@ -208,6 +209,18 @@ class RunFolder:
         if problems:
             raise OSError("; ".join(problems))
         self.log(f"saved step {step}")
+
+    def _make_again(self) -> None:
+        """Make the folder again if it is gone while the run goes on."""
+        if (self.path / SETTINGS).is_file():
+            return
+        with contextlib.suppress(OSError):  # then saving fails, and says so
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.save_settings()
+            self._lock.close()
+            self._lock = hold(self.path / LOCK)
+            self._tables.clear()
+            self.log("the folder was gone and has been made again; losses before are not in it")
 
     def _forget_checkpoints(self, step: int, keep: int) -> None:
         """Delete all but the last ones up to a step; later ones are of before a resume."""
@@ -255,6 +268,7 @@ class RunFolder:
         problem = self.finish_saving()
         if problem is not None:
             self.log(f"an earlier save had failed: {problem}")
+        self._make_again()
         delta.save(path, dtype)
         if not keep_state:
             (self.path / STATE).unlink(missing_ok=True)

@@ -145,8 +145,13 @@ def test_a_changed_file_runs_the_node_again_and_nothing_else_does(server):
 
     assert executed()
     assert not executed()
-    (folder / "notes.log").write_text("no part of the set")
+    (folder / ".DS_Store").write_text("no part of the set")
+    os.utime(folder, (1e9, 1e9))  # a folder's own time changes with what is in it
+    assert executed()
+    (folder / ".DS_Store").write_text("and is not looked at")
     assert not executed()
+    (folder / "notes.log").write_text("to be named in the report")
+    assert executed()
     (folder / "a.txt").write_text("two")
     assert executed()
     assert not executed()
@@ -188,7 +193,7 @@ def test_phone_pictures_and_odd_files(server):
     assert any(h > w for h, w in shapes)
     assert any(w > h for h, w in shapes)
 
-    with pytest.raises(PromptError, match=r"(?s)files that cannot be used.*zero\.webp") as error:
+    with pytest.raises(PromptError, match=r"(?s)files that are not used.*zero\.webp") as error:
         run_folder(server, "input/phone", problems="refuse")
     assert "cut.png" in str(error.value)
     make(server, "nothing", **{"a.txt": "no picture"})

@@ -297,3 +297,14 @@ def test_golden_bytes(tmp_path):
     # Gaps 0 0 3 0 23 0. Two low bits each: 00 00 11 00 11 00. Rest 0 0 0 0 5 0: 1 1 1 1 000001 1.
     assert tensors["positions"].tolist() == [0b00110000, 0b0011, 0b00001111, 0b00000110]
     assert tensors["values"].tolist() == values.tolist()
+
+
+@pytest.mark.parametrize("key", ["sara.threshold", "sara.steps"])
+def test_metadata_of_another_kind_name_the_file_and_the_fault(tmp_path, key):
+    entry = DeltaEntry(torch.tensor([1], dtype=torch.int32), torch.ones(1), (2, 2))
+    SparseDelta({"w": entry}, {key: "many"}).save(tmp_path / "odd.safetensors")
+    message = (
+        rf"odd\.safetensors cannot be used as a SaRA delta: its {key} is 'many', expected a number"
+    )
+    with pytest.raises(ValueError, match=message):
+        SparseDelta.load(tmp_path / "odd.safetensors")

@@ -191,3 +191,22 @@ def test_schedulers_closures_and_defaults_work_as_with_torch():
 def test_bad_settings_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         SaraAdamW(Net(), THRESHOLD, **{"lr": LR, **options})
+
+
+def test_clipping_inside_the_step_is_clipping_before_it():
+    inside, outside = Net(), Net()
+    one = SaraAdamW(inside, THRESHOLD, lr=LR, max_grad_norm=1e-3, low_rank_weight=0)
+    two = SaraAdamW(outside, THRESHOLD, lr=LR, low_rank_weight=0, eps=1e-8)
+    for seed in range(3):
+        loss_of(inside, seed).backward()
+        loss_of(outside, seed).backward()
+        assert torch.nn.utils.clip_grad_norm_(inside.parameters(), 1e-3) == 0  # nothing is there
+        assert torch.nn.utils.clip_grad_norm_(two.parameters(), 1e-3) > 1e-3
+        one.step()
+        norm = torch.cat([leaf.grad for leaf in one.parameters() if leaf.grad is not None]).norm()
+        assert norm == pytest.approx(1e-3, rel=1e-3)
+        two.step()
+        one.zero_grad()
+        two.zero_grad()
+    for a, b in zip(inside.parameters(), outside.parameters(), strict=True):
+        assert torch.equal(a, b)

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 
@@ -170,3 +171,26 @@ def test_left_over_temporary_files_are_cleared(tmp_path):
     (folder.path / ".state.safetensors.abc.tmp").write_text("half a save")
     RunFolder(folder.path).close()
     assert not list(folder.path.glob(".*"))
+
+
+@pytest.mark.parametrize("how", ["deleted", "renamed"])
+def test_a_folder_that_vanishes_is_made_again_with_all_that_is_learned(tmp_path, how):
+    _, run = make()
+    folder = RunFolder.create(tmp_path, "style", RunSettings(**SETTINGS))
+    for report in run:
+        folder.add_loss(report)
+        if report.step == 4:
+            assert folder.save(saved(run), {}, keep=2, wait=True) is None
+            if how == "deleted":
+                shutil.rmtree(folder.path)
+            else:
+                folder.path.rename(tmp_path / "other")
+        if report.step == 8:
+            assert folder.save(saved(run), {}, keep=2, wait=True) is None
+    assert folder.read_state()["run"]["step"] == 8
+    path = folder.path / "style_12_steps.safetensors"
+    folder.finish(run.optimizer.delta(), path, torch.float32, 12)
+    folder.close()
+    assert SparseDelta.load(path).num_values == run.optimizer.delta().num_values
+    assert RunFolder(folder.path).settings == RunSettings(**SETTINGS)
+    assert "has been made again" in (folder.path / "log.txt").read_text()
