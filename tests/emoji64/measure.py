@@ -66,7 +66,7 @@ def main():
     parser.add_argument("--vae", action="store_true", help="only what the VAE makes of real ones")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--cfg", type=float, default=3.0)
+    parser.add_argument("--cfg", type=float, default=2.0)
     arguments = parser.parse_args()
     x, drawn, styles, names = load_pictures(arguments.pictures)
     features, vae = Features(), load_vae()

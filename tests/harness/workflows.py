@@ -39,8 +39,8 @@ SMALL = {  # what the small model and its pictures need, by class of node
     "CheckpointLoaderSimple": {"ckpt_name": "emoji64.safetensors"},
     "SaraImageFolder": {"folder": "input/fluent3d", "size": 64, "trigger": ""},
     "EmptyLatentImage": {"width": 64, "height": 64, "batch_size": 4},
-    "SaraSampling": {"steps": 20, "cfg": 3.0, "scheduler": "simple"},
-    "KSampler": {"steps": 20, "cfg": 3.0, "scheduler": "simple"},
+    "SaraSampling": {"steps": 20, "cfg": 2.0, "scheduler": "simple"},
+    "KSampler": {"steps": 20, "cfg": 2.0, "scheduler": "simple"},
     "SaraTrain": {
         "steps": 300, "batch_size": 8, "output_name": "fluent3d", "trigger_words": "",
         "gradient_checkpointing": False, "learning_rate": 3e-4,  # the rule is for larger models

@@ -23,7 +23,7 @@ from .graphs import (
 
 INPUTS = {  # public: saved workflows depend on every name
     "SaraImageFolder": "vae clip folder size max_buckets divisible_by crop crops max_upscale flip "
-    "alpha background trigger default_caption repeats problems seed cache_gb model",
+    "alpha background trigger default_caption repeats problems seed cache_gb parentheses subfolders model",
     "SaraAnalyze": "model threshold fraction count include exclude zeros",
     "SaraTrain": "model latents positive steps batch_size fraction learning_rate output_name seed "
     "save_every_steps preview_every_steps resume threshold include exclude zeros lr_schedule "
@@ -35,7 +35,7 @@ INPUTS = {  # public: saved workflows depend on every name
     "SaraSampling": "vae positive negative seed steps cfg sampler_name scheduler latent previous",
     "SaraLoadCheckpoints": "run",
     "SaraCompare": "model sampling deltas strengths deltas_2 deltas_3 deltas_4",
-    "SaraLoadDelta": "delta_name",
+    "SaraLoadDelta": "delta_name file",
     "SaraSaveDelta": "delta filename_prefix dtype",
     "SaraMergeDeltas": "delta_1 delta_2 strength_1 strength_2",
     "SaraApply": "model delta strength",
@@ -84,7 +84,7 @@ def test_all_nodes_are_there_with_their_public_names(server):
 
 def test_analyze_reports_what_the_core_finds(server, trained):
     text = trained["outputs"][trained["analyze"]]["text"][0]
-    assert "selects 1,051,6" in text
+    assert "selects 1,051,4" in text
     assert "joint_blocks.3" in text
     weights = load_file(checkpoint())
     prefix = "model.diffusion_model."
