@@ -213,7 +213,9 @@ def test_an_8_bit_model_trains_and_keeps_the_delta_through_the_executor(server):
     text = graph("CLIPTextEncode", clip=clip, text="3d strawberry")
     latent = graph("EmptyLatentImage", width=64, height=64, batch_size=2)
     base = graph("UNETLoader", unet_name="mini_sd15.safetensors", weight_dtype="fp8_e4m3fn")
-    trained = graph("SaraTrain", model=base, latents=latent, positive=text, steps=2, batch_size=2,
+    made = graph("KSampler", model=base, positive=text, negative=text, seed=2, cfg=1.0, steps=1,
+                 latent_image=latent, sampler_name="euler", scheduler="simple", denoise=1.0)  # fmt: skip
+    trained = graph("SaraTrain", model=base, latents=made, positive=text, steps=2, batch_size=2,
                     fraction=0.1, learning_rate=1e-3, output_name="eight_bit", save_dtype="fp32",
                     save_every_steps=0)  # fmt: skip
     graph("PreviewAny", source=trained.out(3))

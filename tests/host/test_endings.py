@@ -107,8 +107,12 @@ def test_broken_pictures_are_left_out_and_only_broken_ones_end_the_run(sd15, sar
     with torch.inference_mode():
         latents[2] = latents[2] * float("nan")
     before = bits(sd15)
-    delta, losses = train(sara, sd15, latents, captions, settings(sara, steps=4, batch_size=1))
-    assert sum(loss != loss for loss in losses) == 1
+    options = settings(sara, steps=4, batch_size=1)
+    folder = sara.folder.RunFolder.create(tmp_path, "run", options)
+    delta, losses = train(sara, sd15, latents, captions, options, new=folder)
+    kept = [loss for loss, _ in sara.folder.RunFolder(folder.path).read_losses(4)]
+    assert sum(loss != loss for loss in kept) == 1
+    assert all(math.isfinite(loss) for loss in losses)  # as Plot Loss Graph needs them
     assert all(torch.isfinite(e.values).all() for e in delta.entries.values())
     assert_same_bits(before, sd15)
     with torch.inference_mode():
