@@ -62,7 +62,11 @@ def inputs_of(info, size):
             "3": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["2", 0], "text": "a cat"}},
             "6": {"class_type": "EmptyLatentImage",
                   "inputs": {"width": 256, "height": 256, "batch_size": 1}},
-        }, {"model": ["1", 0], "latents": ["6", 0], "positive": ["3", 0]}  # fmt: skip
+            "8": {"class_type": "KSampler", "inputs": {  # made once; it stands for a picture
+                "model": ["1", 0], "positive": ["3", 0], "negative": ["3", 0], "latent_image": ["6", 0],
+                "seed": 0, "steps": 1, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple",
+                "denoise": 1.0}},
+        }, {"model": ["1", 0], "latents": ["8", 0], "positive": ["3", 0]}  # fmt: skip
     folder = {**defaults(info, "SaraImageFolder"), "vae": ["1", 2], "clip": ["1", 1],
               "folder": "input/fluent3d", "size": 64}  # fmt: skip
     return {
