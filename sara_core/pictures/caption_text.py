@@ -30,7 +30,10 @@ def read_text(path: Path) -> tuple[str, str]:
             return _decoded(data, encoding, path), ""
     if b"\0" in data:
         encoding = _wide_encoding(data)
-        return _decoded(data, encoding, path), encoding
+        text = _decoded(data, encoding, path)
+        if 2 * sum(map(str.isascii, text)) < len(text) or any(map(_is_control, text)):
+            raise _unknown(path)  # only mostly Latin text can be told by its zero bytes
+        return text, encoding
     try:
         return data.decode("utf-8"), ""
     except UnicodeDecodeError:
@@ -72,7 +75,7 @@ def _western(data: bytes, path: Path) -> str:
     is_western = all(
         one.isascii() or one in WESTERN or ("À" <= one <= "ÿ" and one != "÷") for one in text
     )
-    if is_run or not is_western or not text.isprintable() and any(map(_is_control, text)):
+    if is_run or not is_western or any(map(_is_control, text)):
         raise _unknown(path)
     return text
 

@@ -57,7 +57,7 @@ class CaptionFiles:
         ]
         self._exact = {path.name: path for path in self._files}
         self._cased = {path.name.casefold(): path for path in reversed(self._files)}
-        self._folded = {_folded(path.name): path for path in reversed(self._files)}
+        self._folded = {folded(path.name): path for path in reversed(self._files)}
 
     def of(self, picture: Path) -> tuple[str | None, str, str]:
         """Read the text file of a picture's name: spelled the same, or else in other case or accents.
@@ -88,7 +88,7 @@ class CaptionFiles:
         return (
             self._exact.get(name)
             or self._cased.get(name.casefold())
-            or self._folded.get(_folded(name))
+            or self._folded.get(folded(name))
         )
 
 
@@ -135,9 +135,9 @@ def _as_on_disk(table: dict[str, tuple], folder: Path) -> dict[str, tuple]:
                 names = sorted(os.listdir(parent))
             except OSError:
                 names = []
-            listed[parent] = {_folded(one): one for one in names} | {one: one for one in names}
+            listed[parent] = {folded(one): one for one in names} | {one: one for one in names}
         others = listed[parent]
-        found = others.get(path.name) or others.get(_folded(path.name)) or path.name
+        found = others.get(path.name) or others.get(folded(path.name)) or path.name
         if found == path.name:
             spelled[name] = value
         else:
@@ -145,7 +145,8 @@ def _as_on_disk(table: dict[str, tuple], folder: Path) -> dict[str, tuple]:
     return spelled
 
 
-def _folded(name: str) -> str:
+def folded(name: str) -> str:
+    """Return a name by which spellings in other case or form of accents are equal."""
     return unicodedata.normalize("NFC", name).casefold()
 
 

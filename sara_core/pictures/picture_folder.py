@@ -86,11 +86,11 @@ def _take_in(
     place: _Place, folder: Path, root: Path, table: dict, found: dict, problems: list[Problem]
 ) -> None:
     """Add a place's pictures with their captions, and say what else is there."""
-    pictures = [path for path in place.listing if _is_picture(path)]
     if not place.path.resolve().is_relative_to(root):
         name = place.path.relative_to(folder).as_posix()
         problems.append(Problem(name, "a link that leads out of the folder"))
         return
+    pictures = [path for path in place.listing if _is_picture(path)]
     beside = CaptionFiles(place.path, root)
     own: dict[str, tuple[str, str]] = {}
     if place.path != folder and place.is_whole:
@@ -151,6 +151,8 @@ def _places(folder: Path, recurse: bool, problems: list[Problem]) -> Iterator[_P
             problems.append(Problem(path.relative_to(folder).as_posix(), reason))
         elif match:
             yield _Place(path, *_meaning(match), _listed(path, folder, problems))
+        elif path.is_symlink():
+            problems.append(Problem(path.name, "a link to a folder, which is not followed"))
         elif recurse:
             yield from _below(path, folder, problems)
 
@@ -158,7 +160,8 @@ def _places(folder: Path, recurse: bool, problems: list[Problem]) -> Iterator[_P
 def _left_out(folder: Path, found: Mapping[str, PictureFile]) -> Iterator[Problem]:
     """Name the plain folders in a folder whose pictures are not taken."""
     for path in _listed(folder, folder, []):
-        if path.is_dir() and not is_hidden(path) and not REPEATS.fullmatch(path.name):
+        is_plain = path.is_dir() and not path.is_symlink() and not is_hidden(path)
+        if is_plain and not REPEATS.fullmatch(path.name):
             name = path.relative_to(folder).as_posix()
             inside = (Path(parent, file) for parent, _, files in os.walk(path) for file in files)
             count = sum(

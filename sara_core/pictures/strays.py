@@ -4,7 +4,7 @@ import os
 from collections.abc import Collection
 from pathlib import Path
 
-from .captions import CAPTION_ENDINGS, TABLES, Problem
+from .captions import CAPTION_ENDINGS, TABLES, Problem, folded
 
 LITTER = frozenset({"thumbs.db", "desktop.ini", "ehthumbs.db", "icon\r"})  # of file managers
 SIGNATURES = (  # beginnings of formats that are read, whatever the file is called
@@ -53,7 +53,7 @@ def strays(folder: Path, listing: list[Path], used: Collection[Path]) -> list[Pr
         listing: Content of it, or of a folder in it.
         used: Pictures that are.
     """
-    pictures = {key for path in used for key in (path.stem.casefold(), path.name.casefold())}
+    pictures = {folded(key) for path in used for key in (path.stem, path.name)}
     found = []
     for path in listing:
         if path in used or is_hidden(path) or path.name.casefold() in TABLES or path.is_dir():
@@ -71,7 +71,7 @@ def _reason(path: Path, pictures: set[str]) -> str:
         return "not a file"
     ending = path.suffix.lower()
     if ending in CAPTION_ENDINGS:
-        return "" if path.stem.casefold() in pictures else "a caption without a picture of its name"
+        return "" if folded(path.stem) in pictures else "a caption without a picture of its name"
     head = _head(path)
     kind = next((name for start, name in OTHER_FORMATS.items() if head.startswith(start)), None)
     kind = kind or OTHER_ENDINGS.get(ending)
@@ -81,6 +81,8 @@ def _reason(path: Path, pictures: set[str]) -> str:
 
 
 def _head(path: Path) -> bytes:
+    if path.is_symlink():  # it may lead out of the folder
+        return b""
     try:
         with open(path, "rb") as file:
             return file.read(16)

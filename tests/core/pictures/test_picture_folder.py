@@ -272,10 +272,25 @@ def test_tables_of_other_trainers_are_read(tmp_path, name, folder):
 def test_a_caption_is_found_by_its_exact_name_first(tmp_path):
     put(tmp_path, **{"a.png": "x", "a.txt": "exact", "A.TXT": "other case", "B.png": "x", "b.txt": "cased",
                      "caf\u00e9.png": "x", "cafe\u0301.txt": "composed"})  # fmt: skip
-    found, _ = captions(tmp_path)
+    found, problems = captions(tmp_path)
     assert {name: text for name, (text, _) in found.items()} == {
         "a.png": "exact", "B.png": "cased", "caf\u00e9.png": "composed",
     }  # fmt: skip
+    assert not problems
+
+
+def test_nothing_behind_a_link_is_read(tmp_path, monkeypatch):
+    put(tmp_path, **{"outside/a.png": PNG, "outside/b": PNG})
+    folder = tmp_path / "folder"
+    put(folder, **{"c.png": "x"})
+    os.symlink(tmp_path / "outside", folder / "link")
+    os.symlink(tmp_path / "outside" / "b", folder / "d")
+    for recurse in (False, True):
+        found, problems = find_pictures(folder, recurse)
+        assert [file.name for file in found] == ["c.png"]
+        assert [str(problem) for problem in problems] == [
+            "d: not a picture", "link: a link to a folder, which is not followed",
+        ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -295,6 +310,7 @@ def test_a_caption_is_found_by_its_exact_name_first(tmp_path):
         ("猫の写真".encode("shift-jis"), None, None),
         ("фото кошки".encode("cp1251"), None, None),
         (b"\x00\x01\x02\x80\xff\x00\x00", None, None),
+        (bytes(range(64)) * 4, None, None),
     ],
 )
 def test_captions_in_any_encoding_are_read_or_reported(tmp_path, data, text, guessed):
