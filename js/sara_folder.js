@@ -44,16 +44,17 @@ function thumbnail({ name, caption, subfolder }) {
   return cell;
 }
 
-async function show(card, widget) {
-  const name = card.name = widget.value;
+async function show(card, widget, subfolders) {
+  const name = widget.value;
+  const query = card.query = `${new URLSearchParams({ name: name ?? "", subfolders: subfolders?.value ?? false })}`;
   let folder;
   try {
-    const answer = await api.fetchApi(`/sara/folder?${new URLSearchParams({ name: name ?? "" })}`);
+    const answer = await api.fetchApi(`/sara/folder?${query}`);
     folder = await answer.json();
   } catch (error) {
     folder = { error: error.message };
   }
-  if (card.name !== name) return; // another one was chosen meanwhile
+  if (card.query !== query) return; // another one was chosen meanwhile
   const isChosen = widget.options?.values?.indexOf?.(name) !== 0;
   card.caption.textContent = folder.error ? (isChosen ? folder.error : text("choose_folder"))
     : describe(folder);
@@ -77,6 +78,8 @@ app.registerExtension({
     card.pictures.style.cssText =
       "display:flex;flex-wrap:wrap;overflow-y:auto;flex:1 1 auto;padding:2px 4px;color:var(--input-text,#ddd)";
     box.append(card.pictures);
-    followWidget(node, widget, () => show(card, widget));
+    const subfolders = node.widgets.find((one) => one.name === "subfolders");
+    for (const one of [widget, subfolders].filter(Boolean))
+      followWidget(node, one, () => show(card, widget, subfolders));
   },
 });

@@ -14,6 +14,8 @@ MAX_SHOWN = 24
 def look(query: Mapping[str, str]) -> dict:
     """Count the pictures and captions of the folder `name` and list the first of them.
 
+    With `subfolders=true` those of the folders in it count as well.
+
     Returns:
         `error` alone if there is no such folder; else `pictures`, `captions` by where they are from,
         `without` (a caption of their own), `same` (whether all that are there are equal),
@@ -23,7 +25,7 @@ def look(query: Mapping[str, str]) -> dict:
     name = query.get("name", "")
     try:
         folder = Path(host.picture_folder(name))
-        files, problems = find_pictures(folder)
+        files, problems = find_pictures(folder, query.get("subfolders") == "true")
     except (OSError, ValueError) as error:
         return {"error": str(error)}
     root, _, below = name.partition("/")
