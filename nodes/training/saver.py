@@ -87,6 +87,11 @@ class Saver:
         """Go on from the delta of a finished run whose state is gone."""
         start = self.folder.settings.schedule_start
         path = output_folder.final_path(self.folder.path, start)
+        if not path.is_file():
+            raise ValueError(
+                f"the run {self.folder.path.name} can neither be resumed nor has it finished: there is "
+                "neither its state nor its final delta; choose another one under resume"
+            )
         self.training.load_delta(SparseDelta.load(path))
         rows = self.folder.read_losses(start)
         self.losses = [loss for loss, _ in rows]

@@ -126,8 +126,8 @@ class TrainingRun:
         Raises:
             ValueError: It does not fit the model or the selection; nothing has been changed then.
         """
+        self.optimizer.start_from(delta, self.config.schedule_start)
         self.step = self.config.schedule_start
-        self.optimizer.start_from(delta, self.step)
         self._generator.manual_seed(self.config.seed + self.step)
         self._mark()
 

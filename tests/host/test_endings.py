@@ -190,6 +190,13 @@ def test_a_finished_run_goes_on_with_more_steps_on_a_course_of_their_own(
         for name, entry in delta.entries.items()
     )
     assert "going on from run_6_steps.safetensors" in (folder.path / "log.txt").read_text()
+    for path in folder.path.glob("*.safetensors"):
+        path.unlink()
+    with pytest.raises(ValueError, match="neither its state nor its final delta"):
+        train(
+            sara, sd15, latents, captions, None,
+            resume=sara.run.old_folder(sd15, "run_00001", more, 0),
+        )  # fmt: skip
 
 
 def test_a_full_disk_does_not_stop_the_training(sd15, sara, monkeypatch, caplog):
