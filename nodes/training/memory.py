@@ -26,6 +26,8 @@ def announce(calls: "host.ModelCalls", training: TrainingRun, reporter: Reporter
         reporter: Shows it.
     """
     settings = reporter.folder.settings
+    if not host.memory_in_use()[1]:  # it cannot be read
+        return
     need = measure(calls, training, settings)
     if need is None:
         reporter.warn(f"memory: not even one picture fits. {MEMORY_ADVICE}")
@@ -84,8 +86,8 @@ def in_words(need: MemoryNeed) -> str:
     """Say what a run needs and of what it is made."""
     return (
         f"memory: about {_size(need.total)} of {_size(need.free)} free: model {_size(need.base)}, "
-        f"trained weights {_size(need.trained)}, activations of {need.batch_size} pictures "
-        f"{_size(need.activations)}"
+        f"trained weights {_size(need.trained)}, activations {_size(need.activations)} at batch size "
+        f"{need.batch_size}"
     )
 
 

@@ -28,9 +28,7 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self.now = self.peak = 0
         self._device = device
-        self._known: dict[
-            int, weakref.ref
-        ] = {}  # storages by identity; the references are to hear of their end
+        self._known: dict[int, weakref.ref] = {}  # storages by identity, to hear of their end
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}

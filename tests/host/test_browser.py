@@ -226,7 +226,8 @@ def test_the_loss_and_previews_appear_while_it_trains(page):
     assert page.inked("SaraTrain") > 0.01
     assert (0x4A, 0xA3, 0xFF) in {colour for _, colour in page.colours("SaraTrain")}
     text = page.text("SaraTrain")
-    for part in ("fluent3d_", ": training", "stage 1", "(smoothed)", "per step", "left", "memory"):
+    for part in ("fluent3d_", ": training", "stage 1", "(smoothed)", "per step", "left", "memory",
+                 "20 times over the pictures", "needs ", "for activations"):  # fmt: skip
         assert part in text, text
 
     page.open()  # as after a reload: the state comes from the server
