@@ -72,7 +72,7 @@ def refuse_long(path: str) -> None:
     Raises:
         ValueError: A name has too many bytes, or on Windows the path too many characters.
     """
-    for part in Path(path).parts[1:]:
+    for part in Path(os.path.relpath(path, os.path.dirname(host.output_root()))).parts:
         size, room = len(os.fsencode(part)), MAX_BYTES - ADDED
         if size > room:
             raise ValueError(

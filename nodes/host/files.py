@@ -105,14 +105,10 @@ def _with_pictures(root: Path) -> dict[Path, int]:
     real, ranks = root.resolve(), {}
     for parent, folders, files in os.walk(root):
         path = Path(parent)
-        for name in folders:
-            if not (path / name).resolve().is_relative_to(real):
-                _say_of_link(path / name)
-        folders[:] = [
-            name
-            for name in folders
-            if not name.startswith(".") and (path / name).resolve().is_relative_to(real)
-        ]
+        seen = [name for name in folders if not name.startswith(".")]
+        folders[:] = [name for name in seen if (path / name).resolve().is_relative_to(real)]
+        for name in set(seen) - set(folders):
+            _say_of_link(path / name)
         if any(Path(file).suffix.lower() in ENDINGS and not file.startswith(".") for file in files):
             ranks[path] = 0
     for path in list(ranks):

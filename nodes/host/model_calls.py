@@ -13,8 +13,6 @@ from .weights import architecture
 
 # What latents are of, by the dimensions beside batch and channels.
 KINDS = {1: "sound, (1, C, length)", 2: "pictures, (1, C, h, w)", 3: "videos, (1, C, frames, h, w)"}
-
-
 # Of a conditioning that counts everywhere and in all steps.
 WHOLE = {"start_percent": 0.0, "end_percent": 1.0, "strength": 1.0}
 

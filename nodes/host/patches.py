@@ -131,10 +131,8 @@ def apply_delta(patcher, delta: SparseDelta, strength: float):
     patched = patcher.clone()
     weights = base_weights(patcher)
     _refuse_other_shapes(patcher, delta, weights)
-    is_carried = bool(patcher.patches)  # such as a LoRA that was there when the delta was trained
-    if not delta.fits_base(weights) and not (
-        is_carried and delta.fits_base(patched_weights(patcher))
-    ):
+    # It may have been trained with a LoRA or merge that the MODEL carries.
+    if not (delta.fits_base(weights) or delta.fits_base(patched_weights(patcher))):
         logger.warning(
             "Apply SaRA: this delta was trained on another base than the loaded checkpoint. Shapes "
             "fit, so it is applied, but the result may differ from what was trained"

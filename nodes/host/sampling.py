@@ -95,21 +95,18 @@ def _sample_latent(patcher, sampling: Sampling) -> Tensor:
 
 
 def _refuse_other_vae(patcher, vae) -> None:
-    """Refuse a VAE whose latents have other channels or dimensions than the model's.
+    """Refuse a VAE whose latents have other channels than the model's.
 
     Raises:
         ValueError: It is of another family.
     """
     if vae is None:
         raise ValueError("there is no VAE in SaRA Sampling; connect that of the model's checkpoint")
-    format = patcher.get_model_object("latent_format")
-    found = vae.latent_channels, vae.latent_dim
-    expected = format.latent_channels, format.latent_dimensions
-    one_frame = expected[1] == 2 or found[1] == 2  # a picture's VAE may be used for one frame
-    if found[0] != expected[0] or (found[1] != expected[1] and not one_frame):
+    channels = patcher.get_model_object("latent_format").latent_channels
+    if vae.latent_channels != channels:
         raise ValueError(
-            f"the VAE connected to SaRA Sampling decodes latents of {found[0]} channels, but this "
-            f"model makes {expected[0]}; connect the VAE of the model's checkpoint"
+            f"the VAE connected to SaRA Sampling decodes latents of {vae.latent_channels} channels, but "
+            f"this model makes {channels}; connect the VAE of the model's checkpoint"
         )
 
 

@@ -12,9 +12,8 @@ import torch
 from comfy.quant_ops import QuantizedTensor
 from torch import Tensor
 
-_seeds = (
-    comfy.utils if hasattr(comfy.utils, "string_to_seed") else comfy.model_patcher
-)  # since 0.33
+# Moved in 0.33.
+string_to_seed = getattr(comfy.utils, "string_to_seed", None) or comfy.model_patcher.string_to_seed
 PREFIX = "diffusion_model."
 REAL_SCALE = "sara_scale"  # of a scaled layer whose weight is a number for a while
 CASTS = "comfy_cast_weights"  # layers that turn their weight into another dtype when it is used
@@ -84,9 +83,9 @@ def patched_weights(patcher) -> BaseWeights:
     def patch(key: str, weight: Tensor) -> Tensor:
         number = weight.to(torch.float32, copy=True)
         out = comfy.lora.calculate_weight(patcher.patches[key], number, key)
-        if not weight.is_floating_point() or weight.element_size() == 1:
+        if is_quantised(weight):  # added when it is used, so not rounded
             return out
-        return comfy.float.stochastic_rounding(out, weight.dtype, seed=_seeds.string_to_seed(key))
+        return comfy.float.stochastic_rounding(out, weight.dtype, seed=string_to_seed(key))
 
     weights = base_weights(patcher)
     keys = {name: PREFIX + name for name in weights if PREFIX + name in patcher.patches}

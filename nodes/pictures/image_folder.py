@@ -80,7 +80,7 @@ class SaraImageFolder(io.ComfyNode):
                     "folder",
                     options=chosen("folder", list(host.picture_folders())),
                     tooltip="A folder in ComfyUI's input or datasets folder. Captions are .txt or "
-                    ".caption files beside the pictures, metadata.jsonl or captions.json; folders "
+                    ".caption files beside the pictures, or tables such as metadata.jsonl; folders "
                     "in it such as 10_name repeat their pictures ten times. Press R to refresh.",
                 ),
                 *folder_inputs(),

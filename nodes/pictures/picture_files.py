@@ -183,16 +183,16 @@ def _eight_bit(image: Image.Image) -> Image.Image:
 
 
 def _white(values: np.ndarray) -> float:
-    """Guess which number is white in a grey picture of large or broken numbers, from its largest.
+    """Guess which number is white in a grey picture, from its largest.
 
-    Whole numbers are meant for 8, 16 or more bits. Others go to 1, or to 255; between them, where they
-    go beyond a white of 1, and above, the largest is white.
+    It is that of 8 or 16 bits, or 1 for broken numbers. Where broken ones go somewhat beyond 1, and where
+    any go beyond 16 bits, the largest is white.
     """
     largest = float(values.max(initial=0))
     if np.issubdtype(values.dtype, np.integer):
         steps = (255.0, 65535.0)
     else:
-        steps = (1.0,) if largest <= 1 or largest < 16 else (255.0, 65535.0)
+        steps = (1.0,) if largest < 16 else (255.0, 65535.0)
     return next((step for step in steps if largest <= step), largest)
 
 

@@ -1,6 +1,5 @@
 """Names of runs and files: how long they may be, and the date in them."""
 
-import re
 import time
 
 import pytest
@@ -59,9 +58,8 @@ def test_a_loaded_delta_may_be_named_by_a_connection(server, delta_name):
     graph.run()
     graph = Graph(server)
     graph("PreviewAny", source=graph("SaraLoadDelta", delta_name="choose a delta").out(1))
-    with pytest.raises((PromptError, OSError, AssertionError)) as caught:
+    with pytest.raises(PromptError, match="choose a delta first"):
         graph.run()
-    assert re.search("choose a delta first|400", str(caught.value))
 
 
 def test_one_damaged_checkpoint_is_left_out_and_said(server, trained):
