@@ -10,8 +10,8 @@ from . import host
 
 MAX_BYTES = 255  # of one name, on nearly all file systems
 MAX_PATH = 259  # characters on Windows
-# The longest that is added to a name: a temporary file's name around that of the final delta.
-ADDED = len(f"._1000000_steps.safetensors.{'0' * 32}.tmp")
+# The longest that is added to a name: a temporary file's name around that of the LoRA file.
+ADDED = len(f"._1000000_steps_lora.safetensors.{'0' * 32}.tmp")
 DATE_PARTS = {  # as in ComfyUI's page, longer ones before their beginnings
     "yyyy": "%Y", "yy": "%y", "MM": "%m", "dd": "%d", "hh": "%H", "mm": "%M", "ss": "%S",
 }  # fmt: skip
@@ -131,7 +131,7 @@ def deltas_of_run(name: str) -> list[Path]:
 
 def _is_delta(file: str) -> bool:
     is_hidden = file.startswith(".")  # of a save under way
-    return file.endswith(".safetensors") and file != STATE and not is_hidden
+    return host.is_delta_name(file) and not is_hidden
 
 
 def _is_final(folder: str, file: str) -> bool:
@@ -143,6 +143,11 @@ def final_path(folder: str | os.PathLike, steps: int) -> Path:
     """Return where a run of so many steps in a folder such as `style_00001` leaves its delta."""
     folder = Path(folder)
     return folder / f"{folder.name.rpartition('_')[0]}_{steps}_steps.safetensors"
+
+
+def lora_path(delta: Path) -> Path:
+    """Return where the LoRA file of a run's final delta goes, beside it."""
+    return delta.with_name(delta.name.removesuffix(".safetensors") + host.LORA_ENDING)
 
 
 def run_path(name: str) -> str:

@@ -14,6 +14,7 @@ from ...sara_core.training.run_folder import STATE
 logger = logging.getLogger("comfyui-sara")
 
 FOLDER = "sara"
+LORA_ENDING = "_lora.safetensors"  # of what a run writes for loaders of LoRAs
 INPUT, DATASETS = "input", "datasets"
 
 
@@ -29,8 +30,15 @@ def register_folders() -> None:
 
 
 def delta_names() -> list[str]:
-    """List the delta files in the registered folders; states of runs are none."""
-    return [n for n in folder_paths.get_filename_list(FOLDER) if os.path.basename(n) != STATE]
+    """List the delta files in the registered folders."""
+    return [name for name in folder_paths.get_filename_list(FOLDER) if is_delta_name(name)]
+
+
+def is_delta_name(name: str) -> bool:
+    """Tell a delta's file from a run's state and LoRA file."""
+    file = os.path.basename(name)
+    is_lora = file.endswith(f"_steps{LORA_ENDING}")
+    return file.endswith(".safetensors") and file != STATE and not is_lora
 
 
 def delta_path(name: str) -> str:

@@ -4,8 +4,11 @@ import logging
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 from ...sara_core import SparseDelta
+from ...sara_core.delta.export import export
+from ...sara_core.files.atomic import replace_atomically
 from ...sara_core.training.run_folder import RunFolder
 from ...sara_core.training.run_settings import SAVE_DTYPES
 from ...sara_core.training.trainer import TrainingRun
@@ -172,4 +175,21 @@ class Saver:
             self.save_at_the_end(error)
             raise
         logger.info("SaRA Train: saved %s", path)
+        if settings.lora_file != "none":
+            self._write_lora(path)
         return path
+
+    def _write_lora(self, path: Path) -> None:
+        """Write the final delta once more for loaders of LoRAs; a failure is said and ends nothing."""
+        target = output_folder.lora_path(path)
+        try:
+            tensors, kept = export(
+                SparseDelta.load(path), self.folder.settings.lora_file, self._dtype
+            )
+            replace_atomically(target, lambda temporary: save_file(tensors, temporary))
+        except (OSError, ValueError) as error:
+            self.reporter.warn(f"could not write the LoRA file ({error}); the delta is saved")
+            return
+        self.reporter.warn(
+            f"wrote {target.name} for models/loras; it keeps {kept:.0%} of the change's energy"
+        )

@@ -5,7 +5,12 @@ from comfy_api.latest import io
 from ...sara_core.optimizer.adam_moments import KINDS
 from ...sara_core.optimizer.learning_rate import SCHEDULES
 from ...sara_core.training.objective import LOSSES
-from ...sara_core.training.run_settings import COMPUTE_DTYPES, SAVE_DTYPES, RunSettings
+from ...sara_core.training.run_settings import (
+    COMPUTE_DTYPES,
+    LORA_FILES,
+    SAVE_DTYPES,
+    RunSettings,
+)
 from .. import output_folder
 from ..inputs import advanced, filter_inputs, fraction_input, strength_input, threshold_input
 
@@ -97,7 +102,7 @@ def main_inputs() -> list:
             tooltip="A cancelled or failed run to go on with, exactly where it stopped, or a finished "
             "one to give more_steps. Its own settings are used; of the widgets here only "
             "gradient_checkpointing, offloading, save_every_steps, keep_checkpoints, keep_state, "
-            "trigger_words, moments if it is 8bit, and those of previews count. Press R to refresh "
+            "lora_file, trigger_words, moments if it is 8bit, and those of previews count. Press R to refresh "
             "the list.",
         ),
         io.Int.Input(
@@ -298,6 +303,15 @@ def saving_inputs() -> list:
             options=list(SAVE_DTYPES),
             default=SETTINGS.save_dtype,
             tooltip="Precision of the saved values.",
+        ),
+        io.Combo.Input(
+            "lora_file",
+            options=list(LORA_FILES),
+            default=SETTINGS.lora_file,
+            optional=True,
+            tooltip="Writes a file for Load LoRA beside the final delta, for those without this pack. "
+            "Differences are exact and large; a LoRA is small and keeps only part of what was learned: "
+            "the chart says how much.",
         ),
         io.String.Input(
             "trigger_words",

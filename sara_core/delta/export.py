@@ -12,7 +12,27 @@ from .delta_file import DeltaEntry
 from .sparse_delta import SparseDelta
 
 PREFIX = "diffusion_model."
+EXACT = "differences (exact)"
+RANKS = {"LoRA of rank 16": 16, "LoRA of rank 64": 64, "LoRA of rank 256": 256}
 OVERSAMPLING, POWER_ITERATIONS = 16, 4  # of the randomised decomposition
+
+
+def export(
+    delta: SparseDelta, kind: str, dtype: torch.dtype = torch.float16
+) -> tuple[dict[str, Tensor], float]:
+    """Turn a delta into one of the formats named here: `EXACT` or one of `RANKS`.
+
+    Returns:
+        Tensors by key, and the share of the change's energy that is kept.
+
+    Raises:
+        ValueError: There is nothing to export.
+    """
+    if not delta.num_values:
+        raise ValueError("the delta changes nothing, so there is nothing to export")
+    if kind == EXACT:
+        return as_differences(delta, dtype), 1.0
+    return as_lora(delta, RANKS[kind], dtype)
 
 
 def as_differences(delta: SparseDelta, dtype: torch.dtype = torch.float16) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ..delta.export import EXACT, RANKS
 from ..optimizer.adam_moments import KINDS
 from ..optimizer.sara_adamw import LOW_RANK_WEIGHT
 from ..weights.selection import ZEROS
@@ -19,6 +20,7 @@ COMPUTE_DTYPES = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
+LORA_FILES = ("none", EXACT, *RANKS)
 FREE = {"free": True}  # may be changed when a run is resumed, as it changes nothing that is learned
 
 
@@ -53,6 +55,7 @@ class RunSettings(TrainConfig):
         keep_checkpoints: Number of checkpoints to keep, at least 1.
         keep_state: Keep the state when the run has finished, so that it can go on.
         save_dtype: Precision of saved values, one of `SAVE_DTYPES`.
+        lora_file: What is written beside the final delta for loaders of LoRAs, one of `LORA_FILES`.
         output_name: Name of the run.
         trigger_words: Words that call up what was learned.
 
@@ -85,6 +88,7 @@ class RunSettings(TrainConfig):
     keep_checkpoints: int = field(default=2, metadata=FREE)
     keep_state: bool = field(default=True, metadata=FREE)
     save_dtype: str = "fp16"
+    lora_file: str = field(default="none", metadata=FREE)
     output_name: str = "style"
     trigger_words: str = field(default="", metadata=FREE)
 
@@ -96,8 +100,9 @@ class RunSettings(TrainConfig):
         )  # fmt: skip
         check_share(self, "fraction", "progressive", "validation_split")
         check_choice(
-            self, zeros=ZEROS, moments=KINDS, training_dtype=COMPUTE_DTYPES, save_dtype=SAVE_DTYPES
-        )
+            self, zeros=ZEROS, moments=KINDS, training_dtype=COMPUTE_DTYPES, save_dtype=SAVE_DTYPES,
+            lora_file=LORA_FILES,
+        )  # fmt: skip
 
     @property
     def selection_rule(self) -> dict:

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from .builders import LOOKS, assert_same_bits, bits, fail_at, pairs, settings, train
 
@@ -131,6 +132,35 @@ def test_the_switch_is_saved(sd15, sara, tmp_path):
     assert "saved step 2" in log
     assert "finished, saved run_4_steps.safetensors" in log
     assert "saved step 4" not in log
+
+
+def test_a_file_for_loaders_of_loras_is_written_beside_the_delta(sd15, sara, tmp_path, monkeypatch):
+    import comfy.sd
+
+    monkeypatch.setattr(sara.host, "output_root", lambda: str(tmp_path))
+    latents, captions = pairs(2)
+    exact = settings(sara, steps=2, learning_rate=1e-3, lora_file="differences (exact)")
+    folder = sara.folder.RunFolder.create(tmp_path, "run", exact)
+    delta, _ = train(sara, sd15, latents, captions, None, new=folder)
+    file = folder.path / "run_2_steps_lora.safetensors"
+    applied = sara.host.patched_weights(sara.host.apply_delta(sd15, delta, 1.0))
+    with torch.inference_mode():
+        loaded = comfy.sd.load_lora_for_models(sd15, None, load_file(file), 1.0, 0)[0]
+    for (name, found), (_, expected) in zip(
+        sara.host.patched_weights(loaded).items(), applied.items(), strict=True
+    ):
+        assert torch.allclose(found, expected, atol=1e-7), name
+    assert "it keeps 100% of the change's energy" in (folder.path / "log.txt").read_text()
+    assert file not in sara.output.deltas_of_run("run_00001")
+
+    # One that cannot be written is said; the run has not failed.
+    options = settings(sara, steps=2, lora_file="LoRA of rank 16")
+    folder = sara.folder.RunFolder.create(tmp_path, "run", options)
+    target = folder.path / "run_2_steps_lora.safetensors"
+    target.mkdir()
+    train(sara, sd15, latents, captions, None, new=folder)
+    assert "could not write the LoRA file" in (folder.path / "log.txt").read_text()
+    assert target.is_dir()
 
 
 def test_a_finished_run_goes_on_with_more_steps_on_a_course_of_their_own(
