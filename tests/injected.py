@@ -23,6 +23,7 @@ from .harness.server import PromptError, Server
 from .harness.workflows import node_titled
 
 CLOSE = {"atol": 2e-5, "rtol": 0.0}  # of a batch in parts, beside updates of 1e-4 and more
+PASSES = 3  # before the first step: for changes in place, and two for the memory a step takes
 ENDINGS = {  # how each fault must end, and what the user must read
     "cancel": "execution_interrupted",
     "crash": "an error from somewhere",
@@ -115,20 +116,19 @@ class Suite:
         name = kind.replace(" ", "_").replace("-", "_")
         number = 1 + len(list(self.output.glob(f"{name}_*")))
         folder = self.output / f"{name}_{number:05}"
-        at = self.dice.randint(
-            3, faults.STEPS - 6
-        )  # the first pass is no step, the second the first
+        step = self.dice.randint(2, faults.STEPS - 7)
+        at = step + PASSES
         before = len(self.server.log_text())
         if kind == "read-only from the start":
             return self.read_only_from_the_start(name, folder)
         if kind.endswith("state"):
             return self.damaged_state(kind, name, folder, at)
         if kind == "cancel":
-            ended = self.failure(self.cancel, name, at)
+            ended = self.failure(self.cancel, name, step)
         else:
             ended = self.failure(self.train, name, kind, at)
         self.check_ending(kind, ended, folder, self.server.log_text()[before:])
-        return self.after(folder, kind, at)
+        return self.after(folder, kind, step)
 
     def check_ending(self, kind, ended, folder, log):
         expected = ENDINGS[kind]
@@ -147,10 +147,10 @@ class Suite:
         if kind in ("oom forward", "oom backward"):
             assert "going on with each batch in 2 parts" in log
 
-    def after(self, folder, kind, at):
+    def after(self, folder, kind, step):
         self.check_model("after the fault")
         cannot_save = kind in ("disk full", "read-only")
-        lost = faults.check_files(folder, up_to=at - 1 if cannot_save else None)
+        lost = faults.check_files(folder, up_to=step if cannot_save else None)
         if (folder / "state.safetensors").is_file():
             self.train("ignored", resume=folder.name)
             self.check_model("after the resume")
