@@ -1,5 +1,6 @@
 """AdamW over the smallest weights of a model: SaRA in one line of an ordinary training script."""
 
+import contextlib
 import logging
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
@@ -12,10 +13,12 @@ from ..weights.fingerprint import take_fingerprint
 from ..weights.parameters import choose_parameters, refuse_untrainable_dtypes
 from ..weights.selection import select
 from . import adam_moments, learning_rate
+from .data_parallel import averaging, refuse_differences, refuse_wrapped
 from .low_rank import add_gradient_
 from .saved_state import FORMATS, PLAIN, checked
 from .sparse_model import SparseModel
 from .take_over import take_over_delta, take_over_weights
+from .trained_model import TrainedModel
 from .updates import keep_moments, refuse_bad_options, take_over_moments, update_
 
 logger = logging.getLogger("comfyui-sara")
@@ -23,7 +26,7 @@ logger = logging.getLogger("comfyui-sara")
 LOW_RANK_WEIGHT = 5e-4  # measured in docs/low-rank.md
 
 
-class SaraAdamW(torch.optim.Optimizer):
+class SaraAdamW(TrainedModel, torch.optim.Optimizer):
     """Train only the weights of `model` that lie closer to zero than a threshold, with AdamW.
 
     Replaces `torch.optim.AdamW(model.parameters())`. Exactly one of `threshold`, `fraction` and
@@ -62,10 +65,16 @@ class SaraAdamW(torch.optim.Optimizer):
         biases_and_norms: Also select among parameters of fewer than two dimensions.
         zeros: How exact zeros are treated, see `selection.select`.
         seed: Seed of the draws for the low-rank term.
+        process_group: Processes over which gradients are averaged where torch.distributed is
+            initialised; by default all of them.
+        communication_dtype: Of the gradients they send; float32 by default.
+        accumulation_steps: Backward passes per update; processes send after the last one only.
 
     Raises:
-        ValueError: Arguments out of range, nothing to train, or a base with NaN.
-        TypeError: A chosen parameter has a dtype that cannot be trained in place (float8).
+        ValueError: Arguments out of range, nothing to train, a base with NaN, or processes that do
+            not train the same.
+        TypeError: A chosen parameter has a dtype that cannot be trained in place (float8), or the
+            model is wrapped in DistributedDataParallel.
         ImportError: Moments in 8 bits without torchao.
 
     Source: Hu et al. 2024, arXiv:2409.06633, sections 4.1-4.4.
@@ -92,6 +101,9 @@ class SaraAdamW(torch.optim.Optimizer):
         biases_and_norms: bool = False,
         zeros: str = "auto",
         seed: int = 0,
+        process_group: "torch.distributed.ProcessGroup | None" = None,
+        communication_dtype: torch.dtype | None = None,
+        accumulation_steps: int = 1,
     ):
         refuse_bad_options(
             betas, lr=lr or 0, eps=eps, weight_decay=weight_decay, low_rank_weight=low_rank_weight,
@@ -99,6 +111,7 @@ class SaraAdamW(torch.optim.Optimizer):
             max_grad_norm=max_grad_norm,
         )  # fmt: skip
         adam_moments.refuse_unusable(moments)
+        refuse_wrapped(model)
         parameters = choose_parameters(model, include, exclude, biases_and_norms)
         refuse_untrainable_dtypes(parameters)
         selection = select(
@@ -125,28 +138,35 @@ class SaraAdamW(torch.optim.Optimizer):
         self.generator = torch.Generator().manual_seed(seed)
         self.fingerprint = take_fingerprint(parameters, selection.index)
         self._weights = SparseModel(model, selection.index)
+        self._average = averaging(
+            lambda: self._weights.active, process_group, communication_dtype, accumulation_steps
+        )
+        if self._average is not None:
+            facts = {"trained weights": self.num_trainable, "threshold": self.threshold, "lr": lr}
+            refuse_differences({**facts, "base": self.fingerprint}, process_group)
+            self._weights.share(self._average.arrived)
         super().__init__(
             self.parameters(), {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         )
 
-    @property
-    def num_trainable(self) -> int:
-        """Number of weights that train now."""
-        return sum(map(len, self._weights.active))
-
-    def parameters(self) -> list[nn.Parameter]:
-        """Return a flat leaf per trained parameter with its gradient; the values are in the model."""
-        return [weight.leaf for weight in self._weights.active]
-
-    def names(self) -> list[str]:
-        """Return the names of the model's parameters in which weights have been trained."""
-        weights = (*self._weights.active, *self._weights.frozen)
-        return list(dict.fromkeys(weight.name for weight in weights))
-
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients of the trained values."""
         self._low_rank_added = False
+        if self._average is not None:
+            self._average.forget()
         super().zero_grad(set_to_none)
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Return a context in which backward passes add up gradients without sending them."""
+        return contextlib.nullcontext() if self._average is None else self._average.held()
+
+    def average_gradients(self) -> None:
+        """Average the gradients over all processes, if that has not been done at the end of backward.
+
+        `step` does this by itself; call it in a process that makes no backward pass for this update.
+        """
+        if self._average is not None:
+            self._average.finish()
 
     @torch.no_grad()
     def add_low_rank_gradient_(self) -> None:
@@ -174,6 +194,7 @@ class SaraAdamW(torch.optim.Optimizer):
             raise RuntimeError("this optimizer was detached from its model; make a new SaraAdamW")
         with torch.enable_grad():
             loss = None if closure is None else closure()
+        self.average_gradients()
         self.add_low_rank_gradient_()
         if self.max_grad_norm:
             nn.utils.clip_grad_norm_(self.parameters(), self.max_grad_norm)
@@ -181,6 +202,8 @@ class SaraAdamW(torch.optim.Optimizer):
             self._weights.active, self.state, self.param_groups[0], self.num_steps, self.moments
         )
         self._low_rank_added = False
+        if self._average is not None:
+            self._average.forget()
         self.num_steps += 1
         if self.num_steps == self.progressive_step:
             self.reselect()
@@ -208,22 +231,6 @@ class SaraAdamW(torch.optim.Optimizer):
         self.stage = 2
         logger.info("progressive adjustment: %d of %d trained weights go on", num_left, num_before)
 
-    def delta(self, metadata: dict[str, str] | None = None) -> SparseDelta:
-        """Return what was learned so far: trained minus base values, float32, by parameter name.
-
-        Args:
-            metadata: Further text to keep in the delta's file.
-        """
-        return SparseDelta(self._weights.entries(), self.delta_metadata() | (metadata or {}))
-
-    def delta_metadata(self) -> dict[str, str]:
-        """Return what a delta's file says about the training so far."""
-        return {
-            "sara.threshold": repr(self.threshold),
-            "sara.steps": str(self.num_steps),
-            "sara.fingerprint": self.fingerprint,
-        }
-
     @torch.no_grad()
     def start_from(self, delta: SparseDelta, num_steps: int = 0) -> None:
         """Go on from what a delta has learned on this base, with new moments.
@@ -242,27 +249,6 @@ class SaraAdamW(torch.optim.Optimizer):
         self.num_steps = num_steps
         if 0 < self.progressive_step <= num_steps:
             self.reselect()
-
-    def at_strength(self, strength: float) -> AbstractContextManager[None]:
-        """Have the model act, within the context, as with the delta applied at this strength.
-
-        Afterwards it holds the trained values again, bit for bit. Do not make steps meanwhile.
-
-        Args:
-            strength: Factor of what was learned; 0 is the base, 1 changes nothing.
-        """
-        return self._weights.at_strength(strength)
-
-    def restore(self) -> None:
-        """Put the base weights back, bit for bit, and let go of the model."""
-        try:
-            self._weights.restore_()
-        finally:
-            self._weights.detach()
-
-    def detach(self) -> None:
-        """Let go of the model with what it has learned: remove hooks, give `requires_grad` back."""
-        self._weights.detach()
 
     def state_dict(self) -> dict:
         """Return everything a reloaded run needs to continue exactly; tensors and plain values."""

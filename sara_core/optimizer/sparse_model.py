@@ -13,6 +13,7 @@ from .convolution import InParts, is_large
 from .sparse_weight import SparseWeight
 
 OWNER = "sara_owner"  # attribute of a parameter that is being trained
+IGNORED_BY_DDP = "_ddp_params_and_buffers_to_ignore"  # attribute of a module, known to torch
 
 
 class SparseModel:
@@ -27,6 +28,9 @@ class SparseModel:
     """
 
     def __init__(self, module: nn.Module, index: Mapping[str, Tensor]):
+        self.module = module
+        self._arrived: Callable[..., None] | None = None
+        self._reduced: str | None = None
         self.parameters = dict(module.named_parameters())
         self._large_convolutions: list[Any] = [part for part in module.modules() if is_large(part)]
         self.active = [SparseWeight(name, self.parameters[name], i) for name, i in index.items()]
@@ -46,12 +50,16 @@ class SparseModel:
         self._refuse_foreign_hooks()
         active = {weight.name for weight in self.active}
         for name, parameter in self.parameters.items():
-            parameter.requires_grad_(name in active)
+            parameter.requires_grad_(name in active or name == self._reduced)
             parameter.grad = None
         self._hooks = [
             weight.parameter.register_post_accumulate_grad_hook(_weak_hook(weight))
             for weight in self.active
         ]
+        if self._arrived is not None:
+            for weight in self.active:  # of those made in parts, only the leaf gets a gradient
+                for tensor in (weight.parameter, weight.leaf):
+                    self._hooks.append(tensor.register_post_accumulate_grad_hook(self._arrived))
         by_parameter = {weight.parameter: weight for weight in self.active}
         self._hooks += [
             InParts(convolution, by_parameter[convolution.weight])
@@ -60,6 +68,22 @@ class SparseModel:
         ]
         for parameter in self.parameters.values():
             setattr(parameter, OWNER, weakref.ref(self))
+
+    def share(self, arrived: Callable[..., None]) -> None:
+        """Have other processes train the same module: say when gradients come, leave them to SaRA.
+
+        DistributedDataParallel is told to reduce none of the selected parameters. It refuses a module
+        with nothing to reduce, so the last parameter of fewer than two dimensions without selected
+        weights is left to it: it gets a gradient, which nothing uses.
+
+        Args:
+            arrived: Called within backward for each weight whose gradient has come.
+        """
+        selected = {weight.name for weight in self.active}
+        others = [n for n, p in self.parameters.items() if p.dim() < 2 and n not in selected]
+        self._arrived, self._reduced = arrived, others[-1] if others else None
+        setattr(self.module, IGNORED_BY_DDP, sorted(selected))
+        self.attach()
 
     def _refuse_foreign_hooks(self) -> None:
         for name, parameter in self.parameters.items():
@@ -76,6 +100,8 @@ class SparseModel:
         try:
             self._each(SparseWeight.keep)
         finally:
+            if self._arrived is not None and hasattr(self.module, IGNORED_BY_DDP):
+                delattr(self.module, IGNORED_BY_DDP)
             for name, parameter in self.parameters.items():
                 parameter.requires_grad_(self._requires_grad[name])
                 if getattr(parameter, OWNER, lambda: None)() is self:

@@ -1,0 +1,180 @@
+"""Averages what is trained over the processes of a data-parallel training: flat gradients, never dense ones.
+
+Each process has the whole model and its own pictures. At the end of a backward pass the gradients of the
+selected weights are summed over all processes, in buckets, and divided by their number: 4 bytes a trained
+weight and step go over the wire, or 2 in bfloat16, where a wrapper such as DistributedDataParallel sends
+every gradient of the model.
+"""
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd import Variable
+
+from .sparse_weight import SparseWeight
+
+BUCKET = 1 << 23  # trained weights sent in one go
+
+
+class GradientAverage:
+    """Averages gradients over a process group, at the end of backward.
+
+    All processes make the same backward passes; what one of them left out is made up for by `finish`
+    before the update. Nothing waits for the device, unless a weight got no gradient in this process.
+
+    Args:
+        weights: Returns the weights that train now, in the same order everywhere.
+        group: Processes that average; all of them by default.
+        dtype: What is sent; by default the gradients as they are.
+        every: Backward passes of an update, as with gradient accumulation; only the last one sends.
+    """
+
+    def __init__(
+        self,
+        weights: Callable[[], Sequence[SparseWeight]],
+        group: "dist.ProcessGroup | None" = None,
+        dtype: torch.dtype | None = None,
+        every: int = 1,
+    ):
+        self._weights, self.group, self._dtype, self._every = weights, group, dtype, every
+        self.size = dist.get_world_size(group)
+        self._is_held = self._is_queued = False
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin anew, with no gradients."""
+        self._passes, self._is_done = 0, False
+
+    def arrived(self, *_) -> None:
+        """Take note that a gradient has come; called within backward."""
+        self._is_done = False
+        if not self._is_queued:
+            self._is_queued = True
+            reference = weakref.ref(self)
+            Variable._execution_engine.queue_callback(lambda: _end_backward(reference()))
+
+    def end_backward(self) -> None:
+        """Average if this was the last pass before an update."""
+        self._is_queued = False
+        self._passes += 1
+        if not self._is_held and self._passes % self._every == 0:
+            self.finish()
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Send nothing at the end of the backward passes within the context."""
+        was, self._is_held = self._is_held, True
+        try:
+            yield
+        finally:
+            self._is_held = was
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Average the gradients, unless that has been done since the last one came.
+
+        Those that have been averaged before stay as they are, to rounding. A weight without a gradient
+        in any process has none afterwards; one with a gradient in some counts as 0 in the others.
+        """
+        if self._is_done:
+            return
+        sent = [(bucket, *self._send(bucket)) for bucket in _buckets(self._weights())]
+        for bucket, had, flat, work in sent:
+            work.wait()
+            self._take(bucket, had, flat)
+        self._is_done = True
+
+    def _send(self, bucket: list[SparseWeight]) -> tuple[list[bool], Tensor, "dist.Work"]:
+        """Start to sum the gradients of a bucket, and how many processes have one of each weight."""
+        leaf = bucket[0].leaf
+        had = [weight.leaf.grad is not None for weight in bucket]
+        parts = [w.leaf.new_zeros(len(w)) if w.leaf.grad is None else w.leaf.grad for w in bucket]
+        flags = torch.tensor(had, dtype=leaf.dtype).to(leaf.device, non_blocking=True)
+        flat = torch.cat([*parts, flags])
+        for weight in bucket:  # so that a gradient is held once
+            weight.leaf.grad = None
+        flat = flat if self._dtype is None else flat.to(self._dtype)
+        return had, flat, dist.all_reduce(flat, group=self.group, async_op=True)
+
+    def _take(self, bucket: list[SparseWeight], had: list[bool], flat: Tensor) -> None:
+        *parts, counts = flat.to(bucket[0].leaf.dtype).split([*map(len, bucket), len(bucket)])
+        for weight, is_here, part, count in zip(bucket, had, parts, counts, strict=True):
+            if is_here or bool(count):
+                weight.leaf.grad = part.div_(self.size)
+
+
+def averaging(
+    weights: Callable[[], Sequence[SparseWeight]],
+    group: "dist.ProcessGroup | None",
+    dtype: torch.dtype | None,
+    every: int,
+) -> GradientAverage | None:
+    """Return what averages over the processes of this training, or None if it is one of its own."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
+        return None
+    return GradientAverage(weights, group, dtype, every)
+
+
+def refuse_wrapped(model: nn.Module) -> None:
+    """Raise if a model is wrapped for a full fine-tuning already.
+
+    Raises:
+        TypeError: It is.
+    """
+    if type(model).__name__ == "DistributedDataParallel":
+        raise TypeError(
+            "the model is wrapped in DistributedDataParallel, which has made buffers for every gradient; "
+            "give SaraAdamW the model itself. It averages what it trains by itself, so that no wrapper is "
+            "needed; one that is made after SaraAdamW does no harm"
+        )
+
+
+def refuse_differences(facts: Mapping[str, object], group: "dist.ProcessGroup | None") -> None:
+    """Raise, in every process, if facts about what is trained are not the same in all of them.
+
+    Args:
+        facts: Plain values by name.
+        group: The processes.
+
+    Raises:
+        ValueError: Naming the processes that differ from the first, and in what.
+    """
+    found: list = [None] * dist.get_world_size(group)
+    dist.all_gather_object(found, dict(facts), group=group)
+    lines = [
+        f"rank {rank} has {name} {own[name]!r:.40}, rank 0 {found[0][name]!r:.40}"
+        for rank, own in enumerate(found)
+        for name in facts
+        if own[name] != found[0][name]
+    ]
+    if lines:
+        raise ValueError(
+            f"the processes of this training do not train the same: {'; '.join(lines[:5])}. Load the "
+            "same checkpoint with the same settings in all of them, before SaraAdamW is made"
+        )
+
+
+def _end_backward(average: GradientAverage | None) -> None:
+    if average is not None:
+        average.end_backward()
+
+
+def _buckets(weights: Sequence[SparseWeight]) -> Iterator[list[SparseWeight]]:
+    """Yield weights that are sent together: of one device and dtype, and not too many."""
+    kinds: dict[tuple, list[SparseWeight]] = {}
+    for weight in weights:
+        kinds.setdefault((str(weight.leaf.device), weight.leaf.dtype), []).append(weight)
+    for kind in kinds.values():
+        bucket: list[SparseWeight] = []
+        size = 0
+        for weight in kind:
+            if bucket and size + len(weight) > BUCKET:
+                yield bucket
+                bucket, size = [], 0
+            bucket.append(weight)
+            size += len(weight)
+        yield bucket
