@@ -62,6 +62,8 @@ class SparseAddition:
         module: The layer; where it has a `scale_weight`, the weight comes divided by it.
     """
 
+    name = "sara"
+
     def __init__(self, index: Tensor, values: Tensor, strength: float, module: torch.nn.Module):
         self.index, self.values, self.strength = index, values, strength
         self._module = weakref.ref(module)
@@ -166,9 +168,10 @@ def apply_delta(patcher, delta: SparseDelta, strength: float):
 def patches_carried(patcher) -> str:
     """Say which patches a MODEL carries, such as `lora on 128 parameters`; empty for none."""
     kinds: Counter[str] = Counter()
-    for key, patches in patcher.patches.items():
+    found = [(key, [patch[1] for patch in patches]) for key, patches in patcher.patches.items()]
+    for key, patches in (*found, *patcher.weight_wrapper_patches.items()):
         if key.startswith(PREFIX):
-            kinds.update({_kind(patch[1]) for patch in patches})
+            kinds.update({_kind(patch) for patch in patches})
     return ", ".join(f"{kind} on {count} parameters" for kind, count in kinds.items())
 
 

@@ -64,6 +64,8 @@ def test_a_delta_keeps_its_effect_on_an_8_bit_base(sara, form):
     assert change.norm() > 0
     assert (ours - change).norm() < 0.25 * change.norm(), (ours.norm(), change.norm(), noise)
     assert torch.equal(output(small), base)  # nothing is left behind
+    assert sara.host.patches_carried(small) == ""
+    assert sara.host.patches_carried(applied) == f"sara on {len(delta.entries)} parameters"
     twice = output(sara.host.apply_delta(applied, delta, -1.0)) - base
     assert twice.norm() < 1e-4 * change.norm() + 1e-5 * base.norm()
 
