@@ -61,8 +61,9 @@ def main_inputs() -> list:
             min=0.0,
             max=1.0,
             step=0.0000001,
-            tooltip="Peak learning rate. 0 takes the paper's rule, 0.001 * exp(-350 * threshold); the chart "
-            "shows the rate it comes to. If the pictures hardly change, set two to four times that.",
+            tooltip="Peak learning rate. 0 takes the paper's rule, 0.001 * exp(-350 * threshold), for "
+            "thresholds up to 0.005, and 0.00017 for larger ones; the chart shows the rate it comes to. If "
+            "the pictures hardly change, set two to four times that.",
         ),
         io.String.Input(
             "output_name",

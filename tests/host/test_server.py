@@ -183,10 +183,10 @@ def test_cancel_and_errors_bring_the_base_back_and_the_server_goes_on(server, tr
     checkpoint, model, empty = emoji64(graph)
     data = dataset(graph, checkpoint)
     graph(
-        "SaraTrain", model=model, latents=data, positive=data.out(1), steps=5, threshold=0.2,
+        "SaraTrain", model=model, latents=data, positive=data.out(1), steps=5, include="nowhere",
         output_name="failed",
     )  # fmt: skip
-    with pytest.raises(PromptError, match="learning-rate rule"):
+    with pytest.raises(PromptError, match="nowhere"):
         graph.run()
 
     graph = Graph(server)
