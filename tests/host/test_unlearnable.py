@@ -108,6 +108,28 @@ def test_frames_are_added_or_taken_away_where_nothing_is_lost(sd15, emoji64, sar
 
 
 @pytest.mark.parametrize(
+    ("name", "channels", "is_video"),
+    [
+        ("SD3", 16, False), ("Flux", 16, False), ("Wan21", 16, True), ("Wan22", 48, True),
+        ("Mochi", 12, True), ("HunyuanVideo", 16, True), ("LTXV", 128, True),
+    ],
+)  # fmt: skip
+def test_a_picture_becomes_one_frame_where_the_family_takes_videos(
+    sd15, sara, monkeypatch, name, channels, is_video
+):
+    import comfy.latent_formats
+
+    monkeypatch.setattr(sd15.model, "latent_format", getattr(comfy.latent_formats, name)())
+    calls = sara.host.ModelCalls(sd15)
+    picture = torch.randn(1, channels, 6, 8)
+    frames = (1, channels, 1, 6, 8)
+    assert calls.prepare_latent(picture).shape == (frames if is_video else picture.shape)
+    assert torch.equal(calls.prepare_latent(picture.view(frames)), calls.prepare_latent(picture))
+    with pytest.raises(ValueError, match=f"4 channels but this SD15 model takes {channels}"):
+        calls.prepare_latent(torch.randn(1, 4, 6, 8))
+
+
+@pytest.mark.parametrize(
     ("options", "name"),
     [
         ({"start_percent": 0.0, "end_percent": 0.5}, "end_percent"),
