@@ -9,14 +9,13 @@ from torch import Tensor
 from ..delta.sparse_delta import SparseDelta
 from ..optimizer.learning_rate import factor
 from ..optimizer.sara_adamw import SaraAdamW
-from . import weight_casts
 from .batches import BatchOrder, by_key
 from .config import TrainConfig
-from .in_place_changes import changes_allowed, changes_saved_tensors
 from .memory_need import LiveBytes
 from .out_of_memory import is_out_of_memory
+from .passes import Passes
+from .processes import FINE, NO_MEMORY, Processes
 from .task import StepReport, TrainingTask
-from .to_device import send
 
 logger = logging.getLogger("comfyui-sara")
 
@@ -31,6 +30,10 @@ class TrainingRun:
     from a CPU generator seeded with `config.seed`, so a run does not depend on the device's
     generator, and the global one is not touched.
 
+    Where torch.distributed is initialised, every process makes the same steps: a batch is as many times
+    larger as there are processes, and each goes over its share of it, so that all learn what one would
+    with the whole batch. An error in one ends all; where memory runs out in one, all go on in parts.
+
     Each step waits for the device once, to leave out an update that is not finite; the loss is read
     back at the same time.
 
@@ -43,7 +46,7 @@ class TrainingRun:
         free_memory: Called before a step is tried again after memory has run out.
 
     Attributes:
-        in_place: The model changes tensors backward needs; see `look_for_in_place_changes`.
+        processes: Those that train together.
 
     Raises:
         FloatingPointError: While iterating: MAX_BAD_STEPS steps in a row were not finite.
@@ -59,18 +62,23 @@ class TrainingRun:
     ):
         self.optimizer, self.task, self.config, self.scaler = optimizer, task, config, scaler
         self.step = 0
-        self.in_place = False
+        self.passes = Passes(task, config.loss_function, scaler)
         self._free_memory = free_memory
         self._generator = torch.Generator().manual_seed(config.seed)
-        keys, size = task.keys, config.batch_size
+        self.processes = Processes(optimizer.parameters()[0].device)
+        keys, size = task.keys, config.batch_size * self.processes.size
         self._orders = [BatchOrder(keys, size, self._generator, task.training)]
         if task.regularisation and config.regularisation_weight:
             self._orders.append(BatchOrder(keys, size, self._generator, task.regularisation))
         self._peak_rate = optimizer.param_groups[0]["lr"]
-        self._num_parts = 1  # of a batch, one after the other, once memory has run out
         self._bad_steps = 0
         self._half_made = False
         self._mark()
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the model changes tensors backward needs; see `look_for_in_place_changes`."""
+        return self.passes.in_place
 
     def __iter__(self) -> Iterator[StepReport]:
         while self.step < self.config.steps:
@@ -115,7 +123,7 @@ class TrainingRun:
         self.step = state["step"]
         if not 0 < self.step == self.config.schedule_start:  # else a new course begins here
             self._peak_rate = state["peak_rate"]
-        self._num_parts, self._bad_steps = state["num_parts"], 0
+        self.passes.num_parts, self._bad_steps = state["num_parts"], 0
         self._generator.set_state(state["generator"])
         self._set_remaining(state["remaining"])
         self._mark()
@@ -136,8 +144,7 @@ class TrainingRun:
 
         Steps are then made so that this does no harm. Call it before blocks are checkpointed.
         """
-        draw = self._draw([self.task.training[0]], torch.Generator(), 0.0)
-        self.in_place = changes_saved_tensors(lambda: self._loss(*draw))
+        self.passes.look_for_in_place_changes()
 
     def rehearse(self, count: int) -> int:
         """Return the most bytes that a forward and backward pass over so many pictures takes.
@@ -149,8 +156,9 @@ class TrainingRun:
         largest = max(keys.values(), key=lambda bucket: self.task.latents(bucket[:1]).numel())
         pictures = [largest[i % len(largest)] for i in range(count)]
         try:
-            with LiveBytes(self.task.latents(pictures).device) as live:
-                self._backward(self._draw(pictures, torch.Generator(), 0.0), 1.0)
+            device = self.task.latents(pictures[:1]).device
+            with LiveBytes(device) as live, self.optimizer.no_sync():
+                self.passes.backward(self.passes.draw(pictures, torch.Generator(), 0.0), 1.0)
         finally:
             self.optimizer.zero_grad()
         return live.peak
@@ -169,8 +177,8 @@ class TrainingRun:
         losses = []
         with torch.no_grad():
             for batch in batches * VALIDATION_DRAWS:
-                draw = self._draw(batch, generator, 0.0)
-                losses.append(self._loss(*draw) * len(batch))
+                draw = self.passes.draw(batch, generator, 0.0)
+                losses.append(self.passes.loss(*draw) * len(batch))
         if not losses:
             return None
         return torch.stack(losses).sum().item() / (len(self.task.validation) * VALIDATION_DRAWS)
@@ -183,13 +191,13 @@ class TrainingRun:
         self._marked = (
             self._generator.get_state(),
             [order.remaining for order in self._orders],
-            self._num_parts,
+            self.passes.num_parts,
             self.optimizer.generator.get_state(),
         )
 
     def _rewind(self) -> None:
         self.optimizer.zero_grad()
-        generator, remaining, self._num_parts, draws = self._marked
+        generator, remaining, self.passes.num_parts, draws = self._marked
         self._set_remaining(remaining)
         self._generator.set_state(generator)
         self.optimizer.generator.set_state(draws)
@@ -207,8 +215,9 @@ class TrainingRun:
         try:
             losses = self._gradients_within_memory()
             finite = self._update(losses.sum())
-        except BaseException:
+        except BaseException as error:
             self._rewind()
+            self.processes.fail(error)
             raise
         self.step += 1
         self._mark()
@@ -219,16 +228,21 @@ class TrainingRun:
 
     def _gradients_within_memory(self) -> Tensor:
         while True:
+            losses: Tensor | None = None
             try:
-                return self._gradients()
+                losses = self._gradients()
             except Exception as error:
-                if not is_out_of_memory(error) or self._num_parts >= self.config.batch_size:
+                if not is_out_of_memory(error) or self.passes.num_parts >= self.config.batch_size:
                     raise
+            worst = self.processes.agree(NO_MEMORY if losses is None else FINE)
+            if worst == FINE and losses is not None:
+                self.optimizer.average_gradients()
+                return self.processes.sum(losses)
             # Outside the except block, where the error no longer keeps the step's tensors alive.
-            num_parts = min(2 * self._num_parts, self.config.batch_size)
+            num_parts = min(2 * self.passes.num_parts, self.config.batch_size)
             self._rewind()
             self._free_memory()
-            self._num_parts = num_parts
+            self.passes.num_parts = num_parts
             logger.warning(
                 "memory ran out in step %d; going on with each batch in %d parts, with the same result",
                 self.step + 1, num_parts,
@@ -238,44 +252,22 @@ class TrainingRun:
         """Add up the gradient of one update.
 
         Returns:
-            The loss on the training pictures, and that on the regularisation pictures if there are
-            any, shape `(1,)` or `(2,)`.
+            This process's share of the loss on the training pictures, and of that on the
+            regularisation pictures if there are any, shape `(1,)` or `(2,)`.
         """
         weights = (1.0, self.config.regularisation_weight)
         losses: list[list[Tensor]] = [[] for _ in self._orders]
         for _ in range(self.config.grad_accumulation_steps):
             for order, weight, sums in zip(self._orders, weights, losses, strict=False):
-                draw = self._draw(next(order), self._generator, self.config.caption_dropout)
-                sums.append(self._backward(draw, weight / self.config.grad_accumulation_steps))
+                batch = next(order)
+                mine = self.processes.share(len(batch))
+                draw = self.passes.draw(batch, self._generator, self.config.caption_dropout, mine)
+                part = len(draw[0]) / len(batch)
+                weight_of_part = weight * part / self.config.grad_accumulation_steps
+                with self.optimizer.no_sync():
+                    loss = self.passes.backward(draw, weight_of_part * self.processes.size)
+                sums.append(loss * part)
         return torch.stack([torch.stack(sums).mean() for sums in losses])
-
-    def _backward(self, draw: tuple, weight: float) -> Tensor:
-        """Add the gradient of a batch's mean loss times a weight; returns the loss."""
-        count, losses = len(draw[0]), []
-        size = -(-count // self._num_parts)
-        for start in range(0, count, size):
-            with changes_allowed() if self.in_place else weight_casts.recomputed():
-                loss = self._loss(*(part[start : start + size] for part in draw))
-                share = min(size, count - start) / count
-                scaled = loss * (share * weight)
-                (scaled if self.scaler is None else self.scaler.scale(scaled)).backward()
-            losses.append(loss.detach() * share)
-        return torch.stack(losses).sum()
-
-    def _draw(self, pictures: list[int], generator: torch.Generator, dropout: float) -> tuple:
-        latents = self.task.latents(pictures)
-        count = len(pictures)
-        sigma = send(self.task.schedule.draw_sigma(count, generator), latents.device)
-        noise = send(torch.randn(latents.shape, generator=generator), latents.device)
-        dropped = torch.rand(count, generator=generator) < dropout
-        return pictures, latents, sigma, noise, dropped.tolist()
-
-    def _loss(self, pictures, latents, sigma, noise, dropped) -> Tensor:
-        schedule = self.task.schedule
-        noisy = schedule.add_noise(latents, noise, sigma)
-        x0 = self.task.predict(noisy, sigma, pictures, dropped)
-        mask = self.task.mask(pictures)
-        return schedule.loss(x0, latents, sigma, self.config.loss_function, mask).mean()
 
     def _update(self, loss: Tensor) -> bool:
         """Make the update unless it is not finite; returns whether it was."""

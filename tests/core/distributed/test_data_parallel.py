@@ -1,14 +1,11 @@
 """Data-parallel training under torchrun: the same as in one process, and only what trains is sent."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.distributed as dist
 
 from . import training
+from .torchrun import assert_same_bits, flat, torchrun
 
 pytestmark = [
     pytest.mark.slow,
@@ -16,35 +13,10 @@ pytestmark = [
 ]
 
 
-def torchrun(count, folder, *names):
-    """Run the script in so many processes; returns what each has left, by scenario."""
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", count,
-        Path(training.__file__), folder, *names,
-    ]  # fmt: skip
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return {
-        name: [torch.load(folder / f"{name}_{rank}.pt", weights_only=True) for rank in range(count)]
-        for name in names or (*training.SCENARIOS, *training.ALONE)
-    }
-
-
 @pytest.fixture(scope="module", params=[2, 4])
 def left(request, tmp_path_factory):
-    return torchrun(request.param, tmp_path_factory.mktemp("ranks"))
-
-
-def flat(found):
-    return torch.cat([values for _, values in found["entries"].values()])
-
-
-def assert_same_bits(ranks):
-    for other in ranks[1:]:
-        assert other["entries"].keys() == ranks[0]["entries"].keys()
-        for name, entry in ranks[0]["entries"].items():
-            assert all(map(torch.equal, entry, other["entries"][name])), name
-        assert (other["stages"], other["scale"]) == (ranks[0]["stages"], ranks[0]["scale"])
+    names = (*training.SCENARIOS, *training.ALONE)
+    return torchrun(training, request.param, tmp_path_factory.mktemp("ranks"), names)
 
 
 def assert_close(found, expected):
@@ -84,6 +56,7 @@ def test_a_process_may_have_no_pass_to_make(left):
 def test_a_step_that_is_not_finite_in_one_process_is_skipped_in_all(left):
     ranks = left["spike"]
     assert_same_bits(ranks)
+    assert len({(found["scale"], *found["stages"]) for found in ranks}) == 1
     assert [found["steps"] for found in ranks] == [training.STEPS - 1] * len(ranks)
     assert ranks[0]["scale"] == 4.0 * 2 * 0.5 * 2  # grown after two steps, halved, grown after two
 
@@ -117,7 +90,7 @@ def test_a_wrapper_made_after_it_reduces_next_to_nothing(left):
 
 def test_a_run_goes_on_in_another_number_of_processes(tmp_path):
     for count in (2, 4, 1):
-        found = torchrun(count, tmp_path, "resumed")["resumed"]
+        found = torchrun(training, count, tmp_path, ["resumed"])["resumed"]
         assert_same_bits(found)
         torch.save(found[0]["state"], tmp_path / "resume.pt")
     options = {"progressive_step": 3, "low_rank_weight": 1e-2}

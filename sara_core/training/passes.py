@@ -1,0 +1,75 @@
+"""Forward and backward passes over pictures, in parts where memory is short."""
+
+import torch
+from torch import Tensor
+
+from . import weight_casts
+from .in_place_changes import changes_allowed, changes_saved_tensors
+from .task import TrainingTask
+from .to_device import send
+
+
+class Passes:
+    """Asks the model about noisy pictures, and adds up gradients of its errors.
+
+    Args:
+        task: Model and pictures.
+        loss_function: How errors are measured, see `objective.LOSSES`.
+        scaler: Scales the loss where gradients are float16.
+
+    Attributes:
+        in_place: The model changes tensors backward needs; see `look_for_in_place_changes`.
+        num_parts: Of a batch, one after the other.
+    """
+
+    def __init__(
+        self,
+        task: TrainingTask,
+        loss_function: str,
+        scaler: torch.amp.GradScaler | None = None,
+    ):
+        self.task, self._loss_function, self._scaler = task, loss_function, scaler
+        self.in_place = False
+        self.num_parts = 1
+
+    def look_for_in_place_changes(self) -> None:
+        """Set `in_place`, by one forward pass over one picture."""
+        draw = self.draw([self.task.training[0]], torch.Generator(), 0.0)
+        self.in_place = changes_saved_tensors(lambda: self.loss(*draw))
+
+    def draw(
+        self,
+        pictures: list[int],
+        generator: torch.Generator,
+        dropout: float,
+        mine: slice = slice(None),
+    ) -> tuple:
+        """Draw what a batch is trained at, for all of its pictures; returns it for those asked for."""
+        own, count = pictures[mine], len(pictures)
+        latents = self.task.latents(own or pictures[:1])
+        sigma = self.task.schedule.draw_sigma(count, generator)[mine]
+        noise = torch.randn((count, *latents.shape[1:]), generator=generator)[mine]
+        dropped = (torch.rand(count, generator=generator) < dropout)[mine]
+        device = latents.device
+        return own, latents[: len(own)], send(sigma, device), send(noise, device), dropped.tolist()
+
+    def loss(self, pictures, latents, sigma, noise, dropped) -> Tensor:
+        """Return the mean loss of what `draw` returned."""
+        schedule = self.task.schedule
+        noisy = schedule.add_noise(latents, noise, sigma)
+        x0 = self.task.predict(noisy, sigma, pictures, dropped)
+        mask = self.task.mask(pictures)
+        return schedule.loss(x0, latents, sigma, self._loss_function, mask).mean()
+
+    def backward(self, draw: tuple, weight: float) -> Tensor:
+        """Add the gradient of a batch's mean loss times a weight; returns the loss."""
+        count, losses = len(draw[0]), [draw[2].new_zeros(())]
+        size = -(-count // self.num_parts)
+        for start in range(0, count, max(1, size)):
+            with changes_allowed() if self.in_place else weight_casts.recomputed():
+                loss = self.loss(*(part[start : start + size] for part in draw))
+                share = min(size, count - start) / count
+                scaled = loss * (share * weight)
+                (scaled if self._scaler is None else self._scaler.scale(scaled)).backward()
+            losses.append(loss.detach() * share)
+        return torch.stack(losses).sum()

@@ -1,0 +1,72 @@
+"""`TrainingRun` in several processes: the same as in one, whatever happens to one of them."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from . import whole_run
+from .torchrun import assert_same_bits, flat, torchrun
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not dist.is_available(), reason="torch without torch.distributed"),
+]
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def left(request, tmp_path_factory):
+    """What each process left; with four, some have no picture of the small bucket."""
+    folder = tmp_path_factory.mktemp("ranks")
+    return torchrun(whole_run, request.param, folder, whole_run.SCENARIOS)
+
+
+def assert_close(found, expected):
+    assert flat(expected).abs().max() > 0.01
+    torch.testing.assert_close(flat(found), flat(expected), rtol=0, atol=1e-5)
+    for (loss, *others), (expected_loss, *expected_others) in zip(
+        found["losses"], expected["losses"], strict=True
+    ):
+        assert others == expected_others
+        assert loss == pytest.approx(expected_loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["plain", "scaled"])
+def test_processes_learn_what_one_does_with_the_whole_batch(left, name):
+    assert_same_bits(left[name])
+    expected = whole_run.SCENARIOS[name](None)
+    for found in left[name]:
+        assert_close(found, expected)
+
+
+def test_an_error_in_one_ends_all_after_the_same_step(left):
+    *others, failed = left["error"]
+    assert failed["error"] == "RuntimeError: the disk is on fire"
+    for found in others:
+        assert f"rank {len(others)}: RuntimeError: the disk is on fire" in found["error"]
+    assert {found["step"] for found in left["error"]} == {3}
+    assert_same_bits(left["error"])
+    assert_close(failed, whole_run.run(steps=3))
+
+
+def test_where_memory_runs_out_in_one_all_go_on_in_parts(left):
+    assert [found["parts"] for found in left["no_memory"]] == [2] * len(left["no_memory"])
+    assert_same_bits(left["no_memory"])
+    assert_close(left["no_memory"][0], whole_run.run())
+
+
+def test_a_step_that_is_not_finite_in_one_is_skipped_in_all(left):
+    for found in left["not_finite"]:
+        assert [skipped for _, _, skipped in found["losses"]].count(True) == 1
+        assert found["losses"][3][2]
+    assert_same_bits(left["not_finite"])
+
+
+def test_a_run_goes_on_in_another_number_of_processes(tmp_path):
+    losses = []
+    for count in (2, 4, 1):
+        found = torchrun(whole_run, count, tmp_path, ["resumed"])["resumed"]
+        assert_same_bits(found)
+        losses += found[0]["losses"]
+        torch.save(found[0]["state"], tmp_path / "resume.pt")
+    assert found[0]["step"] == 12
+    assert_close({**found[0], "losses": losses}, whole_run.run())

@@ -1,0 +1,34 @@
+"""Starts a script in several processes, as people do, and compares what they left."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+
+def torchrun(script, count, folder, names):
+    """Run a script's scenarios in so many processes; returns what each has left, by scenario."""
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", count,
+        Path(script.__file__), folder, *names,
+    ]  # fmt: skip
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {
+        name: [torch.load(folder / f"{name}_{rank}.pt", weights_only=True) for rank in range(count)]
+        for name in names
+    }
+
+
+def flat(found):
+    """All learned values in one."""
+    return torch.cat([values for _, values in found["entries"].values()])
+
+
+def assert_same_bits(ranks):
+    """All processes have learned the same, to the bit."""
+    for other in ranks[1:]:
+        assert other["entries"].keys() == ranks[0]["entries"].keys()
+        for name, entry in ranks[0]["entries"].items():
+            assert all(map(torch.equal, entry, other["entries"][name])), name

@@ -1,0 +1,103 @@
+"""Runs of `TrainingRun` in several processes, started by torchrun or, for comparison, in one.
+
+usage: torchrun --nproc-per-node N whole_run.py FOLDER SCENARIO...
+
+Each process leaves FOLDER/SCENARIO_RANK.pt. A batch has twelve pictures, however many processes there are.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+sys.path.append(str(Path(__file__).resolve().parents[3]))
+from tests.core.training.small_run import make  # noqa: E402
+
+BATCH = 12
+OTHERS = {"steps": 12, "grad_accumulation_steps": 2}
+
+
+def place():
+    """Rank and number of processes."""
+    if dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def run(steps=12, state=None, fail=None, **settings):
+    """Train up to a step; returns what was learned and seen."""
+    rank, size = place()
+    fails = (lambda count: None) if fail is None or rank != size - 1 else fail
+    net, training = make(fails, batch_size=BATCH // size, **OTHERS, **settings)
+    if state is not None:
+        training.load_state(state)
+    losses, error = [], ""
+    try:
+        for report in training:
+            losses.append((report.loss, report.stage, report.skipped))
+            if report.step == steps:
+                break
+    except RuntimeError as found:
+        error = f"{type(found).__name__}: {found}"
+    entries = training.optimizer.delta().entries
+    return {
+        "entries": {name: (entry.index, entry.values) for name, entry in entries.items()},
+        "losses": losses,
+        "error": error,
+        "step": training.step,
+        "parts": training.passes.num_parts,
+        "state": training.state(),
+    }
+
+
+class Failing:
+    """Fails in one of the model's passes."""
+
+    def __init__(self, at, error):
+        self.at, self.error, self.count = at, error, 0
+
+    def __call__(self, count):
+        self.count += 1
+        if self.count == self.at:
+            raise self.error
+
+
+class NotFinite:
+    """Makes one pass of the model not finite."""
+
+    def __init__(self, at):
+        self.at, self.count = at, 0
+
+    def __call__(self, count):
+        self.count += 1
+        return float("nan") if self.count == self.at else None
+
+
+def resumed(folder):
+    """Go on with four steps from what other processes have left."""
+    path = Path(folder, "resume.pt")
+    state = torch.load(path, weights_only=True) if path.is_file() else None
+    return run(4 + (state["step"] if state else 0), state)
+
+
+SCENARIOS = {
+    "plain": lambda folder: run(),
+    "scaled": lambda folder: run(scaler=torch.amp.GradScaler("cpu", 4.0, growth_interval=3)),
+    "error": lambda folder: run(fail=Failing(7, RuntimeError("the disk is on fire"))),
+    "no_memory": lambda folder: run(fail=Failing(7, torch.OutOfMemoryError("out of memory"))),
+    "not_finite": lambda folder: run(fail=NotFinite(7)),
+    "resumed": resumed,
+}
+
+
+def main(folder, *names):
+    dist.init_process_group("gloo")
+    torch.set_num_threads(1)
+    for name in names or SCENARIOS:
+        torch.save(SCENARIOS[name](folder), Path(folder, f"{name}_{dist.get_rank()}.pt"))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
