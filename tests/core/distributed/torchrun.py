@@ -6,14 +6,18 @@ from pathlib import Path
 
 import torch
 
+ROOT = Path(__file__).resolve().parents[3]
+
 
 def torchrun(script, count, folder, names):
     """Run a script's scenarios in so many processes; returns what each has left, by scenario."""
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", count,
-        Path(script.__file__), folder, *names,
+        "-m", f"tests.core.distributed.{Path(script.__file__).stem}", folder, *names,
     ]  # fmt: skip
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, timeout=600, cwd=ROOT
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return {
         name: [torch.load(folder / f"{name}_{rank}.pt", weights_only=True) for rank in range(count)]

@@ -1,6 +1,6 @@
 """A training script as people write it, run by torchrun in several processes and by the tests in one.
 
-usage: torchrun --nproc-per-node N training.py FOLDER SCENARIO...
+usage: torchrun --nproc-per-node N -m tests.core.distributed.training FOLDER SCENARIO...
 
 Each process leaves FOLDER/SCENARIO_RANK.pt. Whatever the number of processes, the whole batch is the same.
 """
@@ -12,9 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-sys.path.append(str(Path(__file__).resolve().parents[3]))
-from sara_core import SaraAdamW  # noqa: E402
-from sara_core.optimizer import convolution  # noqa: E402
+from sara_core import SaraAdamW
+from sara_core.optimizer import convolution
 
 BATCH, STEPS, WIDTH = 8, 6, 16
 

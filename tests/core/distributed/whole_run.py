@@ -1,6 +1,6 @@
 """Runs of `TrainingRun` in several processes, started by torchrun or, for comparison, in one.
 
-usage: torchrun --nproc-per-node N whole_run.py FOLDER SCENARIO...
+usage: torchrun --nproc-per-node N -m tests.core.distributed.whole_run FOLDER SCENARIO...
 
 Each process leaves FOLDER/SCENARIO_RANK.pt. A batch has twelve pictures, however many processes there are.
 """
@@ -11,8 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-sys.path.append(str(Path(__file__).resolve().parents[3]))
-from tests.core.training.small_run import make  # noqa: E402
+from ..training.small_run import make
 
 BATCH = 12
 OTHERS = {"steps": 12, "grad_accumulation_steps": 2}
