@@ -69,7 +69,7 @@ def run(
         scaler = None
         if host.needs_loss_scaling(patcher, dtype):
             scaler = torch.amp.GradScaler(calls.device.type)
-        optimizer = SaraAdamW(model, **config.optimizer_options)
+        optimizer = SaraAdamW(model, distributed=False, **config.optimizer_options)
         try:
             training = TrainingRun(optimizer, pictures, config, scaler, host.free_memory)
             previews = Previews(calls, optimizer, list(samplings), folder)

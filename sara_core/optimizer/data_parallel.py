@@ -107,16 +107,9 @@ class GradientAverage:
                 weight.leaf.grad = part.div_(self.size)
 
 
-def averaging(
-    weights: Callable[[], Sequence[SparseWeight]],
-    group: "dist.ProcessGroup | None",
-    dtype: torch.dtype | None,
-    every: int,
-) -> GradientAverage | None:
-    """Return what averages over the processes of this training, or None if it is one of its own."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
-        return None
-    return GradientAverage(weights, group, dtype, every)
+def is_shared(group: "dist.ProcessGroup | None" = None) -> bool:
+    """Tell whether torch.distributed is initialised for more processes than this one."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
 
 
 def refuse_wrapped(model: nn.Module) -> None:

@@ -13,7 +13,7 @@ from ..weights.fingerprint import take_fingerprint
 from ..weights.parameters import choose_parameters, refuse_untrainable_dtypes
 from ..weights.selection import select
 from . import adam_moments, learning_rate
-from .data_parallel import averaging, refuse_differences, refuse_wrapped
+from .data_parallel import GradientAverage, is_shared, refuse_differences, refuse_wrapped
 from .low_rank import add_gradient_
 from .saved_state import FORMATS, PLAIN, checked
 from .sparse_model import SparseModel
@@ -65,8 +65,9 @@ class SaraAdamW(TrainedModel, torch.optim.Optimizer):
         biases_and_norms: Also select among parameters of fewer than two dimensions.
         zeros: How exact zeros are treated, see `selection.select`.
         seed: Seed of the draws for the low-rank term.
-        process_group: Processes over which gradients are averaged where torch.distributed is
-            initialised; by default all of them.
+        distributed: Average gradients over processes where torch.distributed is initialised. False
+            trains in this one alone.
+        process_group: Processes over which they are averaged; by default all of them.
         communication_dtype: Of the gradients they send; float32 by default.
         accumulation_steps: Backward passes per update; processes send after the last one only.
 
@@ -101,6 +102,7 @@ class SaraAdamW(TrainedModel, torch.optim.Optimizer):
         biases_and_norms: bool = False,
         zeros: str = "auto",
         seed: int = 0,
+        distributed: bool = True,
         process_group: "torch.distributed.ProcessGroup | None" = None,
         communication_dtype: torch.dtype | None = None,
         accumulation_steps: int = 1,
@@ -138,10 +140,11 @@ class SaraAdamW(TrainedModel, torch.optim.Optimizer):
         self.generator = torch.Generator().manual_seed(seed)
         self.fingerprint = take_fingerprint(parameters, selection.index)
         self._weights = SparseModel(model, selection.index)
-        self._average = averaging(
-            lambda: self._weights.active, process_group, communication_dtype, accumulation_steps
-        )
-        if self._average is not None:
+        self._average = None
+        if distributed and is_shared(process_group):
+            self._average = GradientAverage(
+                lambda: self._weights.active, process_group, communication_dtype, accumulation_steps
+            )
             facts = {"trained weights": self.num_trainable, "threshold": self.threshold, "lr": lr}
             refuse_differences({**facts, "base": self.fingerprint}, process_group)
             self._weights.share(self._average.arrived)
@@ -155,6 +158,11 @@ class SaraAdamW(TrainedModel, torch.optim.Optimizer):
         if self._average is not None:
             self._average.forget()
         super().zero_grad(set_to_none)
+
+    @property
+    def distributed(self) -> bool:
+        """Whether gradients are averaged over processes."""
+        return self._average is not None
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Return a context in which backward passes add up gradients without sending them."""

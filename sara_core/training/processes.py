@@ -19,15 +19,16 @@ class Processes:
 
     Args:
         device: Where they exchange numbers: the one gradients are on.
+        distributed: Whether there are others.
 
     Attributes:
         rank: Number of this process, from 0.
         size: How many there are.
     """
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, distributed: bool):
         self.rank, self.size, self._device = 0, 1, device
-        if dist.is_available() and dist.is_initialized():
+        if distributed:
             self.rank, self.size = dist.get_rank(), dist.get_world_size()
 
     def share(self, count: int) -> slice:

@@ -30,7 +30,7 @@ class TrainingRun:
     from a CPU generator seeded with `config.seed`, so a run does not depend on the device's
     generator, and the global one is not touched.
 
-    Where torch.distributed is initialised, every process makes the same steps: a batch is as many times
+    Where the optimizer averages over processes, every one of them makes the same steps: a batch is as many times
     larger as there are processes, and each goes over its share of it, so that all learn what one would
     with the whole batch. An error in one ends all; where memory runs out in one, all go on in parts.
 
@@ -65,7 +65,7 @@ class TrainingRun:
         self.passes = Passes(task, config.loss_function, scaler)
         self._free_memory = free_memory
         self._generator = torch.Generator().manual_seed(config.seed)
-        self.processes = Processes(optimizer.parameters()[0].device)
+        self.processes = Processes(optimizer.parameters()[0].device, optimizer.distributed)
         keys, size = task.keys, config.batch_size * self.processes.size
         self._orders = [BatchOrder(keys, size, self._generator, task.training)]
         if task.regularisation and config.regularisation_weight:

@@ -73,6 +73,11 @@ def test_only_what_trains_is_sent_once_a_step(left, name, size):
         assert 0 < (flat(left[name][0]) - exact).norm() < 0.02 * exact.norm()
 
 
+def test_processes_train_apart_if_asked_to(left):
+    first, second, *_ = left["apart"]
+    assert not torch.equal(flat(first), flat(second))
+
+
 def test_another_base_in_one_process_is_refused_in_all(left):
     ranks = left["other_base"]
     for found in ranks:

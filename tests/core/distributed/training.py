@@ -179,6 +179,7 @@ ALONE = {  # what one process cannot repeat
     "some": lambda: train(some=True)[1],
     "idle": lambda: train(idle=True)[1],
     "spike": lambda: train(scaler=True, spike_at=3)[1],
+    "apart": lambda: train(distributed=False)[1],
     "bfloat16": lambda: sent(communication_dtype=torch.bfloat16),
     "sent": sent,
     "sent_accumulated": lambda: sent(passes=3, accumulation_steps=3),
