@@ -64,12 +64,12 @@ def encode_folder(
     progress = host.Progress(len(missing) + len(texts), node_id)
     for done, (variant, *parts) in enumerate(_decoded(missing, options, result.problems), 1):
         entry = _encode(*parts, vae)
-        progress.update(done)
-        if not entry["latent"].isfinite().all():
+        if entry["latent"].isfinite().all():
+            result.encodings[variant.key] = entry
+            pictures_cache.put(variant.key, entry)
+        else:
             result.problems.append(Problem(variant.file.name, NOT_FINITE))
-            continue
-        result.encodings[variant.key] = entry
-        pictures_cache.put(variant.key, entry)
+        progress.update(done)  # a Cancel surfaces here, when what is encoded is kept
     refused = [problem for problem in result.problems if not problem.is_note]
     if options.refuse and refused:
         raise ValueError(f"{folder.name} has files that are not used:\n{_list(refused)}")

@@ -89,8 +89,14 @@ def test_wrong_inputs_are_explained(sd15, sara):
     masked = [[captions[0][0], {"mask": torch.ones(1, 8, 8)}], captions[1]]
     with pytest.raises(ValueError, match="carries mask"):
         train(sara, sd15, latents, masked, settings(sara))
-    with pytest.raises(ValueError, match="rule .* gives"):
-        train(sara, sd15, latents, captions, settings(sara, threshold=0.1))
+
+
+def test_the_rule_gives_a_rate_for_large_weights_too(sd15, sara, tmp_path):
+    options = settings(sara, steps=1, threshold=0.1, learning_rate=0.0)
+    folder = sara.folder.RunFolder.create(tmp_path, "run", options)
+    train(sara, sd15, *pairs(2), None, new=folder)
+    ((_, rate),) = sara.folder.RunFolder(folder.path).read_losses(1)
+    assert rate == pytest.approx(1.738e-4, rel=1e-3)
 
 
 def test_lists_batches_and_single_captions_are_flattened(sara):
