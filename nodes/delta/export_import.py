@@ -7,7 +7,7 @@ from comfy_api.latest import io, ui
 from safetensors.torch import save_file
 
 from ...sara_core.delta.authors_format import diffusers_order, read_authors_checkpoint
-from ...sara_core.delta.export import as_differences, as_lora
+from ...sara_core.delta.export import EXACT, as_differences, as_lora
 from ...sara_core.files.atomic import replace_atomically
 from ...sara_core.training.run_settings import SAVE_DTYPES
 from .. import host, output_folder
@@ -15,7 +15,7 @@ from ..inputs import searched_as
 from ..sockets import SaraDelta
 
 CATEGORY = "SaRA"
-DIFFERENCES, LORA = "differences (exact)", "LoRA (approximate)"
+LORA = "LoRA (approximate)"
 
 
 class SaraExportDelta(io.ComfyNode):
@@ -32,8 +32,8 @@ class SaraExportDelta(io.ComfyNode):
                 SaraDelta.Input("delta", tooltip="What to export."),
                 io.Combo.Input(
                     "format",
-                    options=[DIFFERENCES, LORA],
-                    default=DIFFERENCES,
+                    options=[EXACT, LORA],
+                    default=EXACT,
                     tooltip="differences: exact, as large as the layers it changes. LoRA: small, but "
                     "a sparse change is hardly of low rank, so much of it is lost; the node says "
                     "how much is kept.",
@@ -68,8 +68,6 @@ class SaraExportDelta(io.ComfyNode):
 
     @classmethod
     def execute(cls, delta, format, rank, dtype, filename_prefix) -> io.NodeOutput:
-        if not delta.num_values:
-            raise ValueError("the delta changes nothing, so there is nothing to export")
         kept, chosen = 1.0, SAVE_DTYPES[dtype]
         if format == LORA:
             tensors, kept = as_lora(delta, rank, chosen)

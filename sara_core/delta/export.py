@@ -28,8 +28,6 @@ def export(
     Raises:
         ValueError: There is nothing to export.
     """
-    if not delta.num_values:
-        raise ValueError("the delta changes nothing, so there is nothing to export")
     if kind == EXACT:
         return as_differences(delta, dtype), 1.0
     return as_lora(delta, RANKS[kind], dtype)
@@ -39,7 +37,11 @@ def as_differences(delta: SparseDelta, dtype: torch.dtype = torch.float16) -> di
     """Return each parameter's change as a dense tensor of its shape, by its key.
 
     As exact as `dtype`, and as large as the changed layers themselves.
+
+    Raises:
+        ValueError: The delta changes nothing.
     """
+    _refuse_empty(delta)
     return {f"{_key(name)}.diff": dense(e).to(dtype) for name, e in delta.entries.items()}
 
 
@@ -63,6 +65,7 @@ def as_lora(
     """
     if rank < 1:
         raise ValueError(f"rank is {rank}; expected at least 1")
+    _refuse_empty(delta)
     tensors, kept, total = {}, 0.0, 0.0
     for name, entry in delta.entries.items():
         energy = float(entry.values.double().square().sum())
@@ -103,6 +106,11 @@ def _factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         vh = v.T
     root = s[:rank].sqrt()
     return (u[:, :rank] * root).contiguous(), (root[:, None] * vh[:rank]).contiguous()
+
+
+def _refuse_empty(delta: SparseDelta) -> None:
+    if not delta.num_values:
+        raise ValueError("the delta changes nothing, so there is nothing to export")
 
 
 def _key(name: str) -> str:

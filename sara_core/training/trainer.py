@@ -30,9 +30,10 @@ class TrainingRun:
     from a CPU generator seeded with `config.seed`, so a run does not depend on the device's
     generator, and the global one is not touched.
 
-    Where the optimizer averages over processes, every one of them makes the same steps: a batch is as many times
-    larger as there are processes, and each goes over its share of it, so that all learn what one would
-    with the whole batch. An error in one ends all; where memory runs out in one, all go on in parts.
+    Where the optimizer averages over processes, every one of them makes the same steps: a batch is as
+    many times larger as there are processes, and each goes over its share of it, so that all learn what
+    one would with the whole batch. An error in one ends all; where memory runs out in one, all go on in
+    parts.
 
     Each step waits for the device once, to leave out an update that is not finite; the loss is read
     back at the same time.
