@@ -16,6 +16,7 @@ class Passes:
         task: Model and pictures.
         loss_function: How errors are measured, see `objective.LOSSES`.
         scaler: Scales the loss where gradients are float16.
+        most: Pictures in one pass.
 
     Attributes:
         in_place: The model changes tensors backward needs; see `look_for_in_place_changes`.
@@ -27,8 +28,10 @@ class Passes:
         task: TrainingTask,
         loss_function: str,
         scaler: torch.amp.GradScaler | None = None,
+        most: int = 1 << 30,
     ):
         self.task, self._loss_function, self._scaler = task, loss_function, scaler
+        self._most = most
         self.in_place = False
         self.num_parts = 1
 
@@ -64,8 +67,8 @@ class Passes:
     def backward(self, draw: tuple, weight: float) -> Tensor:
         """Add the gradient of a batch's mean loss times a weight; returns the loss."""
         count, losses = len(draw[0]), [draw[2].new_zeros(())]
-        size = -(-count // self.num_parts)
-        for start in range(0, count, max(1, size)):
+        size = max(1, min(self._most, -(-count // self.num_parts)))
+        for start in range(0, count, size):
             with changes_allowed() if self.in_place else weight_casts.recomputed():
                 loss = self.loss(*(part[start : start + size] for part in draw))
                 share = min(size, count - start) / count

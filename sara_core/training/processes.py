@@ -1,21 +1,38 @@
 """The processes that train together: which share of a batch is whose, and that all go on or none does."""
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 FINE, NO_MEMORY, ERROR = 0, 1, 2  # how a process came through a step
 
+Made = TypeVar("Made")
+
 
 class OtherProcessFailed(RuntimeError):
-    """Another process of this training has ended with an error."""
+    """Another process of this training has ended with an error.
+
+    Args:
+        errors: By rank, as `ValueError: its message`; None for those without.
+
+    Attributes:
+        kinds: Names of the errors' types.
+    """
+
+    def __init__(self, errors: list[str | None]):
+        lines = [f"rank {rank}: {text}" for rank, text in enumerate(errors) if text is not None]
+        super().__init__(f"the training has ended in another process. {'; '.join(lines)}")
+        self.kinds = {text.partition(":")[0] for text in errors if text is not None}
 
 
 class Processes:
     """The processes of `torch.distributed`'s default group, or this one alone.
 
-    Every process calls `agree` once a step, or `fail` once instead, so that none waits for one that has
-    ended.
+    In training every process calls `agree` once a step, or `fail` once instead, so that none waits for
+    one that has ended. Before and after it, they exchange what they have by `gather` and `lead`.
 
     Args:
         device: Where they exchange numbers: the one gradients are on.
@@ -28,6 +45,7 @@ class Processes:
 
     def __init__(self, device: torch.device, distributed: bool):
         self.rank, self.size, self._device = 0, 1, device
+        self._has_ended = False
         if distributed:
             self.rank, self.size = dist.get_rank(), dist.get_world_size()
 
@@ -51,18 +69,58 @@ class Processes:
             return how
         worst = torch.tensor([how], device=self._device)
         dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-        if int(worst) != ERROR:
-            return int(worst)
-        found: list = [None] * self.size
-        dist.all_gather_object(found, None if error is None else f"{type(error).__name__}: {error}")
-        if error is None:
-            lines = [f"rank {rank}: {text}" for rank, text in enumerate(found) if text is not None]
-            raise OtherProcessFailed(
-                f"the training has ended in another process. {'; '.join(lines)}"
-            )
-        return ERROR
+        if int(worst) == ERROR:
+            self._has_ended = True
+            self._exchange(None, error)
+        return int(worst)
 
     def fail(self, error: BaseException) -> None:
-        """Tell the others, instead of `agree`, that this process ends with an error."""
-        if not isinstance(error, OtherProcessFailed):
+        """Tell the others, instead of `agree`, that this process ends with an error.
+
+        It may be called again, and where another process has failed; only the first error is told.
+        """
+        if not self._has_ended:
             self.agree(ERROR, error)
+
+    def gather(self, make: Callable[[], Made]) -> list[Made]:
+        """Have every process make something; returns what each of them made, by rank.
+
+        Raises:
+            OtherProcessFailed: Another one has failed to, and this one has not.
+            Exception: What `make` raises.
+        """
+        if self.size == 1:
+            return [make()]
+        try:
+            made = make()
+        except BaseException as error:
+            self._exchange(None, error)
+            raise
+        return self._exchange(made)
+
+    def lead(self, make: Callable[[], Made]) -> Made:
+        """Have the first process make something, and return it in all of them.
+
+        Raises:
+            OtherProcessFailed: It has failed to, in all but the first.
+            Exception: What `make` raises, in the first.
+        """
+        made: list = [None]
+
+        def first() -> None:
+            made[0] = make() if self.rank == 0 else None
+
+        self.gather(first)
+        if self.size > 1:
+            dist.broadcast_object_list(made)
+        return made[0]
+
+    def _exchange(self, made: object, error: BaseException | None = None) -> list:
+        """Return what all have made, unless another process than this one has failed."""
+        text = None if error is None else f"{type(error).__name__}: {error}"
+        found: list = [None] * self.size
+        dist.all_gather_object(found, (made, text))
+        errors = [text for _, text in found]
+        if error is None and any(errors):
+            raise OtherProcessFailed(errors)
+        return [made for made, _ in found]

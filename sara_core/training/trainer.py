@@ -32,8 +32,8 @@ class TrainingRun:
 
     Where the optimizer averages over processes, every one of them makes the same steps: a batch is as
     many times larger as there are processes, and each goes over its share of it, so that all learn what
-    one would with the whole batch. An error in one ends all; where memory runs out in one, all go on in
-    parts.
+    one would with the whole batch. A run that goes on in more or fewer processes keeps its batches. An
+    error in one ends all; where memory runs out in one, all go on in parts.
 
     Each step waits for the device once, to leave out an update that is not finite; the loss is read
     back at the same time.
@@ -63,14 +63,11 @@ class TrainingRun:
     ):
         self.optimizer, self.task, self.config, self.scaler = optimizer, task, config, scaler
         self.step = 0
-        self.passes = Passes(task, config.loss_function, scaler)
+        self.passes = Passes(task, config.loss_function, scaler, config.batch_size)
         self._free_memory = free_memory
         self._generator = torch.Generator().manual_seed(config.seed)
         self.processes = Processes(optimizer.parameters()[0].device, optimizer.distributed)
-        keys, size = task.keys, config.batch_size * self.processes.size
-        self._orders = [BatchOrder(keys, size, self._generator, task.training)]
-        if task.regularisation and config.regularisation_weight:
-            self._orders.append(BatchOrder(keys, size, self._generator, task.regularisation))
+        self._set_batches(config.batch_size * self.processes.size)
         self._peak_rate = optimizer.param_groups[0]["lr"]
         self._bad_steps = 0
         self._half_made = False
@@ -107,6 +104,7 @@ class TrainingRun:
             "generator": generator,
             "remaining": remaining,
             "peak_rate": self._peak_rate,
+            "batch": self._batch,
             "num_parts": num_parts,
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -126,6 +124,7 @@ class TrainingRun:
             self._peak_rate = state["peak_rate"]
         self.passes.num_parts, self._bad_steps = state["num_parts"], 0
         self._generator.set_state(state["generator"])
+        self._set_batches(state.get("batch", self._batch))
         self._set_remaining(state["remaining"])
         self._mark()
 
@@ -184,6 +183,13 @@ class TrainingRun:
             return None
         return torch.stack(losses).sum().item() / (len(self.task.validation) * VALIDATION_DRAWS)
 
+    def _set_batches(self, size: int) -> None:
+        """Draw batches of so many pictures, of all processes together."""
+        self._batch, task = size, self.task
+        self._orders = [BatchOrder(task.keys, size, self._generator, task.training)]
+        if task.regularisation and self.config.regularisation_weight:
+            self._orders.append(BatchOrder(task.keys, size, self._generator, task.regularisation))
+
     def _set_remaining(self, remaining: list) -> None:
         for order, batches in zip(self._orders, remaining, strict=True):
             order.remaining = [list(batch) for batch in batches]
@@ -228,19 +234,20 @@ class TrainingRun:
         )
 
     def _gradients_within_memory(self) -> Tensor:
+        share = -(-self._batch // self.processes.size)
         while True:
             losses: Tensor | None = None
             try:
                 losses = self._gradients()
             except Exception as error:
-                if not is_out_of_memory(error) or self.passes.num_parts >= self.config.batch_size:
+                if not is_out_of_memory(error) or self.passes.num_parts >= share:
                     raise
             worst = self.processes.agree(NO_MEMORY if losses is None else FINE)
             if worst == FINE and losses is not None:
                 self.optimizer.average_gradients()
                 return self.processes.sum(losses)
             # Outside the except block, where the error no longer keeps the step's tensors alive.
-            num_parts = min(2 * self.passes.num_parts, self.config.batch_size)
+            num_parts = min(2 * self.passes.num_parts, share)
             self._rewind()
             self._free_memory()
             self.passes.num_parts = num_parts

@@ -20,7 +20,7 @@ from ..assets.emoji64.assemble import widened_state
 from .model import BASE_STYLES, Text, Vae, load_pictures
 from .unet import CHANNELS, SCALE, alphas, build, normed
 
-BATCH, PEAK_LR, SHORT = 32, 4e-4, 16
+BATCH, PEAK_LR, SHORT = 16, 3e-4, 16
 
 
 def initialise_(model):

@@ -61,12 +61,22 @@ def test_a_step_that_is_not_finite_in_one_is_skipped_in_all(left):
     assert_same_bits(left["not_finite"])
 
 
-def test_a_run_goes_on_in_another_number_of_processes(tmp_path):
+@pytest.mark.parametrize(
+    ("scenario", "counts"), [("resumed", (2, 4, 1)), ("resumed_of_three", (4, 2, 1))]
+)
+def test_a_run_goes_on_in_another_number_of_processes(tmp_path, scenario, counts):
     losses = []
-    for count in (2, 4, 1):
-        found = torchrun(whole_run, count, tmp_path, ["resumed"])["resumed"]
+    for count in counts:
+        found = torchrun(whole_run, count, tmp_path, [scenario])[scenario]
         assert_same_bits(found)
         losses += found[0]["losses"]
         torch.save(found[0]["state"], tmp_path / "resume.pt")
     assert found[0]["step"] == 12
     assert_close({**found[0], "losses": losses}, whole_run.run())
+
+
+def test_batches_kept_from_more_processes_are_gone_over_in_passes_that_fit(tmp_path):
+    counts = []
+    left = torchrun(whole_run, 4, tmp_path, ["resumed_of_three"])["resumed_of_three"][0]
+    whole_run.run(state=left["state"], batch=3, fail=counts.append)
+    assert max(counts) == 3

@@ -24,11 +24,11 @@ def place():
     return 0, 1
 
 
-def run(steps=12, state=None, fail=None, **settings):
+def run(steps=12, state=None, fail=None, batch=None, **settings):
     """Train up to a step; returns what was learned and seen."""
     rank, size = place()
     fails = (lambda count: None) if fail is None or rank != size - 1 else fail
-    net, training = make(fails, batch_size=BATCH // size, **OTHERS, **settings)
+    net, training = make(fails, batch_size=batch or BATCH // size, **OTHERS, **settings)
     if state is not None:
         training.load_state(state)
     losses, error = [], ""
@@ -73,11 +73,11 @@ class NotFinite:
         return float("nan") if self.count == self.at else None
 
 
-def resumed(folder):
+def resumed(folder, batch=None):
     """Go on with four steps from what other processes have left."""
     path = Path(folder, "resume.pt")
     state = torch.load(path, weights_only=True) if path.is_file() else None
-    return run(4 + (state["step"] if state else 0), state)
+    return run(4 + (state["step"] if state else 0), state, batch=batch)
 
 
 SCENARIOS = {
@@ -87,6 +87,7 @@ SCENARIOS = {
     "no_memory": lambda folder: run(fail=Failing(7, torch.OutOfMemoryError("out of memory"))),
     "not_finite": lambda folder: run(fail=NotFinite(7)),
     "resumed": resumed,
+    "resumed_of_three": lambda folder: resumed(folder, BATCH // 4),
 }
 
 
