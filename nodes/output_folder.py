@@ -5,7 +5,7 @@ import re
 import time
 from pathlib import Path
 
-from ..sara_core.training.run_folder import SETTINGS, STATE
+from ..sara_core.training.run_folder import JOB, SETTINGS, STATE
 from . import host
 
 MAX_BYTES = 255  # of one name, on nearly all file systems
@@ -106,6 +106,17 @@ def resumable_runs() -> list[str]:
         if STATE in files or (SETTINGS in files and any(_is_final(folder, file) for file in files))
     ]
     return sorted(output_relative(folder) for folder in found)
+
+
+def run_of_job(job: str) -> str | None:
+    """Return the newest run that a job has begun, by folder, if it can be resumed or has finished."""
+    root = host.output_root()
+    found = []
+    for name in resumable_runs():
+        mark = Path(root, name, JOB)
+        if mark.is_file() and mark.read_text(encoding="utf-8") == job:
+            found.append((mark.stat().st_mtime_ns, name))
+    return max(found)[1] if found else None
 
 
 def runs_with_deltas() -> list[str]:

@@ -96,7 +96,8 @@ class TestFault:
     def run(self, model, kind, at, folder, nonce):
         clear()
         fault = Fault(kind, at, model.model.diffusion_model, folder)
-        if kind != "none":
+        rank = os.environ.get("RANK")
+        if kind != "none" and rank == os.environ.get("FAULT_RANK", rank):
             handles = [
                 hooks.register_module_forward_pre_hook(fault.before),
                 hooks.register_module_forward_hook(fault.after),

@@ -41,6 +41,7 @@ from .patches import (
     patches_carried,
     zero_small_weights,
 )
+from .processes import is_restarted, job, processes
 from .sampling import SAMPLERS, SCHEDULERS, Sampling, sample, sample_in_training
 from .schedules import foreign_prediction, noise_schedule, sampling_summary
 from .training import needs_loss_scaling, trainable
@@ -91,12 +92,15 @@ __all__ = [
     "free_memory",
     "is_guidance_distilled",
     "is_quantised",
+    "is_restarted",
+    "job",
     "memory_in_use",
     "needs_loss_scaling",
     "new_output_path",
     "noise_schedule",
     "output_root",
     "patched_weights",
+    "processes",
     "patches_carried",
     "picture_folder",
     "picture_folders",

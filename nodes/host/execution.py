@@ -63,6 +63,19 @@ class Progress:
 
     def __init__(self, total: int, node_id: str | None):
         self.bar = comfy.utils.ProgressBar(total, node_id=node_id)
+        self.done = 0
+
+    def add(self, count: int) -> None:
+        """Have more to do."""
+        self.bar.total += count
+
+    def step(self) -> None:
+        """Show that one more is done.
+
+        Raises:
+            comfy.model_management.InterruptProcessingException: The user pressed Cancel.
+        """
+        self.update(self.done + 1)
 
     def update(self, done: int) -> None:
         """Show how far it is.
@@ -70,5 +83,6 @@ class Progress:
         Raises:
             comfy.model_management.InterruptProcessingException: The user pressed Cancel.
         """
+        self.done = done
         self.bar.update_absolute(done)
         check_cancelled()

@@ -15,6 +15,7 @@ from ...sara_core.pictures.captions import Problem
 from ...sara_core.pictures.encoding_cache import EncodingCache, content_key
 from ...sara_core.pictures.picture_folder import find_pictures
 from .. import host
+from .division import divide
 from .folder_plan import (
     CACHE_VERSION,
     EncodedFolder,
@@ -57,19 +58,10 @@ def encode_folder(
     looks = look_at(files, result)
     facts = host.vae_facts(vae)
     plan_windows(looks, options, facts, result)
-    pictures_cache = cache if facts is not None else cache.off()
-    missing = [v for v in result.variants if not _look_up(v, pictures_cache, result)]
-    result.read = len(result.variants) - len(missing)
     texts = settle_captions(list(looks), options, result)
-    progress = host.Progress(len(missing) + len(texts), node_id)
-    for done, (variant, *parts) in enumerate(_decoded(missing, options, result.problems), 1):
-        entry = _encode(*parts, vae)
-        if entry["latent"].isfinite().all():
-            result.encodings[variant.key] = entry
-            pictures_cache.put(variant.key, entry)
-        else:
-            result.problems.append(Problem(variant.file.name, NOT_FINITE))
-        progress.update(done)  # a Cancel surfaces here, when what is encoded is kept
+    pictures_cache = cache if facts is not None else cache.off()
+    progress = host.Progress(len(texts), node_id)
+    _encode_pictures(vae, options, pictures_cache, result, progress)
     refused = [problem for problem in result.problems if not problem.is_note]
     if options.refuse and refused:
         raise ValueError(f"{folder.name} has files that are not used:\n{_list(refused)}")
@@ -79,16 +71,41 @@ def encode_folder(
             f"{folder.name} has no picture that can be used"
             + (f":\n{_list(result.problems)}" if result.problems else "; put pictures into it")
         )
-    facts = host.clip_facts(clip)
-    captions_cache = cache if facts is not None else cache.off()
-    for number, text in enumerate(texts):
-        result.captions[text] = _encode_caption(text, clip, facts, captions_cache, options.emphasis)
-        progress.update(len(missing) + number + 1)
+    _encode_captions(texts, clip, options, cache, result, progress)
     return result
 
 
 def _list(problems: list[Problem]) -> str:
     return "\n".join(f"  {problem}" for problem in problems)
+
+
+def _encode_pictures(vae, options, cache: EncodingCache, result: EncodedFolder, progress) -> None:
+    """Encode what is not in the cache; of several processes each does its share."""
+    processes, encodings = host.processes(), result.encodings
+    missing = [v for v in result.variants if not _look_up(v, cache, result)]
+    result.read = len(result.variants) - len(missing)
+    problems: list[Problem] = []
+
+    def make(keys: list[str]) -> dict[str, dict]:
+        asked = set(keys)
+        mine = [v for v in missing if v.key in asked]
+        progress.add(len(mine))
+        for variant, *parts in _decoded(mine, options, problems):
+            entry = _encode(*parts, vae)
+            if entry["latent"].isfinite().all():
+                encodings[variant.key] = entry
+                cache.put(variant.key, entry)
+            else:
+                problems.append(Problem(variant.file.name, NOT_FINITE))
+            progress.step()  # a Cancel surfaces here, when what is encoded is kept
+        return {key: encodings[key] for key in keys if key in encodings}
+
+    made = divide(processes, [v.key for v in result.variants], set(encodings), make)
+    for key in made.keys() - encodings.keys():
+        cache.put(key, made[key])
+    encodings |= made
+    for found in processes.gather(lambda: problems):
+        result.problems += found
 
 
 def _look_up(variant: Variant, cache: EncodingCache, result: EncodedFolder) -> bool:
@@ -144,21 +161,43 @@ def _encode(colour: Image.Image, opacity: Image.Image | None, vae) -> dict:
     }
 
 
-def _encode_caption(
-    text: str, clip, facts: list | None, cache: EncodingCache, emphasis: bool
-) -> list:
-    if EMBEDDING in text:  # a file's content takes its place
-        cache = cache.off()
-    key = content_key(version=CACHE_VERSION, caption=text, clip=facts, emphasis=emphasis)
-    entry = cache.get(key)
-    if entry is not None:
-        return entry["conditioning"]
-    conditioning = host.encode_text(clip, text, emphasis)
+def _encode_captions(texts, clip, options, cache: EncodingCache, result, progress) -> None:
+    """Encode the captions that are not in the cache; of several processes each does its share."""
+    facts = host.clip_facts(clip)
+
+    def key(text: str) -> str:
+        return content_key(
+            version=CACHE_VERSION, caption=text, clip=facts, emphasis=options.emphasis
+        )
+
+    def kept(text: str) -> EncodingCache:  # not where a file's content takes the text's place
+        return cache.off() if facts is None or EMBEDDING in text else cache
+
+    keys = {key(text): text for text in texts}
+    entries = {own: kept(text).get(own) for own, text in keys.items()}
+    known = {own: entry for own, entry in entries.items() if entry is not None}
+
+    def make(asked: list[str]) -> dict[str, dict]:
+        made = {}
+        for own in asked:
+            entry = known.get(own)
+            if entry is None:
+                entry = {"conditioning": host.encode_text(clip, keys[own], options.emphasis)}
+                _put_caption(kept(keys[own]), own, entry)
+            made[own] = entry
+            progress.step()
+        return made
+
+    entries |= divide(host.processes(), list(keys), set(known), make)
+    progress.update(progress.bar.total)
+    result.captions |= {text: entries[own]["conditioning"] for own, text in keys.items()}
+
+
+def _put_caption(cache: EncodingCache, key: str, entry: dict) -> None:
     try:
-        cache.put(key, {"conditioning": conditioning})
+        cache.put(key, entry)
     except TypeError as error:  # a text encoder that adds more than tensors and plain values
         logger.info("SaRA Image Folder: captions are not cached, %s", error)
-    return conditioning
 
 
 def mask_of(encoding: dict, use_alpha: bool) -> Tensor:

@@ -10,16 +10,19 @@ from .unlearnable import listed, unmasked
 MANY_EPOCHS = 300
 
 
-def epochs(settings: RunSettings, examples: Examples) -> float:
-    """Return how often a run goes over its pictures."""
-    count = settings.steps * settings.batch_size * settings.grad_accumulation_steps
+def epochs(settings: RunSettings, examples: Examples, batch_size: int) -> float:
+    """Return how often a run goes over its pictures, in batches of all processes together."""
+    count = settings.steps * batch_size * settings.grad_accumulation_steps
     return count / max(1, examples.num_to_learn * (1 - settings.validation_split))
 
 
-def likely_mistakes(patcher, settings: RunSettings, examples: Examples) -> list[str]:
-    """Say what is probably not meant, a line each."""
+def likely_mistakes(
+    patcher, settings: RunSettings, examples: Examples, batch_size: int
+) -> list[str]:
+    """Say what is probably not meant, a line each; `batch_size` is that of all processes together."""
     captions = [pair[0] for pair in examples.captions[: examples.num_to_learn]]
-    count, rounds, found = examples.num_to_learn, epochs(settings, examples), []
+    count, rounds = examples.num_to_learn, epochs(settings, examples, batch_size)
+    found = []
     is_same = all(_equal(caption, captions[0]) for caption in captions)
     if is_same and examples.empty is not None and _equal(captions[0], examples.empty[0]):
         found.append(
@@ -32,9 +35,9 @@ def likely_mistakes(patcher, settings: RunSettings, examples: Examples) -> list[
         )
     if empty := unmasked(examples):
         found.append(f"the masks keep nothing of {listed(empty)}, so nothing is learned of them")
-    if settings.batch_size > count:
+    if batch_size > count:
         found.append(
-            f"batch_size is {settings.batch_size}, but there are {count} pictures: each step goes "
+            f"batch_size is {batch_size}, but there are {count} pictures: each step goes "
             "over all of them at once"
         )
     if rounds > MANY_EPOCHS:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 from ...sara_core.training.out_of_memory import is_out_of_memory
+from ...sara_core.training.processes import OtherProcessFailed
 from .. import host
 
 MEMORY_ADVICE = (
@@ -46,9 +47,14 @@ def worse_than_it_began(losses: Sequence[float]) -> str | None:
 
 def how_it_ended(error: BaseException) -> str:
     """Say in a word or two what ended a run."""
-    if isinstance(error, (host.Cancelled, KeyboardInterrupt)):
+    if isinstance(error, (host.Cancelled, KeyboardInterrupt)) or is_cancelled_elsewhere(error):
         return "cancelled"
     return f"stopped by {'lack of memory' if is_out_of_memory(error) else type(error).__name__}"
+
+
+def is_cancelled_elsewhere(error: BaseException) -> bool:
+    """Tell whether all that happened is that another process was cancelled first."""
+    return isinstance(error, OtherProcessFailed) and error.kinds == {host.Cancelled.__name__}
 
 
 def add_line(error: BaseException, line: str) -> None:

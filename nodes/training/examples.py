@@ -198,21 +198,21 @@ def _moments(tensor: Tensor) -> list:
     return [list(tensor.shape), values.mean().item(), values.std(correction=0).item()]
 
 
-def differences(saved: dict, now: dict) -> list[str]:
-    """Tell what a saved run's model and examples differ in from those at hand."""
+def differences(saved: dict, now: dict, other: str = "the run") -> list[str]:
+    """Tell what the model and examples of a saved run, or another process, differ in from those at hand."""
     wrong = []
     if saved["model"] != now["model"]:
-        wrong.append(f"the model is of the family {now['model']}, the run's {saved['model']}")
+        wrong.append(f"the model is of the family {now['model']}, {other}'s {saved['model']}")
     for kind in ("regularisation pictures", "masks"):
         if saved[kind] != now[kind]:
-            wrong.append(f"there are {now[kind]} {kind}, the run had {saved[kind]}")
+            wrong.append(f"there are {now[kind]} {kind}, {other} had {saved[kind]}")
     if saved["held out"] != now["held out"]:
         wrong.append("other pictures would be held out for validation")
     if saved["sampling"] != now["sampling"]:
-        wrong.append(f"the sampling is {now['sampling']}, the run's {saved['sampling']}")
+        wrong.append(f"the sampling is {now['sampling']}, {other}'s {saved['sampling']}")
     old, new = saved["examples"], now["examples"]
     if len(old) != len(new):
-        wrong.append(f"there are {len(new)} latents, embeddings and masks, the run had {len(old)}")
+        wrong.append(f"there are {len(new)} latents, embeddings and masks, {other} had {len(old)}")
     else:
         changed = [i for i, (a, b) in enumerate(zip(old, new, strict=True)) if not _alike(a, b)]
         if changed:

@@ -1,13 +1,15 @@
-"""What a delta's file says of the run that made it."""
+"""What a delta's file says of the run that made it, and what the run is known by."""
 
 import dataclasses
 import json
 import time
+from collections.abc import Sequence
 
 from ...sara_core import SaraAdamW
 from ...sara_core.training.run_settings import RunSettings
 from ...sara_core.weights.fingerprint import take_fingerprint
 from .. import host
+from .examples import Examples, describe_examples
 
 
 def run_metadata(patcher, settings: RunSettings, optimizer: SaraAdamW) -> dict[str, str]:
@@ -31,6 +33,16 @@ def run_metadata(patcher, settings: RunSettings, optimizer: SaraAdamW) -> dict[s
         "modelspec.title": settings.output_name,
         "modelspec.date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "modelspec.prediction_type": host.noise_schedule(patcher).prediction,
+    }
+
+
+def identity(patcher, examples: Examples, held_out: Sequence[int]) -> dict:
+    """Say what a run is of, to recognise it when it is resumed, or in another process."""
+    return {
+        "model": host.architecture(patcher),
+        "sampling": host.sampling_summary(patcher),
+        "held out": list(held_out),
+        **describe_examples(examples),
     }
 
 

@@ -3,28 +3,30 @@
 import contextlib
 import dataclasses
 import logging
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 from ...sara_core import SaraAdamW
+from ...sara_core.files.state_file import snapshot
 from ...sara_core.training.gradient_checkpointing import checkpointed
+from ...sara_core.training.processes import FINE, Processes
 from ...sara_core.training.run_folder import RunFolder
 from ...sara_core.training.run_settings import COMPUTE_DTYPES, RunSettings
 from ...sara_core.training.trainer import TrainingRun
-from .. import host, output_folder
+from .. import host
 from . import memory
 from .advice import epochs, likely_mistakes
-from .ending import worse_than_it_began
-from .examples import Examples
+from .ending import is_cancelled_elsewhere, worse_than_it_began
+from .examples import Examples, differences
+from .folders import loss_map
+from .metadata import identity
 from .previews import Previews
 from .reporter import Reporter
 from .saver import Saver
 from .session import Session
 from .training_set import TrainingSet
-from .widgets import NEW_RUN
 
 logger = logging.getLogger("comfyui-sara")
 
@@ -40,7 +42,8 @@ def run(
 ) -> tuple[Path, dict[str, list], dict]:
     """Train a MODEL in place, save what it learns, and put its base weights back.
 
-    Whatever ends it, the delta and the state after the last whole step are in the folder.
+    Whatever ends it, the delta and the state after the last whole step are in the folder. Where
+    several processes train together, this is for the first; the others `follow`.
 
     Args:
         patcher: The MODEL.
@@ -56,142 +59,112 @@ def run(
         `validation_step`; and what the node's chart shows.
     """
     settings = folder.settings
+    with contextlib.closing(folder), prepared(patcher, examples, settings) as (calls, training):
+        previews = Previews(calls, training.optimizer, list(samplings), folder)
+        reporter = Reporter(folder, node_id, workflow)
+        saver = Saver(patcher, examples, training, previews, reporter)
+        rates = _resume(training, saver) if resume else []
+        if training.step == settings.schedule_start > 0:  # more steps, and all fits
+            folder.save_settings()
+        reporter.chart.epochs = epochs(settings, examples, training.batch_size)
+        if not resume:
+            for line in likely_mistakes(patcher, settings, examples, training.batch_size):
+                reporter.warn(line)
+        if (foreign := host.foreign_prediction(patcher)) is not None:
+            reporter.warn("trained for {} prediction; the checkpoint is for {}".format(*foreign))
+        training.look_for_in_place_changes()
+        with _checkpointed(calls, settings, training):
+            memory.announce(calls, training, reporter)
+            Session(training, previews, reporter, saver).train(rates)
+        training.processes.agree(FINE)
+        path = saver.finish()
+        if (line := worse_than_it_began(saver.losses)) is not None:
+            reporter.warn(line)
+        return path, loss_map(saver.losses, saver.validation), reporter.chart.finish()
+
+
+def follow(patcher, examples: Examples, settings: RunSettings, resume: bool) -> None:
+    """Make the steps of a run that the first of several processes shows and saves."""
+    with prepared(patcher, examples, settings) as (calls, training):
+        if resume:
+            training.load_state(host.processes().lead(dict))
+        training.look_for_in_place_changes()
+        with _checkpointed(calls, settings, training):
+            for _ in training:
+                pass
+        training.processes.agree(FINE)
+
+
+@contextlib.contextmanager
+def prepared(
+    patcher, examples: Examples, settings: RunSettings
+) -> Iterator[tuple["host.ModelCalls", TrainingRun]]:
+    """Load a MODEL and select what trains; afterwards put its base weights back.
+
+    What goes wrong meanwhile is told to the other processes.
+
+    Raises:
+        ValueError: They have other models, pictures or captions.
+    """
     dtype = COMPUTE_DTYPES[settings.training_dtype]
     zeros = host.zero_rule(patcher, settings.zeros)
     dropout = settings.caption_dropout if examples.empty is not None else 0.0
     config = dataclasses.replace(settings, zeros=zeros, caption_dropout=dropout)
-    with (
-        contextlib.closing(folder),
-        host.trainable(patcher, dtype, settings.offloading) as calls,
-    ):
+    processes = host.processes()
+    with host.trainable(patcher, dtype, settings.offloading) as calls:
         pictures = TrainingSet(calls, examples, settings.validation_split, settings.seed)
-        model = calls.model.diffusion_model
+        _refuse_different(processes, lambda: identity(patcher, examples, pictures.validation))
         scaler = None
         if host.needs_loss_scaling(patcher, dtype):
             scaler = torch.amp.GradScaler(calls.device.type)
-        optimizer = SaraAdamW(model, distributed=False, **config.optimizer_options)
+        optimizer = SaraAdamW(
+            calls.model.diffusion_model,
+            distributed=processes.size > 1,
+            **config.optimizer_options,
+        )
         try:
             training = TrainingRun(optimizer, pictures, config, scaler, host.free_memory)
-            previews = Previews(calls, optimizer, list(samplings), folder)
-            reporter = Reporter(folder, node_id, workflow)
-            reporter.chart.epochs = epochs(settings, examples)
-            saver = Saver(patcher, examples, training, previews, reporter)
-            rates = saver.resume() if resume else []
-            if training.step == settings.schedule_start > 0:  # more steps, and all fits
-                folder.save_settings()
-            for line in likely_mistakes(patcher, settings, examples) if not resume else ():
-                reporter.warn(line)
-            if (foreign := host.foreign_prediction(patcher)) is not None:
-                reporter.warn(
-                    "trained for {} prediction; the checkpoint is for {}".format(*foreign)
-                )
-            training.look_for_in_place_changes()
-            with checkpointed(model, settings.gradient_checkpointing, training.in_place):
-                memory.announce(calls, training, reporter)
-                Session(training, previews, reporter, saver).train(rates)
-            path = saver.finish()
-            if (line := worse_than_it_began(saver.losses)) is not None:
-                reporter.warn(line)
-            return path, _loss_map(saver.losses, saver.validation), reporter.chart.finish()
+            with _told(training.processes):
+                yield calls, training
         finally:
             optimizer.restore()
 
 
-def new_folder(patcher, settings: RunSettings) -> RunFolder:
-    """Make the folder of a new run on a MODEL.
-
-    Raises:
-        ValueError: Its name leads out of the output folder, or the MODEL's prediction is another.
-        OSError: It cannot be written to.
-    """
-    _refuse_other_prediction(patcher, settings)
-    parent, name = output_folder.split_output_name(settings.output_name)
-    return RunFolder.create(parent, name, settings)
-
-
-def old_folder(patcher, name: str, settings: RunSettings, more_steps: int) -> RunFolder:
-    """Open the folder of a run, with what may be changed, and more steps if it has finished.
-
-    The file of its settings stays as it is until the run goes on.
-
-    Args:
-        patcher: The MODEL to go on with.
-        name: As `output_folder.resumable_runs` lists it.
-        settings: Of the node that resumes it.
-        more_steps: To make beyond those it has finished.
-
-    Raises:
-        ValueError: No such run, or a MODEL of another prediction than its checkpoint's where the run
-            does not allow it.
-        RuntimeError: It is being trained.
-    """
-    folder = RunFolder(output_folder.run_path(name))
+@contextlib.contextmanager
+def _told(processes: Processes) -> Iterator[None]:
+    """Tell the other processes of an error; where another was cancelled, so is this one."""
     try:
-        own = folder.settings.resumed_with(settings)
-        _refuse_other_prediction(patcher, own)
-        if more_steps and is_finished(folder):
-            own = own.extended_by(more_steps, settings)
-        folder.settings = own
-    except BaseException:
-        folder.close()
+        yield
+    except BaseException as error:
+        processes.fail(error)
+        if is_cancelled_elsewhere(error):
+            raise host.Cancelled from error
         raise
-    return folder
 
 
-def _refuse_other_prediction(patcher, settings: RunSettings) -> None:
-    """Refuse a MODEL set to predict something else than its checkpoint does, unless that is meant.
-
-    Raises:
-        ValueError: It is, and `allow_other_prediction` is off.
-    """
-    foreign = host.foreign_prediction(patcher)
-    if foreign is not None and not settings.allow_other_prediction:
-        found, own = foreign
-        raise ValueError(
-            f"the model is set to {found} prediction, by a node before it such as ModelSamplingSD3 or "
-            f"ModelSamplingDiscrete, but its checkpoint is one for {own} prediction; training it so "
-            "would ruin it. Bypass that node, or turn allow_other_prediction on in SaRA Train if it "
-            "is meant"
-        )
-
-
-def is_finished(folder: RunFolder) -> bool:
-    """Tell whether a run has made all its steps, and its delta is there."""
-    return output_folder.final_path(folder.path, folder.settings.steps).is_file()
-
-
-def finished(folder: RunFolder) -> tuple[Path, dict[str, list]]:
-    """Return what `run` returned when a run ended: its final delta's file, and the losses.
-
-    Raises:
-        ValueError: The run has not ended, or its delta was deleted.
-    """
-    with contextlib.closing(folder):
-        steps = folder.settings.steps
-        path = output_folder.final_path(folder.path, steps)
-        if not path.is_file():
+def _refuse_different(processes: Processes, describe: Callable[[], dict]) -> None:
+    first, *others = processes.gather(describe)
+    for rank, own in enumerate(others, 1):
+        if wrong := differences(first, own, "rank 0"):
             raise ValueError(
-                f"the run {folder.path.name} can neither be resumed nor has it finished: there is "
-                f"neither its state nor {path.name}. Choose another one under resume, or {NEW_RUN}"
+                f"rank {rank} does not train the same as rank 0: {'; '.join(wrong)}. All processes "
+                "need the same workflow, model and pictures"
             )
-        logger.info("SaRA Train: %s has finished already; its delta is used", folder.path.name)
-        losses = [loss for loss, _ in folder.read_losses(steps)]
-        return path, _loss_map(losses, folder.read_validation(steps))
 
 
-def _loss_map(losses: list[float], validation: list[tuple[int, float]]) -> dict[str, list]:
-    """Return the losses as ComfyUI's Plot Loss Graph takes them, with the validation beside.
+def _resume(training: TrainingRun, saver: Saver) -> list[float]:
+    """Take a run up again, in all processes; returns the learning rates of the steps behind it."""
+    rates: list[float] = []
+    processes = host.processes()
 
-    It cannot draw a loss that is not finite, of a step that was skipped; such take the one before.
-    """
-    shown: list[float] = []
-    latest = next(filter(math.isfinite, losses), 0.0)
-    for loss in losses:
-        latest = loss if math.isfinite(loss) else latest
-        shown.append(latest)
-    finite = [(step, loss) for step, loss in validation if math.isfinite(loss)]
-    return {
-        "loss": shown,
-        "validation_step": [step for step, _ in finite],
-        "validation_loss": [loss for _, loss in finite],
-    }
+    def state() -> dict | None:
+        rates.extend(saver.resume())
+        return snapshot(training.state()) if processes.size > 1 else None
+
+    processes.lead(state)
+    return rates
+
+
+def _checkpointed(calls: "host.ModelCalls", settings: RunSettings, training: TrainingRun):
+    model = calls.model.diffusion_model
+    return checkpointed(model, settings.gradient_checkpointing, training.in_place)

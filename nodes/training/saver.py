@@ -12,10 +12,10 @@ from ...sara_core.files.atomic import replace_atomically
 from ...sara_core.training.run_folder import RunFolder
 from ...sara_core.training.run_settings import SAVE_DTYPES
 from ...sara_core.training.trainer import TrainingRun
-from .. import host, output_folder
+from .. import output_folder
 from .ending import add_line, how_it_ended
-from .examples import Examples, describe_examples, differences
-from .metadata import present_metadata, run_metadata
+from .examples import Examples, differences
+from .metadata import identity, present_metadata, run_metadata
 from .previews import Previews
 from .reporter import Reporter
 
@@ -50,12 +50,7 @@ class Saver:
         self.losses: list[float] = []
         self.validation: list[tuple[int, float]] = []
         self._last_saved = 0
-        self._identity = {
-            "model": host.architecture(patcher),
-            "sampling": host.sampling_summary(patcher),
-            "held out": list(training.task.validation),
-            **describe_examples(examples),
-        }
+        self._identity = identity(patcher, examples, training.task.validation)
         self._metadata = run_metadata(patcher, self.folder.settings, training.optimizer)
         self._dtype = SAVE_DTYPES[self.folder.settings.save_dtype]
 

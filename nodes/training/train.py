@@ -4,13 +4,15 @@ from comfy_api.latest import io
 
 from ...sara_core import SparseDelta
 from ...sara_core.optimizer.adam_moments import refuse_unusable
+from ...sara_core.training.run_folder import RunFolder
 from ...sara_core.training.run_settings import RunSettings
 from .. import host, output_folder
 from ..inputs import searched_as
 from ..sockets import LossMap, SaraDelta, SaraSampling
 from .examples import gather_examples
+from .folders import finished, is_finished, open_folder
 from .live_chart import KIND
-from .run import finished, is_finished, new_folder, old_folder, run
+from .run import follow, run
 from .unlearnable import refuse_unlearnable
 from .widgets import NEW_RUN, training_inputs
 
@@ -99,25 +101,30 @@ class SaraTrain(io.ComfyNode):
             latents, positive, empty, masks, regularisation_latents, regularisation_positive
         )
         refuse_unlearnable(examples)
-        workflow = host.workflow_id(cls.hidden.extra_pnginfo)
-        is_new = resume == NEW_RUN
-        folder = (
-            new_folder(model[0], settings)
-            if is_new
-            else old_folder(model[0], resume, settings, more_steps)
-        )
-        samplings = [sampling for group in preview for sampling in group]
-        shown = {}
-        if is_new or not is_finished(folder):
+        node_id, processes = cls.hidden.unique_id, host.processes()
+        opened: list[RunFolder] = []
+
+        def begin() -> tuple[RunSettings, bool, bool]:
+            folder, is_new = open_folder(model[0], resume, settings, more_steps, node_id)
+            opened.append(folder)
+            return folder.settings, is_new, not is_new and is_finished(folder)
+
+        settings, is_new, is_done = processes.lead(begin)
+        path, losses, shown = None, {}, {}
+        if is_done:
+            path, losses = finished(opened[0]) if opened else (None, {})
+        elif opened:
             path, losses, chart = run(
-                model[0], examples, folder, cls.hidden.unique_id, not is_new,
-                workflow, samplings,
+                model[0], examples, opened[0], node_id, not is_new,
+                host.workflow_id(cls.hidden.extra_pnginfo),
+                [sampling for group in preview for sampling in group],
             )  # fmt: skip
             shown[KIND] = (chart,)
         else:
-            path, losses = finished(folder)
-        delta = SparseDelta.load(path)  # what is sampled is what is loaded
-        file = output_folder.output_relative(path)
+            follow(model[0], examples, settings, not is_new)
+        file, losses, delta = processes.lead(  # what is sampled is what is loaded
+            lambda: (output_folder.output_relative(path), losses, SparseDelta.load(path))
+        )
         return io.NodeOutput(
             host.apply_delta(model[0], delta, 1.0),
             delta,

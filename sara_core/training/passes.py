@@ -64,6 +64,15 @@ class Passes:
         mask = self.task.mask(pictures)
         return schedule.loss(x0, latents, sigma, self._loss_function, mask).mean()
 
+    def total_loss(self, draw: tuple) -> Tensor:
+        """Return the sum of the losses of what `draw` returned, of all its pictures."""
+        losses = [
+            self.loss(*(part[start : start + self._most] for part in draw))
+            * len(draw[0][start : start + self._most])
+            for start in range(0, len(draw[0]), self._most)
+        ]
+        return torch.stack(losses).sum()
+
     def backward(self, draw: tuple, weight: float) -> Tensor:
         """Add the gradient of a batch's mean loss times a weight; returns the loss."""
         count, losses = len(draw[0]), [draw[2].new_zeros(())]

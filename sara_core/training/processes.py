@@ -80,6 +80,7 @@ class Processes:
         It may be called again, and where another process has failed; only the first error is told.
         """
         if not self._has_ended:
+            self._has_ended = True
             self.agree(ERROR, error)
 
     def gather(self, make: Callable[[], Made]) -> list[Made]:

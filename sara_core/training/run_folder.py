@@ -1,7 +1,6 @@
 """The folder of one run: settings, loss history, checkpoints, and the state to go on from."""
 
 import contextlib
-import csv
 import json
 import os
 import shutil
@@ -9,7 +8,6 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TextIO
 
 import torch
 
@@ -19,10 +17,11 @@ from ..files.lock import hold
 from ..files.state_file import read_state, snapshot, write_state
 from ..optimizer.sparse_model import entries_of
 from .run_settings import RunSettings
+from .tables import StepTable
 from .task import StepReport
 
 STATE, SETTINGS, LOSSES, LOG = "state.safetensors", "settings.json", "loss.csv", "log.txt"
-LOCK = "lock"
+LOCK, JOB = "lock", "job.txt"
 CHECKPOINT, CHECKPOINTS = "checkpoint_{:07}_steps.safetensors", "checkpoint_*_steps.safetensors"
 VALIDATION = "validation.csv"
 PREVIEWS, PREVIEW = "previews", "preview_{:07}_steps.png"
@@ -57,7 +56,8 @@ class RunFolder:
         self.settings = RunSettings.read(saved)
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="sara-save")
         self._pending: Future | None = None
-        self._tables: dict[str, TextIO] = {}
+        self._losses = StepTable(self.path / LOSSES, COLUMNS)
+        self._validation = StepTable(self.path / VALIDATION, VALIDATION_COLUMNS)
 
     @classmethod
     def create(cls, parent: str | os.PathLike, name: str, settings: RunSettings) -> "RunFolder":
@@ -87,6 +87,11 @@ class RunFolder:
         """Replace the settings in the file by those the run has now."""
         _write_settings(self.path, self.settings)
 
+    def sign(self, job: str) -> None:
+        """Note which job this is a run of, to be found when the job is started again."""
+        with contextlib.suppress(OSError):
+            (self.path / JOB).write_text(job, encoding="utf-8")
+
     @property
     def can_resume(self) -> bool:
         """Whether there is a state to go on from."""
@@ -100,54 +105,32 @@ class RunFolder:
 
     def read_losses(self, up_to_step: int) -> list[tuple[float, float]]:
         """Return loss and learning rate up to a step; later ones, of steps that will be retried, are dropped."""
-        rows = self._cut(LOSSES, COLUMNS, up_to_step)
-        return [(float(row[1]), float(row[2])) for row in rows]
+        return [(float(row[1]), float(row[2])) for row in self._cut(self._losses, up_to_step)]
 
     def read_validation(self, up_to_step: int) -> list[tuple[int, float]]:
         """Return step and validation loss up to a step and forget later ones."""
-        rows = self._cut(VALIDATION, VALIDATION_COLUMNS, up_to_step)
+        rows = self._cut(self._validation, up_to_step)
         return [(int(step), float(loss)) for step, loss in rows]
 
-    def _cut(self, name: str, columns: tuple, up_to_step: int) -> list[list[str]]:
-        path = self.path / name
-        if not path.is_file():
-            return []
-        with open(path, newline="", encoding="utf-8", errors="replace") as file:
-            rows = [row for row in csv.reader(file) if _is_whole(row, columns)]
-        rows = [row for row in rows if int(row[0]) <= up_to_step]
-
-        def write(temporary: Path) -> None:
-            with open(temporary, "w", newline="", encoding="utf-8") as file:
-                csv.writer(file).writerows([columns, *rows])
-
-        try:
-            replace_atomically(path, write)
-        except OSError as error:  # a table program has it open, or the disk is full
-            self.log(f"{name} keeps rows after step {up_to_step}: {error}")
+    def _cut(self, table: StepTable, up_to_step: int) -> list[list[str]]:
+        rows, problem = table.cut(up_to_step)
+        if problem is not None:
+            self.log(f"{table.path.name} keeps rows after step {up_to_step}: {problem}")
         return rows
 
     def add_loss(self, report: StepReport) -> None:
         """Append a step to loss.csv, at once; a full disk does not stop a run."""
         prior = report.regularisation_loss
-        row = (
-            report.step, repr(report.loss), repr(report.learning_rate), report.stage,
-            int(report.skipped), "" if prior is None else repr(prior),
+        self._losses.add(
+            (
+                report.step, repr(report.loss), repr(report.learning_rate), report.stage,
+                int(report.skipped), "" if prior is None else repr(prior),
+            )
         )  # fmt: skip
-        self._append(LOSSES, COLUMNS, row)
 
     def add_validation(self, step: int, loss: float) -> None:
         """Append a validation loss after a step, or before the first one with 0, as `add_loss`."""
-        self._append(VALIDATION, VALIDATION_COLUMNS, (step, repr(loss)))
-
-    def _append(self, name: str, columns: tuple, row: tuple) -> None:
-        with contextlib.suppress(OSError):
-            if name not in self._tables:
-                path = self.path / name
-                is_new = not path.is_file()
-                self._tables[name] = open(path, "a", newline="", encoding="utf-8", buffering=1)  # noqa: SIM115
-                if is_new:
-                    csv.writer(self._tables[name]).writerow(columns)
-            csv.writer(self._tables[name]).writerow(row)
+        self._validation.add((step, repr(loss)))
 
     def save(
         self,
@@ -219,7 +202,8 @@ class RunFolder:
             self.save_settings()
             self._lock.close()
             self._lock = hold(self.path / LOCK)
-            self._tables.clear()
+            for table in (self._losses, self._validation):
+                table.forget()
             self.log("the folder was gone and has been made again; losses before are not in it")
 
     def _forget_checkpoints(self, step: int, keep: int) -> None:
@@ -279,23 +263,15 @@ class RunFolder:
         """Wait for the save under way and let go of the files; a run without a step leaves none."""
         self.finish_saving()
         self._writer.shutdown()
-        for table in self._tables.values():
-            with contextlib.suppress(OSError):  # what ended the run is what is to be seen
-                table.close()
+        for table in (self._losses, self._validation):
+            table.close()
         self._lock.close()
         with contextlib.suppress(OSError):
             left = {path.name for path in self.path.iterdir()}
-            if left <= {SETTINGS, LOG, LOCK, VALIDATION, PREVIEWS}:
+            if left <= {SETTINGS, LOG, LOCK, JOB, VALIDATION, PREVIEWS}:
                 shutil.rmtree(self.path)
 
 
 def _write_settings(path: Path, settings: RunSettings) -> None:
     text = json.dumps(settings.saved(), indent=1, sort_keys=True)
     replace_atomically(path / SETTINGS, lambda file: Path(file).write_text(text, "utf-8"))
-
-
-def _is_whole(row: list[str], columns: tuple) -> bool:
-    try:
-        return len(row) == len(columns) and int(row[0]) >= 0 and float(row[1]) is not None
-    except ValueError:
-        return False

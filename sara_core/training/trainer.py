@@ -48,6 +48,7 @@ class TrainingRun:
 
     Attributes:
         processes: Those that train together.
+        batch_size: Pictures of a batch, in all of them.
 
     Raises:
         FloatingPointError: While iterating: MAX_BAD_STEPS steps in a row were not finite.
@@ -104,7 +105,7 @@ class TrainingRun:
             "generator": generator,
             "remaining": remaining,
             "peak_rate": self._peak_rate,
-            "batch": self._batch,
+            "batch": self.batch_size,
             "num_parts": num_parts,
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -124,7 +125,7 @@ class TrainingRun:
             self._peak_rate = state["peak_rate"]
         self.passes.num_parts, self._bad_steps = state["num_parts"], 0
         self._generator.set_state(state["generator"])
-        self._set_batches(state.get("batch", self._batch))
+        self._set_batches(state.get("batch", self.batch_size))
         self._set_remaining(state["remaining"])
         self._mark()
 
@@ -169,23 +170,22 @@ class TrainingRun:
         The run's own random numbers are not touched.
         """
         batches = [
-            bucket[start : start + self.config.batch_size]
+            bucket[start : start + self.batch_size]
             for bucket in by_key(self.task.keys, self.task.validation).values()
-            for start in range(0, len(bucket), self.config.batch_size)
+            for start in range(0, len(bucket), self.batch_size)
         ]
         generator = torch.Generator().manual_seed(VALIDATION_SEED)
-        losses = []
         with torch.no_grad():
-            for batch in batches * VALIDATION_DRAWS:
-                draw = self.passes.draw(batch, generator, 0.0)
-                losses.append(self.passes.loss(*draw) * len(batch))
-        if not losses:
-            return None
-        return torch.stack(losses).sum().item() / (len(self.task.validation) * VALIDATION_DRAWS)
+            losses = [
+                self.passes.total_loss(self.passes.draw(batch, generator, 0.0))
+                for batch in batches * VALIDATION_DRAWS
+            ]
+        count = len(losses) and len(self.task.validation) * VALIDATION_DRAWS
+        return torch.stack(losses).sum().item() / count if count else None
 
     def _set_batches(self, size: int) -> None:
         """Draw batches of so many pictures, of all processes together."""
-        self._batch, task = size, self.task
+        self.batch_size, task = size, self.task
         self._orders = [BatchOrder(task.keys, size, self._generator, task.training)]
         if task.regularisation and self.config.regularisation_weight:
             self._orders.append(BatchOrder(task.keys, size, self._generator, task.regularisation))
@@ -234,7 +234,7 @@ class TrainingRun:
         )
 
     def _gradients_within_memory(self) -> Tensor:
-        share = -(-self._batch // self.processes.size)
+        share = -(-self.batch_size // self.processes.size)
         while True:
             losses: Tensor | None = None
             try:

@@ -53,7 +53,11 @@ def test_the_archive_holds_what_users_need_and_nothing_else():
     assert size < 5e6
 
 
-ALLOWED = {"nodes/host/execution.py": {"aiohttp"}}  # for the answer to one GET request
+ALLOWED = {
+    "nodes/host/execution.py": {"aiohttp"},  # for the answer to one GET request
+    "nodes/host/run_workflow.py": {"environ"},  # what torchrun says of the process, and its card
+    "nodes/host/processes.py": {"environ"},
+}
 
 
 def test_there_are_two_addresses_and_they_are_only_read():
@@ -89,7 +93,10 @@ def test_what_is_shipped_runs_nothing_and_reaches_nowhere(path):
         if isinstance(node, ast.Call):
             assert getattr(node.func, "id", "") not in FORBIDDEN_CALLS, (path, node.lineno)
         if isinstance(node, ast.Attribute):
-            assert node.attr not in FORBIDDEN_METHODS, (path, node.lineno)
+            assert node.attr not in FORBIDDEN_METHODS - ALLOWED.get(path, set()), (
+                path,
+                node.lineno,
+            )
 
 
 def test_the_scripts_import_only_what_the_frontend_keeps_stable():

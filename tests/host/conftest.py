@@ -89,12 +89,12 @@ def sara():
 
     from sara_pack import sara_core
     from sara_pack.nodes import host, output_folder
-    from sara_pack.nodes.training import examples, run, training_set
+    from sara_pack.nodes.training import examples, folders, run, training_set
     from sara_pack.sara_core.optimizer import eight_bits, learning_rate
     from sara_pack.sara_core.training import run_folder, run_settings
 
     return types.SimpleNamespace(
-        host=host, output=output_folder, run=run, sets=training_set, examples=examples, core=sara_core, rate=learning_rate,
+        host=host, output=output_folder, run=run, folders=folders, sets=training_set, examples=examples, core=sara_core, rate=learning_rate,
         settings=run_settings, folder=run_folder, eight_bits=eight_bits,
     )  # fmt: skip
 

@@ -169,21 +169,23 @@ def test_a_finished_run_goes_on_with_more_steps_on_a_course_of_their_own(
     monkeypatch.setattr(sara.host, "output_root", lambda: str(tmp_path))
     latents, captions = pairs(4)
     options = settings(sara, steps=4, learning_rate=1e-3, output_name="run", progressive=0.5)
-    first, _ = train(sara, sd15, latents, captions, None, new=sara.run.new_folder(sd15, options))
+    first, _ = train(
+        sara, sd15, latents, captions, None, new=sara.folders.new_folder(sd15, options)
+    )
     more = dataclasses.replace(options, learning_rate=5e-4, lr_schedule="linear")
 
-    again = sara.run.old_folder(sd15, "run_00001", more, 0)
-    assert sara.run.is_finished(again)  # no more steps: what it has learned is put out
+    again = sara.folders.old_folder(sd15, "run_00001", more, 0)
+    assert sara.folders.is_finished(again)  # no more steps: what it has learned is put out
     again.close()
     kept = (tmp_path / "run_00001" / "settings.json").read_text()
     other, _ = pairs(4, seed=7)  # with other pictures it is refused, and stays finished
     with pytest.raises(ValueError, match="cannot be resumed with what is connected"):
         train(
             sara, sd15, other, captions, None,
-            resume=sara.run.old_folder(sd15, "run_00001", more, 2),
+            resume=sara.folders.old_folder(sd15, "run_00001", more, 2),
         )  # fmt: skip
     assert (tmp_path / "run_00001" / "settings.json").read_text() == kept
-    folder = sara.run.old_folder(sd15, "run_00001", more, 2)
+    folder = sara.folders.old_folder(sd15, "run_00001", more, 2)
     delta, losses = train(sara, sd15, latents, captions, None, resume=folder)
     assert len(losses) == 6
     rates = [rate for _, rate in sara.folder.RunFolder(folder.path).read_losses(6)]
@@ -205,7 +207,7 @@ def test_a_finished_run_goes_on_with_more_steps_on_a_course_of_their_own(
     # Without its state it goes on from its delta.
     (folder.path / "state.safetensors").unlink()
     assert sara.output.resumable_runs() == ["run_00001"]
-    folder = sara.run.old_folder(sd15, "run_00001", more, 1)
+    folder = sara.folders.old_folder(sd15, "run_00001", more, 1)
     further, losses_too = train(sara, sd15, latents, captions, None, resume=folder)
     assert losses_too[:6] == losses
     assert len(losses_too) == 7
@@ -225,7 +227,7 @@ def test_a_finished_run_goes_on_with_more_steps_on_a_course_of_their_own(
     with pytest.raises(ValueError, match="neither its state nor its final delta"):
         train(
             sara, sd15, latents, captions, None,
-            resume=sara.run.old_folder(sd15, "run_00001", more, 0),
+            resume=sara.folders.old_folder(sd15, "run_00001", more, 0),
         )  # fmt: skip
 
 

@@ -14,7 +14,8 @@ from .builders import pairs, settings
 def mistakes(sara, patcher, options, *examples):
     from sara_pack.nodes.training.advice import likely_mistakes
 
-    return likely_mistakes(patcher, options, sara.examples.Examples(*examples))
+    given = sara.examples.Examples(*examples)
+    return likely_mistakes(patcher, options, given, options.batch_size)
 
 
 def test_nothing_is_said_of_a_sound_training(sd15, sara):
@@ -79,9 +80,9 @@ def test_another_prediction_is_refused_unless_it_is_meant_and_stays_marked(
     options = settings(sara, steps=2, learning_rate=1e-4, output_name="run")
     (flow,) = ModelSamplingSD3().patch(sd15, 3.0)
     with pytest.raises(ValueError, match="set to flow prediction.*is one for epsilon prediction"):
-        sara.run.new_folder(flow, options)
+        sara.folders.new_folder(flow, options)
     assert not output.exists()  # nothing is left behind
-    sara.run.new_folder(sd15, options).close()
+    sara.folders.new_folder(sd15, options).close()
 
     (velocity,) = ModelSamplingDiscrete().patch(sd15, "v_prediction", False)
     meant = dataclasses.replace(options, allow_other_prediction=True)
@@ -89,7 +90,7 @@ def test_another_prediction_is_refused_unless_it_is_meant_and_stays_marked(
     path, _, chart = sara.run.run(
         velocity,
         sara.examples.Examples(latents, captions),
-        sara.run.new_folder(velocity, meant),
+        sara.folders.new_folder(velocity, meant),
         "1",
     )
     marks = [line for line in chart["warnings"] if "prediction" in line]
@@ -97,7 +98,7 @@ def test_another_prediction_is_refused_unless_it_is_meant_and_stays_marked(
     delta = sara.core.SparseDelta.load(path)
     assert delta.metadata["sara.other_prediction"] == "v instead of epsilon"
     # The run's own setting counts when it is resumed, not that of a fresh node.
-    sara.run.old_folder(velocity, path.parent.name, options, 0).close()
+    sara.folders.old_folder(velocity, path.parent.name, options, 0).close()
 
 
 def test_previews_without_a_latent_have_the_models_own_size(sd15, sara):

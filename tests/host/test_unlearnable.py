@@ -64,7 +64,7 @@ def test_masks_that_keep_nothing_are_refused_or_named(sd15, sara):
         gathered(sara, latents, captions, [black])
     masks = [black, torch.ones(1, 64, 64), black]
     examples = gathered(sara, latents, captions, masks)
-    said = likely_mistakes(sd15, settings(sara, caption_dropout=0.0), examples)
+    said = likely_mistakes(sd15, settings(sara, caption_dropout=0.0), examples, 4)
     assert "the masks keep nothing of picture 1, picture 3, so nothing is learned of them" in said
 
 
@@ -153,12 +153,12 @@ def test_a_run_none_of_whose_steps_counted_is_no_success(sd15, sara, tmp_path):
     with pytest.raises(FloatingPointError, match="not finite in any step, so nothing was learned"):
         sara.run.run(sd15, sara.examples.Examples(latents, captions), folder, None)
     hook.remove()
-    assert not sara.run.is_finished(sara.folder.RunFolder(folder.path))
+    assert not sara.folders.is_finished(sara.folder.RunFolder(folder.path))
 
 
 def test_the_loss_map_holds_finite_numbers_only(sara):
     losses = [math.nan, 2.0, math.inf, 1.0]
-    found = sara.run._loss_map(losses, [(1, 0.5), (2, math.nan)])
+    found = sara.folders.loss_map(losses, [(1, 0.5), (2, math.nan)])
     assert found == {
         "loss": [2.0, 2.0, 2.0, 1.0], "validation_step": [1], "validation_loss": [0.5],
     }  # fmt: skip
