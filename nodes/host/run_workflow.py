@@ -9,6 +9,7 @@ arguments are ComfyUI's own. Ctrl-C and SIGTERM do what Cancel does.
 
 import argparse
 import asyncio
+import collections
 import contextlib
 import datetime
 import json
@@ -144,7 +145,8 @@ def run(server, workflow: dict, is_first: bool) -> None:
             for part in problem["errors"]
         ]
         raise WorkflowError("\n".join([error["message"], *lines]))
-    executor = execution.PromptExecutor(server, cache_args={"lru": 0, "ram": 0})
+    limits = collections.defaultdict(int)  # of caches that are not used, by names of each version
+    executor = execution.PromptExecutor(server, cache_args=limits)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: nodes.interrupt_processing())
     executor.execute(workflow, "sara", {}, outputs)
