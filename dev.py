@@ -7,7 +7,7 @@ usage: python dev.py COMMAND
   lint          check style, formatting and types
   demo [FOLDER] fine-tune a small model on CPU inside ComfyUI, leave pictures in output/demo/
   faults        break trainings in every way, kills above all, and go on (--kills 50 --rounds 3)
-  bench         measure memory and time beside other methods (--quick, --executor)
+  bench         measure memory and time beside other methods (--quick, --executor, --processes)
   evidence      measure what each method learns and forgets: hours (--quick); needs npm
   screenshots   take the pictures of the help pages and example workflows anew; needs chromium
   examples      write the example workflows anew from tests/example_workflows.py
@@ -69,8 +69,9 @@ def faults(arguments):
 def bench(arguments):
     """Measure."""
     set_up()
-    module = "executor" if "--executor" in arguments else "run"
-    arguments = [argument for argument in arguments if argument != "--executor"]
+    kinds = ("--executor", "--processes")
+    module = next((kind.strip("-") for kind in kinds if kind in arguments), "run")
+    arguments = [argument for argument in arguments if argument not in kinds]
     return run_module(f"tests.benchmark.{module}", *arguments, PYTHONPATH=str(install_peers()))
 
 

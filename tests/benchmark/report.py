@@ -43,6 +43,7 @@ def checks(data):
                 f"s; its SVD takes {data['around']['large_svd_seconds']:.2f} s",
                 seconds <= 0.1 * rows["sara"]["step_seconds"],
             ))  # fmt: skip
+    found += checks_over_processes(data.get("processes", ()))
     return found + checks_in_comfyui(rows)
 
 
@@ -219,6 +220,48 @@ def in_comfyui(rows):
     return [*lines, ""]
 
 
+def over_processes(rows):
+    """Return the lines on what processes that train together send."""
+    if not rows:
+        return []
+    lines = [
+        "## Over processes",
+        "",
+        f"{rows[0]['processes']} processes on this machine with gloo, one thread each, float32, one latent of "
+        "4x16x16 each. *Sent* is what each gives to all-reduce in a step; *sending* is how much longer a "
+        "forward and backward pass takes with it. ddp-dense and ddp-lora (rank 8) are PyTorch's "
+        "DistributedDataParallel over all weights and over PEFT's. Made by `python dev.py bench "
+        "--processes --full`.",
+        "",
+        "| method | trained | sent | per trained weight | pass | sending |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row['method']} | {row['trained'] / 1e6:.2f} M | {row['sent_bytes'] / 1e6:.1f} MB | "
+            f"{row['bytes_per_trained']:.2f} bytes | {row['pass_seconds']:.2f} s | "
+            f"{row['sending_pass_seconds'] - row['pass_seconds']:.2f} s |"
+        )
+    return [*lines, ""]
+
+
+def checks_over_processes(rows):
+    """Check what is sent."""
+    by_name = {row["method"]: row for row in rows}
+    if not {"sara", "ddp-dense"} <= by_name.keys():
+        return []
+    sara, dense = by_name["sara"], by_name["ddp-dense"]
+    share = sara["sent_bytes"] / dense["sent_bytes"]
+    return [
+        (
+            "processes send at most 4.1 bytes a trained weight and step: "
+            f"{sara['bytes_per_trained']:.3f}",
+            sara["bytes_per_trained"] <= 4.1,
+        ),
+        (f"a tenth of the dense gradients: {share:.3f}", share <= 0.1001),
+    ]
+
+
 def write(data, path):
     """Write benchmark.json, benchmark.md and the plot."""
     path.with_suffix(".json").write_text(json.dumps(data, indent=1) + "\n")
@@ -245,6 +288,7 @@ def write(data, path):
         "",
         *growth(rows),
         *in_comfyui([row for row in data["rows"] if "comfyui" in row]),
+        *over_processes(data.get("processes")),
         "What the figures are made of is in [cost.md](cost.md).",
         "",
         "## Claims",

@@ -142,9 +142,10 @@ def main():
     for text, holds in [] if options.quick else checks(data):
         print(f"{'holds' if holds else 'DOES NOT HOLD'}: {text}")
     if out:
-        if out.with_suffix(".json").is_file():  # what `--executor` measured stays
-            old = json.loads(out.with_suffix(".json").read_text())["rows"]
-            rows += [row for row in old if "comfyui" in row]
+        if out.with_suffix(".json").is_file():  # what `--executor` and `--processes` measured stays
+            old = json.loads(out.with_suffix(".json").read_text())
+            rows += [row for row in old["rows"] if "comfyui" in row]
+            data["processes"] = old.get("processes", [])
         write(data, out)
 
 

@@ -99,6 +99,13 @@ def test_the_benchmark_measures_each_method(tmp_path):
     assert all(row["peak_bytes"] > 0 and row["step_seconds"] > 0 for row in rows)
 
 
+def test_the_benchmark_counts_what_processes_send():
+    printed = run("bench", "--processes")
+    assert "holds: processes send at most 4.1 bytes" in printed
+    assert "holds: a tenth of the dense gradients" in printed
+    assert "DOES NOT HOLD" not in printed
+
+
 @pytest.mark.skipif(shutil.which("npm") is None, reason="the pictures come with npm")
 def test_the_study_runs_each_method_and_writes_its_report(tmp_path):
     printed = run("evidence", "--quick", "--folder", tmp_path / "runs", "--out", tmp_path)

@@ -13,41 +13,65 @@ from sara_core.weights.selection import Selection
 WORDS, UNUSED = 768, 0.25  # columns that the text fills, and the size of weights behind the others
 
 
-def sara(model, rate, fraction=0.1, progressive_step=0, low_rank_weight=5e-4, **options):
+def sara(model, rate, fraction=0.1, low_rank_weight=5e-4, **options):
     """SaRA; `rate=None` takes the paper's rule."""
     return SaraAdamW(
-        model, fraction=fraction, lr=rate, progressive_step=progressive_step,
-        low_rank_weight=low_rank_weight, max_grad_norm=1.0, **options,
+        model, fraction=fraction, lr=rate, low_rank_weight=low_rank_weight, max_grad_norm=1.0,
+        **options,
     )  # fmt: skip
 
 
-def masked(model, rate, chosen, fraction=0.1, **options):
-    """The same optimizer with other weights than the smallest: `chosen` is `random` or `largest`.
+def masked(model, rate, chosen, fraction=0.1, among=0.3, gradients=None, **options):
+    """The same optimizer with weights chosen otherwise, and without progressive adjustment unless asked for.
 
-    Without progressive adjustment, which goes by the smallest, and without weights whose input is always
-    zero: emoji64 has such, of a size that SaRA does not select either.
+    Weights whose input is always zero are left out: emoji64 has such, of a size that SaRA does not select
+    either.
+
+    Args:
+        model: The model.
+        rate: Learning rate.
+        chosen: `random`; `largest`; `layer`, the smallest of each layer; `gradient`, those with the largest
+            gradient; `small gradient`, those of the smallest with the largest gradient; `rows`, whole rows
+            with the smallest weights.
+        fraction: Share that trains.
+        among: Share that counts as the smallest.
+        gradients: Mean size of each weight's gradient by parameter name, where it is gone by.
+        options: Of `sara`.
     """
 
     def choose(parameters, **rule):
-        count = round(fraction * sum(p.numel() for p in parameters.values()))
+        size = torch.cat([p.detach().abs().flatten() for p in parameters.values()])
+        limit = size.kthvalue(round(among * len(size))).values if "small" in chosen else None
         keys = {
-            name: _keys(p, chosen, number) for number, (name, p) in enumerate(parameters.items())
+            name: _keys(p, chosen, number, gradients and gradients[name], limit)
+            for number, (name, p) in enumerate(parameters.items())
         }
+        count = round(fraction * len(size))
         cut = torch.cat(list(keys.values())).kthvalue(count).values
         index = {name: (key <= cut).nonzero()[:, 0].int() for name, key in keys.items()}
         index = {name: positions for name, positions in index.items() if len(positions)}
-        return Selection(1.0, index, sum(p.numel() for p in parameters.values()), 0, False)
+        return Selection(float(limit or 1.0), index, len(size), 0, False)
 
     with mock.patch.object(sara_adamw, "select", choose):
         return sara(model, rate, fraction, **options)
 
 
-def _keys(parameter, chosen, number):
-    if chosen == "largest":
-        key = -parameter.detach().abs()
+def _keys(parameter, chosen, number, gradient, limit):
+    """What is smaller for weights that are chosen first, (n,)."""
+    size = parameter.detach().abs()
+    if chosen == "random":
+        key = torch.rand(parameter.shape, generator=torch.Generator().manual_seed(number))
+    elif chosen == "largest":
+        key = -size
+    elif chosen == "layer":
+        key = size.flatten().argsort().argsort().view_as(size) / size.numel()
+    elif chosen == "rows":
+        key = size.flatten(1).square().mean(1).view(-1, *[1] * (size.dim() - 1)).expand_as(size)
+        key = key.clone()
     else:
-        generator = torch.Generator().manual_seed(number)
-        key = torch.rand(parameter.shape, generator=generator)
+        key = -gradient
+        if limit is not None:
+            key = key.masked_fill(size > limit, torch.inf)
     if parameter.dim() == 2 and parameter.shape[1] > WORDS:
         unused = parameter.detach()[:, WORDS:].abs() == UNUSED
         key[:, WORDS:][unused] = torch.inf
@@ -100,6 +124,32 @@ def _adamw(parameters, rate):
 
 
 METHODS = {"sara": sara, "masked": masked, "full": full, "lora": lora, "shira": shira}
+
+
+class Average:
+    """Keeps an exponential average of what is trained, as PEFT's or SaRA's parameters hold it.
+
+    Args:
+        model: The model.
+        decay: Of the average, at most; it begins lower, so that the start is forgotten.
+    """
+
+    def __init__(self, model, decay):
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.mean = [p.detach().clone() for p in self.trained]
+        self.decay, self.steps = decay, 0
+
+    @torch.no_grad()
+    def add(self):
+        """Take in what a step has made."""
+        self.steps += 1
+        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
+        torch._foreach_lerp_(self.mean, self.trained, 1 - decay)
+
+    @torch.no_grad()
+    def put(self):
+        """Have the model hold the average."""
+        torch._foreach_copy_(self.trained, self.mean)
 
 
 def num_trained(optimizer):

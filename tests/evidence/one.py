@@ -13,7 +13,7 @@ import torch
 
 from .bases import BASES, OLD_STYLES
 from .measures import likeness, losses, pictures
-from .methods import METHODS, between, learned_weights, num_trained
+from .methods import METHODS, Average, between, learned_weights, num_trained
 
 STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.25)
 CAPTION_DROPOUT = 0.1
@@ -26,7 +26,24 @@ def concepts_of(base, style, count, seed, most=None):
     return drawn[:count], drawn[count:most]
 
 
-def train(base, model, optimizer, style, shown, steps, batch, seed):
+def gradient_sizes(base, model, style, shown, seed, batch=8, batches=8):
+    """Mean size of every weight's gradient over some batches of the pictures to learn, by name."""
+    generator = torch.Generator().manual_seed(2_000 + seed)
+    sums = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    z, ids = base.latents(style, shown), base.captions(style, shown)
+    for _ in range(batches):
+        i = torch.randint(0, len(shown), (batch,), generator=generator)
+        noise = torch.randn(z[i].shape, generator=generator)
+        quantiles = torch.rand(batch, generator=generator)
+        base.errors(model, z[i], ids[i], noise, quantiles).mean().backward()
+        for name, p in model.named_parameters():
+            if p.grad is not None:
+                sums[name] += p.grad.abs() / batches
+        model.zero_grad()
+    return sums
+
+
+def train(base, model, optimizer, style, shown, steps, batch, seed, average=None):
     """Fine-tune by a cosine course; noise and order depend on the seed alone, whatever the method.
 
     Returns seconds a step.
@@ -48,6 +65,8 @@ def train(base, model, optimizer, style, shown, steps, batch, seed):
         base.errors(model, z[i], words, noise, quantiles).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
+        if average is not None:
+            average.add()
     return (time.monotonic() - started) / steps
 
 
@@ -64,14 +83,20 @@ def run(base, plan):
         return facts, model, unseen
     options = dict(plan["options"])
     options |= {"seed": seed} if plan["method"] != "full" else {}
+    if "gradient" in options.get("chosen", ""):
+        options["gradients"] = gradient_sizes(base, model, style, shown, seed)
+    decay = options.pop("average", None)
     if "progressive" in options:
         options["progressive_step"] = round(options.pop("progressive") * plan["steps"])
     optimizer = METHODS[plan["method"]](model, plan["rate"], **options)
     facts["trained"] = num_trained(optimizer)
     facts["rate"] = optimizer.param_groups[0]["lr"]
+    average = None if decay is None else Average(model, decay)
     facts["seconds"] = train(
-        base, model, optimizer, style, shown, plan["steps"], plan["batch"], seed
+        base, model, optimizer, style, shown, plan["steps"], plan["batch"], seed, average
     )
+    if average is not None:
+        average.put()
     learned = learned_weights(model, before)
     if hasattr(optimizer, "detach"):
         optimizer.detach()

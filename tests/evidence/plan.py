@@ -40,8 +40,40 @@ def methods(base, **changes):
     return plans
 
 
+PARTS = {  # SaRA with one thing changed: what was changed, at the same rates
+    "smallest of each layer": {"chosen": "layer"},
+    "largest gradients": {"chosen": "gradient"},
+    "largest gradients of the smallest 30 %": {"chosen": "small gradient"},
+    "largest gradients of the smallest 60 %": {"chosen": "small gradient", "among": 0.6},
+    "rows of the smallest": {"chosen": "rows"},
+    "average of 0.99": {"average": 0.99, **SARA},
+    "no second stage": {"fraction": 0.1},
+    "no low-rank loss": {"low_rank_weight": 0.0, **SARA},
+    "low-rank loss x 100": {"low_rank_weight": 0.05, **SARA},
+    "epsilon 1e-5": {"eps": 1e-5, **SARA},
+    "weight decay 10": {"weight_decay": 10.0, **SARA},
+}
+
+
+def parts(base, rates=(2.5e-4, 5e-4), seeds=(0, 1), **changes):
+    """SaRA with one part changed at a time."""
+    common = {"base": base, **COMMON, **changes}
+    return [
+        {
+            **common,
+            "name": name,
+            "method": "masked" if "chosen" in options else "sara",
+            "options": options,
+            "rate": rate,
+            "seed": seed,
+        }
+        for seed, (name, options), rate in itertools.product(seeds, PARTS.items(), rates)
+    ]
+
+
 QUESTIONS = {
     "methods": lambda: methods("emoji64"),
+    "parts": lambda: parts("emoji64"),
 }
 
 
