@@ -58,7 +58,13 @@ PARTS = {  # SaRA with one thing changed: what was changed, at the same rates
 def parts(base, rates=(2.5e-4, 5e-4), seeds=(0, 1), **changes):
     """SaRA with one part changed at a time."""
     common = {"base": base, **COMMON, **changes}
-    return [
+    compared = ("base", "SaRA 10 %", "LoRA r8")
+    known = [
+        plan
+        for plan in methods(base, **changes)
+        if plan["name"] in compared and plan["seed"] in seeds
+    ]
+    return known + [
         {
             **common,
             "name": name,
@@ -71,16 +77,16 @@ def parts(base, rates=(2.5e-4, 5e-4), seeds=(0, 1), **changes):
     ]
 
 
-QUESTIONS = {
-    "methods": lambda: methods("emoji64"),
-    "parts": lambda: parts("emoji64"),
+QUESTIONS = {  # title in the report: the plans of its runs
+    "Methods at their best": lambda: methods("emoji64"),
+    "SaRA with one part changed": lambda: parts("emoji64"),
 }
 
 
 def quick(plans):
     """One short run of each method on few concepts, which says nothing but that it works."""
     first = {plan["method"]: plan for plan in reversed(plans)}
-    few = {"pictures": 8, "steps": 3, "strengths": [1.0], "concepts": 24}
+    few = {"pictures": 8, "steps": 3, "strengths": [0.5, 1.0], "concepts": 24}
     return [{**plan, **few} for plan in reversed(first.values())]
 
 

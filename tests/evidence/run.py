@@ -35,7 +35,10 @@ def do(plan, pictures, folder):
 def main():
     """Do them in their order."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("questions", nargs="*", help=f"of {', '.join(QUESTIONS)}; all by default")
+    titles = "; ".join(f"{number}: {title}" for number, title in enumerate(QUESTIONS, 1))
+    parser.add_argument(
+        "questions", nargs="*", type=int, help=f"numbers of questions, all by default. {titles}"
+    )
     parser.add_argument("--folder", type=Path, default=CACHE / "evidence")
     parser.add_argument("--out", type=Path, help="folder of the report")
     parser.add_argument("--part", default="0/1", help="every n-th run, from this one on")
@@ -48,16 +51,22 @@ def main():
     if not drawn.is_file():
         drawn.parent.mkdir(exist_ok=True)
         emoji.main(drawn)
-    plans = [plan for name in options.questions or QUESTIONS for plan in QUESTIONS[name]()]
+    asked = {
+        title: plans()
+        for number, (title, plans) in enumerate(QUESTIONS.items(), 1)
+        if number in options.questions or not options.questions
+    }
     if options.quick:
-        plans = quick(plans)
-    first, every = map(int, options.part.split("/"))
-    for plan in plans[first::every]:
+        asked = {"The machinery": quick([plan for plans in asked.values() for plan in plans])}
+    every = {key(plan): plan for plans in asked.values() for plan in plans}
+    first, step = map(int, options.part.split("/"))
+    for plan in list(every.values())[first::step]:
         do(plan, drawn, options.folder)
-    files = [options.folder / f"{key(plan)}.json" for plan in plans]
-    if all(file.is_file() for file in files):
+    files = {name: options.folder / f"{name}.json" for name in every}
+    if all(file.is_file() for file in files.values()):
+        runs = {name: json.loads(file.read_text()) for name, file in files.items()}
         out = options.out or options.folder
-        write([json.loads(file.read_text()) for file in files], out)
+        write({title: [runs[key(plan)] for plan in plans] for title, plans in asked.items()}, out)
         print(f"written: {out / 'evidence.md'}")
 
 

@@ -1,0 +1,51 @@
+"""Curves of made-up runs, compared by hand."""
+
+import pytest
+
+from . import curves
+
+
+def run(name, seed, losses, method="sara"):
+    spots = {
+        str(number): {"new": new, **dict.fromkeys(curves.BASE_STYLES, old)}
+        for number, (old, new) in enumerate(losses)
+    }
+    return {"name": name, "seed": seed, "method": method, "losses": spots}
+
+
+RUNS = [
+    run("base", 0, [(1.0, 5.0)], "none"),
+    run("ours", 0, [(1.0, 5.0), (1.2, 3.6), (1.4, 1.8)]),
+    run("ours", 0, [(1.3, 4.0)]),  # another rate, beaten in both
+    run("rival", 0, [(1.0, 5.0), (1.4, 2.0)]),
+    run("other", 0, [(1.0, 5.0), (1.2, 4.0), (1.4, 4.0)]),
+]
+
+
+def test_curves_keep_what_nothing_beats():
+    found = curves.points(RUNS)
+    assert found.keys() == {"ours", "rival", "other"}
+    ours = curves.best(found["ours"][0])
+    assert [new for _, new in ours] == [5.0, 3.6, 1.8]
+    assert [grown for grown, _ in ours] == pytest.approx([0.0, 0.2, 0.4])
+    assert curves.learned_at(ours, 0.1) == pytest.approx(4.3)
+    assert curves.learned_at(ours, -0.1) is None
+    assert curves.learned_at(ours, 9.0) == 1.8
+
+
+def test_a_method_is_compared_with_the_best_of_its_rivals_at_equal_forgetting():
+    found = curves.points(RUNS)
+    low, high = curves.common_range(found)
+    assert (low, high) == pytest.approx((0.0, 0.2))  # of `other`, more is forgotten for nothing
+    levels = curves.levels_between(0.0, 0.4, 3)
+    rivals = [found["rival"], found["other"]]
+    # 5 of 5; 3.6 of 3.5; 1.8 of 2
+    expected = (0 + (1 - 3.6 / 3.5) + (1 - 1.8 / 2)) / 3
+    assert curves.advantage(found["ours"], rivals, levels) == {0: pytest.approx(expected)}
+    assert curves.advantage({1: found["ours"][0]}, rivals, levels) == {}
+
+
+def test_the_interval_of_a_mean_lies_within_what_was_seen():
+    low, high = curves.interval([1.0, 2.0, 3.0])
+    assert 1.0 <= low < 2.0 < high <= 3.0
+    assert curves.interval([2.0, 2.0]) == (2.0, 2.0)
