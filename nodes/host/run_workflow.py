@@ -51,6 +51,11 @@ def read_workflow(path: Path) -> dict:
     return workflow
 
 
+def trainings(workflow: dict) -> list[str]:
+    """Return the numbers of a workflow's SaRA Train nodes."""
+    return [number for number, node in workflow.items() if node["class_type"] == TRAIN]
+
+
 def find_comfyui(given: Path | None) -> Path:
     """Return the folder of ComfyUI: the one given, the one this pack is in, or the current one.
 
@@ -132,11 +137,8 @@ def run(server, workflow: dict, is_first: bool) -> None:
 
     import nodes
 
-    trains = [number for number, node in workflow.items() if node["class_type"] == TRAIN]
-    if not is_first and not trains:
-        raise WorkflowError("the workflow has no SaRA Train; only that runs in several processes")
     is_valid, error, outputs, problems = asyncio.run(
-        execution.validate_prompt("sara", workflow, None if is_first else trains)
+        execution.validate_prompt("sara", workflow, None if is_first else trainings(workflow))
     )
     if not is_valid:
         lines = [
@@ -168,6 +170,8 @@ def main() -> None:
     rank, size = (int(os.environ.get(name, default))
                   for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))  # fmt: skip
     workflow, comfyui = read_workflow(options.workflow), find_comfyui(options.comfyui)
+    if size > 1 and not trainings(workflow):
+        raise WorkflowError("the workflow has no SaRA Train; only that runs in several processes")
     if size > 1 and "--cpu" not in arguments:
         choose_device(int(os.environ["LOCAL_RANK"]))
     with tempfile.TemporaryDirectory(prefix="sara_") as own:
