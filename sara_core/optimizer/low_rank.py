@@ -90,7 +90,10 @@ def polar_factor(matrix: Tensor) -> Tensor:
     wide = matrix.shape[0] <= matrix.shape[1]
     x = matrix if wide else matrix.T  # (r, n), r <= n
     if x.device.type == "cpu":
-        x = _by_decomposition(x)
+        try:
+            x = _by_decomposition(x)
+        except torch.linalg.LinAlgError:  # LAPACK gives up on a few matrices
+            x = _by_products(x)
     else:
         x = _by_products(x)
     return x if wide else x.T

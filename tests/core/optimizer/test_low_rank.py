@@ -42,6 +42,19 @@ def test_polar_factor_is_near_the_svd(rows, columns, density, bound, way):
         assert error < bound
 
 
+@pytest.mark.parametrize("shape", [(20, 24), (20, 60)])
+def test_a_matrix_that_lapack_gives_up_on_has_its_factor_all_the_same(monkeypatch, shape):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(4))
+    u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
+
+    def give_up(*args, **kwargs):
+        raise torch.linalg.LinAlgError("the algorithm failed to converge")
+
+    for name in ("svd", "eigh"):
+        monkeypatch.setattr(torch.linalg, name, give_up)
+    torch.testing.assert_close(polar_factor(matrix), u @ vh, rtol=0, atol=1e-3)
+
+
 def test_rank_deficient_and_zero_matrices_stay_finite():
     vector = torch.arange(1.0, 41.0)
     matrix = torch.outer(vector, vector)
