@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..optimizer.learning_rate import SCHEDULES
-from .objective import LOSSES
+from .objective import LOSSES, WEIGHTINGS
 
 
 def check_least(config, **least: float) -> None:
@@ -47,6 +47,8 @@ class TrainConfig:
             then given more.
         max_grad_norm: Gradients are scaled down to this norm over all trained weights; 0 is off.
         loss_function: One of `objective.LOSSES`.
+        loss_weighting: What each noise level counts, one of `objective.WEIGHTINGS`.
+        snr_gamma: Of `min_snr`, above 0.
         caption_dropout: Share of captions replaced by the empty one, in `[0, 1]`.
         seed: Of everything random in the run.
         regularisation_weight: Of the loss on regularisation pictures, beside 1 for the others.
@@ -63,6 +65,8 @@ class TrainConfig:
     schedule_start: int = 0
     max_grad_norm: float = 1.0
     loss_function: str = "mse"
+    loss_weighting: str = "none"
+    snr_gamma: float = 5.0
     caption_dropout: float = 0.0
     seed: int = 0
     regularisation_weight: float = 1.0
@@ -70,9 +74,9 @@ class TrainConfig:
     def __post_init__(self):
         check_least(
             self, steps=1, batch_size=1, grad_accumulation_steps=1, warmup_steps=0,
-            schedule_start=0, max_grad_norm=0, seed=0, regularisation_weight=0,
+            schedule_start=0, max_grad_norm=0, seed=0, regularisation_weight=0, snr_gamma=1e-3,
         )  # fmt: skip
         if self.schedule_start >= self.steps:
             raise ValueError(f"schedule_start is {self.schedule_start}, after the last step")
         check_share(self, "caption_dropout")
-        check_choice(self, lr_schedule=SCHEDULES, loss_function=LOSSES)
+        check_choice(self, lr_schedule=SCHEDULES, loss_function=LOSSES, loss_weighting=WEIGHTINGS)

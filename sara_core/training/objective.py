@@ -21,6 +21,7 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "huber": F.huber_loss,
     "smooth_l1": F.smooth_l1_loss,
 }
+WEIGHTINGS = ("none", "min_snr", "debiased")
 EDM_LOG_MEAN, EDM_LOG_STD = -1.2, 1.2  # Karras et al. 2022, arXiv:2206.00364, table 1
 
 
@@ -83,6 +84,31 @@ class NoiseSchedule:
         if self.prediction == "cosmos_flow":
             return (sigma + 1) / sigma
         return torch.ones_like(sigma)
+
+    def snr(self, sigma: Tensor) -> Tensor:
+        """Return the ratio of signal to noise at sigma, squared, shape `(B,)`."""
+        if self.prediction == "flow":
+            return ((1 - sigma) / sigma) ** 2
+        return (self.sigma_data / sigma) ** 2
+
+    def weight(self, sigma: Tensor, weighting: str, gamma: float = 5.0) -> Tensor:
+        """Return what the loss of each sample is multiplied by, shape `(B,)`.
+
+        Of the error in x0, `min_snr` keeps min(SNR, gamma) (Hang et al. 2023, arXiv:2303.09556, section
+        3.4) and `debiased` the root of SNR (Yu et al. 2023, arXiv:2310.08442, eq. 8), whatever the
+        family predicts: for epsilon that is min(SNR, gamma) / SNR and 1 / root of SNR, for v
+        min(SNR, gamma) / (SNR + 1).
+
+        Raises:
+            ValueError: Unknown weighting.
+        """
+        if weighting not in WEIGHTINGS:
+            raise ValueError(f"weighting is {weighting!r}; expected one of {', '.join(WEIGHTINGS)}")
+        if weighting == "none":
+            return torch.ones_like(sigma)
+        snr = self.snr(sigma)
+        kept = snr.clamp(max=gamma) if weighting == "min_snr" else snr.sqrt()
+        return kept / self.error_scale(sigma) ** 2
 
     def loss(
         self,

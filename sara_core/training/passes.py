@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from . import weight_casts
+from .config import TrainConfig
 from .in_place_changes import changes_allowed, changes_saved_tensors
 from .task import TrainingTask
 from .to_device import send
@@ -14,9 +15,8 @@ class Passes:
 
     Args:
         task: Model and pictures.
-        loss_function: How errors are measured, see `objective.LOSSES`.
+        config: How errors are measured and weighted, and how many pictures there are in one pass.
         scaler: Scales the loss where gradients are float16.
-        most: Pictures in one pass.
 
     Attributes:
         in_place: The model changes tensors backward needs; see `look_for_in_place_changes`.
@@ -26,19 +26,18 @@ class Passes:
     def __init__(
         self,
         task: TrainingTask,
-        loss_function: str,
+        config: TrainConfig,
         scaler: torch.amp.GradScaler | None = None,
-        most: int = 1 << 30,
     ):
-        self.task, self._loss_function, self._scaler = task, loss_function, scaler
-        self._most = most
+        self.task, self._config, self._scaler = task, config, scaler
+        self._most = config.batch_size
         self.in_place = False
         self.num_parts = 1
 
     def look_for_in_place_changes(self) -> None:
         """Set `in_place`, by one forward pass over one picture."""
         draw = self.draw([self.task.training[0]], torch.Generator(), 0.0)
-        self.in_place = changes_saved_tensors(lambda: self.loss(*draw))
+        self.in_place = changes_saved_tensors(lambda: self.losses(*draw).mean())
 
     def draw(
         self,
@@ -56,19 +55,23 @@ class Passes:
         device = latents.device
         return own, latents[: len(own)], send(sigma, device), send(noise, device), dropped.tolist()
 
-    def loss(self, pictures, latents, sigma, noise, dropped) -> Tensor:
-        """Return the mean loss of what `draw` returned."""
+    def losses(self, pictures, latents, sigma, noise, dropped) -> Tensor:
+        """Return the loss of each picture of what `draw` returned, not weighted."""
         schedule = self.task.schedule
         noisy = schedule.add_noise(latents, noise, sigma)
         x0 = self.task.predict(noisy, sigma, pictures, dropped)
         mask = self.task.mask(pictures)
-        return schedule.loss(x0, latents, sigma, self._loss_function, mask).mean()
+        return schedule.loss(x0, latents, sigma, self._config.loss_function, mask)
+
+    def _weighted(self, pictures, latents, sigma, noise, dropped) -> Tensor:
+        losses = self.losses(pictures, latents, sigma, noise, dropped)
+        weighting, gamma = self._config.loss_weighting, self._config.snr_gamma
+        return (losses * self.task.schedule.weight(sigma, weighting, gamma)).mean()
 
     def total_loss(self, draw: tuple) -> Tensor:
         """Return the sum of the losses of what `draw` returned, of all its pictures."""
         losses = [
-            self.loss(*(part[start : start + self._most] for part in draw))
-            * len(draw[0][start : start + self._most])
+            self.losses(*(part[start : start + self._most] for part in draw)).sum()
             for start in range(0, len(draw[0]), self._most)
         ]
         return torch.stack(losses).sum()
@@ -79,7 +82,7 @@ class Passes:
         size = max(1, min(self._most, -(-count // self.num_parts)))
         for start in range(0, count, size):
             with changes_allowed() if self.in_place else weight_casts.recomputed():
-                loss = self.loss(*(part[start : start + size] for part in draw))
+                loss = self._weighted(*(part[start : start + size] for part in draw))
                 share = min(size, count - start) / count
                 scaled = loss * (share * weight)
                 (scaled if self._scaler is None else self._scaler.scale(scaled)).backward()

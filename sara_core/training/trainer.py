@@ -64,7 +64,7 @@ class TrainingRun:
     ):
         self.optimizer, self.task, self.config, self.scaler = optimizer, task, config, scaler
         self.step = 0
-        self.passes = Passes(task, config.loss_function, scaler, config.batch_size)
+        self.passes = Passes(task, config, scaler)
         self._free_memory = free_memory
         self._generator = torch.Generator().manual_seed(config.seed)
         self.processes = Processes(optimizer.parameters()[0].device, optimizer.distributed)

@@ -30,8 +30,8 @@ INPUTS = {  # public: saved workflows depend on every name
     "warmup_steps progressive low_rank_weight weight_decay max_grad_norm grad_accumulation_steps "
     "loss_function caption_dropout regularisation_weight gradient_checkpointing training_dtype "
     "validation_split validate_every_steps keep_checkpoints save_dtype trigger_words "
-    "preview_strength empty more_steps allow_other_prediction offloading moments keep_state lora_file masks "
-    "regularisation_latents regularisation_positive preview",
+    "preview_strength empty more_steps allow_other_prediction offloading moments keep_state lora_file "
+    "loss_weighting snr_gamma masks regularisation_latents regularisation_positive preview",
     "SaraSampling": "vae positive negative seed steps cfg sampler_name scheduler latent previous",
     "SaraLoadCheckpoints": "run",
     "SaraCompare": "model sampling deltas strengths deltas_2 deltas_3 deltas_4",

@@ -38,6 +38,36 @@ def test_loss_is_the_error_of_the_prediction_itself(prediction, kind):
     assert torch.allclose(found.double(), expected, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("prediction", "min_snr", "debiased"),  # at signal to noise ratios of 16, 4 and 1/4
+    [
+        ("epsilon", [5 / 16, 1.0, 1.0], [1 / 4, 1 / 2, 2.0]),
+        ("v", [5 / 17, 4 / 5, 1 / 5], [4 / 17, 2 / 5, 1 / 2 / (5 / 4)]),
+        ("x0", [5.0, 4.0, 0.25], [4.0, 2.0, 0.5]),
+    ],
+)
+def test_weights_are_those_of_the_papers(prediction, min_snr, debiased):
+    sigma = torch.tensor([0.25, 0.5, 2.0], dtype=torch.float64)
+    plain = NoiseSchedule(prediction, "uniform", lambda t: t)
+    assert plain.weight(sigma, "min_snr").tolist() == pytest.approx(min_snr)
+    assert plain.weight(sigma, "debiased").tolist() == pytest.approx(debiased)
+    assert plain.weight(sigma, "none").tolist() == [1, 1, 1]
+    with pytest.raises(ValueError, match="weighting is 'p2'; expected one of none, min_snr"):
+        plain.weight(sigma, "p2")
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_weights_count_the_same_error_in_x0_the_same_in_every_family(prediction):
+    ratio = torch.tensor([9.0, 1.0, 0.04], dtype=torch.float64)  # signal to noise, squared
+    noise = 1 / ratio.sqrt()
+    sigma = {"flow": noise / (1 + noise), "edm": SD * noise, "v": SD * noise}.get(prediction, noise)
+    found = schedule(prediction)
+    if prediction in ("edm", "v"):
+        assert torch.allclose(found.snr(sigma), ratio)
+    weight = found.weight(sigma, "min_snr", 2.0) * found.error_scale(sigma) ** 2
+    assert torch.allclose(weight, found.snr(sigma).clamp(max=2.0))
+
+
 def test_x0_models_are_compared_as_they_are():
     x0, latents = torch.zeros(2, 3), torch.full((2, 3), 2.0)
     assert schedule("x0").loss(x0, latents, torch.tensor([0.1, 9.0])).tolist() == [4.0, 4.0]

@@ -1,0 +1,25 @@
+"""What a batch's loss is, weighted and in parts."""
+
+import pytest
+import torch
+
+from .small_run import make
+
+
+@pytest.mark.parametrize("num_parts", [1, 3])
+def test_the_loss_of_a_batch_is_weighted_and_that_of_validation_is_not(num_parts):
+    _, plain = make(lambda count: None)
+    _, weighted = make(lambda count: None, loss_weighting="min_snr", snr_gamma=0.5)
+    draw = plain.passes.draw([0, 1, 2], torch.Generator().manual_seed(3), 0.0)
+    losses, sigma = plain.passes.losses(*draw).detach(), draw[2]
+    snr = (
+        (1 - sigma) / sigma
+    ) ** 2  # a flow, whose error in x0 is sigma times that of its velocity
+    expected = (losses * snr.clamp(max=0.5) * sigma**2).mean()
+    weighted.passes.num_parts = num_parts
+    assert float(weighted.passes.backward(draw, 1.0)) == pytest.approx(float(expected), rel=1e-5)
+    assert float(plain.passes.backward(draw, 1.0)) == pytest.approx(float(losses.mean()), rel=1e-5)
+    assert not torch.isclose(expected, losses.mean(), rtol=0.1)
+    assert float(weighted.passes.total_loss(draw).detach()) == pytest.approx(
+        float(losses.sum()), rel=1e-5
+    )
