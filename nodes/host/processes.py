@@ -6,7 +6,7 @@ import platform
 import torch
 
 from ...sara_core.training.processes import Processes
-from .run_workflow import STARTED
+from .run_workflow import STARTED, WORKFLOW
 
 
 def processes() -> Processes:
@@ -28,7 +28,7 @@ def job(node_id: str | None) -> str | None:
     run = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     if run == "none":  # torchrun itself does not end between its restarts
         run = f"{platform.node()} {os.getppid()}"
-    return f"{os.environ.get('SLURM_JOB_ID', run)} {node_id}"
+    return f"{os.environ.get('SLURM_JOB_ID', run)} {os.environ[WORKFLOW]} {node_id}"
 
 
 def is_restarted() -> bool:

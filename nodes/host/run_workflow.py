@@ -12,6 +12,7 @@ import asyncio
 import collections
 import contextlib
 import datetime
+import hashlib
 import json
 import logging
 import os
@@ -24,8 +25,12 @@ from pathlib import Path
 
 HERE = Path(__file__)
 STARTED = "SARA_PROCESSES"  # environment variable of processes that were started here
+WORKFLOW = "SARA_WORKFLOW"  # digest of what they run
 TRAIN = "SaraTrain"
-PATIENCE = datetime.timedelta(days=1)  # of a process for the others; torchrun ends all if one dies
+DEVICE_ARGUMENTS = {"--cuda-device", "--default-device", "--oneapi-device-selector"}
+PATIENCE = datetime.timedelta(
+    days=1
+)  # of a process for the others; torchrun ends those of one that dies
 CANCELLED = 130
 
 
@@ -78,7 +83,7 @@ def choose_device(local_rank: int) -> None:
         WorkflowError: There are too few.
     """
     allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    cards = allowed.split(",") if allowed else None
+    cards = None if allowed is None else allowed.split(",")
     if cards is not None and local_rank >= len(cards):
         raise WorkflowError(
             f"CUDA_VISIBLE_DEVICES is {allowed}, so there is no graphics card for process {local_rank} "
@@ -112,10 +117,12 @@ def joined(size: int) -> Iterator[None]:
     import torch.distributed as dist
 
     kind = comfy.model_management.get_torch_device().type
-    own = "" if kind == "cpu" else f",{kind}:{dist.get_default_backend_for_device(kind)}"
+    backends = {"cuda": "nccl", "xpu": "xccl"}
+    own = f",{kind}:{backends[kind]}" if kind in backends else ""
     # torchrun keeps one store over its restarts; what the processes before have left would mislead.
     store, rank, _ = next(dist.rendezvous("env://", timeout=PATIENCE))
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    is_one_machine = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"  # each counts its own restarts
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if is_one_machine else "all"
     store = dist.PrefixStore(f"sara/{attempt}/{size}", store)
     dist.init_process_group(
         f"cpu:gloo{own}", store=store, rank=rank, world_size=size, timeout=PATIENCE
@@ -140,17 +147,21 @@ def run(server, workflow: dict, is_first: bool) -> None:
     is_valid, error, outputs, problems = asyncio.run(
         execution.validate_prompt("sara", workflow, None if is_first else trainings(workflow))
     )
-    if not is_valid:
+    if not is_valid or problems:
         lines = [
             f"node {number}, {problem['class_type']}: {part['message']}: {part['details']}"
             for number, problem in problems.items()
             for part in problem["errors"]
         ]
-        raise WorkflowError("\n".join([error["message"], *lines]))
+        message = error["message"] if error else "a part of the workflow is not valid"
+        raise WorkflowError("\n".join([message, *lines]))
     limits = collections.defaultdict(int)  # of caches that are not used, by names of each version
     executor = execution.PromptExecutor(server, cache_args=limits)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: nodes.interrupt_processing())
+    places = {number: place for place, number in enumerate(workflow)}
+    first = set(trainings(workflow))  # in the same order everywhere, as they wait for each other
+    outputs = sorted(outputs, key=lambda number: (number not in first, places[number]))
     executor.execute(workflow, "sara", {}, outputs)
     for event, facts in executor.status_messages:
         if event == "execution_interrupted":
@@ -172,6 +183,11 @@ def main() -> None:
     workflow, comfyui = read_workflow(options.workflow), find_comfyui(options.comfyui)
     if size > 1 and not trainings(workflow):
         raise WorkflowError("the workflow has no SaRA Train; only that runs in several processes")
+    if refused := DEVICE_ARGUMENTS & {argument.partition("=")[0] for argument in arguments}:
+        raise WorkflowError(
+            f"{', '.join(sorted(refused))} has no effect here; choose cards with CUDA_VISIBLE_DEVICES"
+        )
+    os.environ[WORKFLOW] = hashlib.sha256(options.workflow.read_bytes()).hexdigest()[:16]
     if size > 1 and "--cpu" not in arguments:
         choose_device(int(os.environ["LOCAL_RANK"]))
     with tempfile.TemporaryDirectory(prefix="sara_") as own:

@@ -14,7 +14,7 @@ logger = logging.getLogger("comfyui-sara")
 
 
 def open_folder(
-    patcher, resume: str, settings: RunSettings, more_steps: int, node_id: str | None
+    patcher, resume: str, settings: RunSettings, more_steps: int, begun: str | None
 ) -> tuple[RunFolder, bool]:
     """Make a new run's folder, or open that of the run to resume.
 
@@ -25,13 +25,11 @@ def open_folder(
         resume: `NEW_RUN`, or the name of a run.
         settings: Of the node.
         more_steps: To make beyond those of a run that has finished.
-        node_id: The node.
+        begun: Run that the job has begun already, if it was started again.
 
     Returns:
         The folder, and whether the run is a new one.
     """
-    job = host.job(node_id)
-    begun = output_folder.run_of_job(job) if job and host.is_restarted() else None
     if begun is not None:
         resume, more_steps = begun, 0
     is_new = resume == NEW_RUN
@@ -40,8 +38,6 @@ def open_folder(
         if is_new
         else old_folder(patcher, resume, settings, more_steps)
     )
-    if job:
-        folder.sign(job)
     return folder, is_new
 
 

@@ -63,9 +63,12 @@ def run(
         previews = Previews(calls, training.optimizer, list(samplings), folder)
         reporter = Reporter(folder, node_id, workflow)
         saver = Saver(patcher, examples, training, previews, reporter)
+        training.processes.agree(FINE)
         rates = _resume(training, saver) if resume else []
         if training.step == settings.schedule_start > 0:  # more steps, and all fits
             folder.save_settings()
+        if job := host.job(node_id):  # not before, or a run that was refused would be gone on with
+            folder.sign(job)
         reporter.chart.epochs = epochs(settings, examples, training.batch_size)
         if not resume:
             for line in likely_mistakes(patcher, settings, examples, training.batch_size):
@@ -76,16 +79,17 @@ def run(
         with _checkpointed(calls, settings, training):
             memory.announce(calls, training, reporter)
             Session(training, previews, reporter, saver).train(rates)
-        training.processes.agree(FINE)
         path = saver.finish()
         if (line := worse_than_it_began(saver.losses)) is not None:
             reporter.warn(line)
+        training.processes.agree(FINE)
         return path, loss_map(saver.losses, saver.validation), reporter.chart.finish()
 
 
 def follow(patcher, examples: Examples, settings: RunSettings, resume: bool) -> None:
     """Make the steps of a run that the first of several processes shows and saves."""
     with prepared(patcher, examples, settings) as (calls, training):
+        training.processes.agree(FINE)
         if resume:
             training.load_state(host.processes().lead(dict))
         training.look_for_in_place_changes()
@@ -123,7 +127,7 @@ def prepared(
             **config.optimizer_options,
         )
         try:
-            training = TrainingRun(optimizer, pictures, config, scaler, host.free_memory)
+            training = TrainingRun(optimizer, pictures, config, scaler, host.free_memory, processes)
             with _told(training.processes):
                 yield calls, training
         finally:
@@ -132,11 +136,16 @@ def prepared(
 
 @contextlib.contextmanager
 def _told(processes: Processes) -> Iterator[None]:
-    """Tell the other processes of an error; where another was cancelled, so is this one."""
+    """Tell the other processes of an error; where another was cancelled, so is this one.
+
+    All stay until the first has saved, as torchrun ends the others soon after one has ended.
+    """
     try:
         yield
     except BaseException as error:
         processes.fail(error)
+        with contextlib.suppress(Exception):
+            processes.gather(lambda: None)
         if is_cancelled_elsewhere(error):
             raise host.Cancelled from error
         raise

@@ -104,8 +104,12 @@ class SaraTrain(io.ComfyNode):
         node_id, processes = cls.hidden.unique_id, host.processes()
         opened: list[RunFolder] = []
 
+        job = host.job(node_id)
+        is_restarted = any(processes.gather(host.is_restarted))
+
         def begin() -> tuple[RunSettings, bool, bool]:
-            folder, is_new = open_folder(model[0], resume, settings, more_steps, node_id)
+            begun = output_folder.run_of_job(job) if job and is_restarted else None
+            folder, is_new = open_folder(model[0], resume, settings, more_steps, begun)
             opened.append(folder)
             return folder.settings, is_new, not is_new and is_finished(folder)
 

@@ -79,6 +79,8 @@ class Passes:
     def backward(self, draw: tuple, weight: float) -> Tensor:
         """Add the gradient of a batch's mean loss times a weight; returns the loss."""
         count, losses = len(draw[0]), [draw[2].new_zeros(())]
+        if not count and self._scaler is not None:  # it finds its scale when it is first used
+            self._scaler.scale(losses[0])
         size = max(1, min(self._most, -(-count // self.num_parts)))
         for start in range(0, count, size):
             with changes_allowed() if self.in_place else weight_casts.recomputed():

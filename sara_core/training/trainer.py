@@ -45,6 +45,7 @@ class TrainingRun:
         scaler: Scales the loss where gradients are float16; an overflow it finds is not counted as
             a bad step.
         free_memory: Called before a step is tried again after memory has run out.
+        processes: Those that train together; by default they agree on the device of the gradients.
 
     Attributes:
         processes: Those that train together.
@@ -61,13 +62,15 @@ class TrainingRun:
         config: TrainConfig,
         scaler: torch.amp.GradScaler | None = None,
         free_memory: Callable[[], None] = lambda: None,
+        processes: Processes | None = None,
     ):
         self.optimizer, self.task, self.config, self.scaler = optimizer, task, config, scaler
         self.step = 0
         self.passes = Passes(task, config, scaler)
         self._free_memory = free_memory
         self._generator = torch.Generator().manual_seed(config.seed)
-        self.processes = Processes(optimizer.parameters()[0].device, optimizer.distributed)
+        own = Processes(optimizer.parameters()[0].device, optimizer.distributed)
+        self.processes = processes or own
         self._set_batches(config.batch_size * self.processes.size)
         self._peak_rate = optimizer.param_groups[0]["lr"]
         self._bad_steps = 0
@@ -76,7 +79,7 @@ class TrainingRun:
 
     @property
     def in_place(self) -> bool:
-        """Whether the model changes tensors backward needs; see `look_for_in_place_changes`."""
+        """See `look_for_in_place_changes`."""
         return self.passes.in_place
 
     def __iter__(self) -> Iterator[StepReport]:
@@ -125,7 +128,7 @@ class TrainingRun:
             self._peak_rate = state["peak_rate"]
         self.passes.num_parts, self._bad_steps = state["num_parts"], 0
         self._generator.set_state(state["generator"])
-        self._set_batches(state.get("batch", self.batch_size))
+        self._set_batches(state.get("batch", self.config.batch_size))
         self._set_remaining(state["remaining"])
         self._mark()
 

@@ -247,6 +247,36 @@ def test_each_process_has_a_card_of_its_own(script, monkeypatch):
         script.choose_device(2)
 
 
+def test_a_job_that_is_started_again_is_known_by_its_workflow(monkeypatch):
+    from sara_pack.nodes import host
+
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    assert host.job("3") is None  # a server
+    monkeypatch.setenv("SARA_PROCESSES", "1")
+    monkeypatch.setenv("SARA_WORKFLOW", "abc")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
+    assert host.job("3") == "run abc 3"
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    assert host.job("3") == "77 abc 3"
+    assert not host.is_restarted()
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert host.is_restarted()
+
+
+def test_only_a_run_that_this_job_has_begun_is_gone_on_with(sara, tmp_path, monkeypatch):
+    monkeypatch.setattr(sara.host, "output_root", lambda: str(tmp_path))
+    settings = sara.settings.RunSettings(steps=4)
+    for name in ("one", "two", "three"):
+        folder = sara.folder.RunFolder.create(tmp_path, name, settings)
+        folder.sign("job a" if name != "three" else "job b")
+        if name != "two":
+            (folder.path / "state.safetensors").touch()
+        folder._lock.close()
+    assert sara.output.run_of_job("job a") == "one_00001"  # the other has nothing to go on from
+    assert sara.output.run_of_job("job b") == "three_00001"
+    assert sara.output.run_of_job("job c") is None
+
+
 def test_comfyui_is_where_the_pack_is_or_where_it_is_said_to_be(script, tmp_path, monkeypatch):
     (tmp_path / "comfy").mkdir()
     (tmp_path / "main.py").touch()

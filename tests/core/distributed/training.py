@@ -5,6 +5,7 @@ usage: torchrun --nproc-per-node N -m tests.core.distributed.training FOLDER SCE
 Each process leaves FOLDER/SCENARIO_RANK.pt. Whatever the number of processes, the whole batch is the same.
 """
 
+import gc
 import sys
 from pathlib import Path
 
@@ -208,6 +209,8 @@ def main(folder, *names):
     torch.set_num_threads(1)
     for name in names or (*SCENARIOS, *ALONE):
         torch.save(run(name, folder), Path(folder, f"{name}_{dist.get_rank()}.pt"))
+    gc.collect()  # a wrapper must not outlive its group, nor a process leave others in the lurch
+    dist.barrier()
     dist.destroy_process_group()
 
 

@@ -5,6 +5,7 @@ usage: torchrun --nproc-per-node N -m tests.core.distributed.whole_run FOLDER SC
 Each process leaves FOLDER/SCENARIO_RANK.pt. A batch has twelve pictures, however many processes there are.
 """
 
+import gc
 import sys
 from pathlib import Path
 
@@ -96,6 +97,8 @@ def main(folder, *names):
     torch.set_num_threads(1)
     for name in names or SCENARIOS:
         torch.save(SCENARIOS[name](folder), Path(folder, f"{name}_{dist.get_rank()}.pt"))
+    gc.collect()  # a wrapper must not outlive its group, nor a process leave others in the lurch
+    dist.barrier()
     dist.destroy_process_group()
 
 

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from sara_core.training.passes import Passes
+
 from .small_run import make
 
 
@@ -23,3 +25,16 @@ def test_the_loss_of_a_batch_is_weighted_and_that_of_validation_is_not(num_parts
     assert float(weighted.passes.total_loss(draw).detach()) == pytest.approx(
         float(losses.sum()), rel=1e-5
     )
+
+
+def test_a_share_without_pictures_leaves_a_scaler_that_can_unscale():
+    _, run = make()
+    scaler = torch.amp.GradScaler("cpu", 4.0)
+    passes = Passes(run.task, run.config, scaler)
+    draw = passes.draw([0, 1, 2], torch.Generator(), 0.0, slice(0, 0))
+    assert float(passes.backward(draw, 1.0)) == 0.0
+    assert scaler.get_scale() == 4.0
+    leaf = torch.nn.Parameter(torch.ones(2))
+    leaf.grad = torch.full((2,), 8.0)
+    scaler.unscale_(torch.optim.SGD([leaf], 0.1))
+    assert leaf.grad.tolist() == [2.0, 2.0]
