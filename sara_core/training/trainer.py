@@ -144,10 +144,7 @@ class TrainingRun:
         self._mark()
 
     def look_for_in_place_changes(self) -> None:
-        """Set `in_place`, by one forward pass: whether the model changes tensors backward needs.
-
-        Steps are then made so that this does no harm. Call it before blocks are checkpointed.
-        """
+        """Set `in_place` by one forward pass, before blocks are checkpointed; see `Passes`."""
         self.passes.look_for_in_place_changes()
 
     def rehearse(self, count: int) -> int:
