@@ -15,6 +15,7 @@ from ...sara_core.pictures.captions import Problem
 from ...sara_core.pictures.encoding_cache import EncodingCache, content_key
 from ...sara_core.pictures.picture_folder import find_pictures
 from .. import host
+from ..training.ending import ending_together
 from .division import divide
 from .folder_plan import (
     CACHE_VERSION,
@@ -61,7 +62,8 @@ def encode_folder(
     texts = settle_captions(list(looks), options, result)
     pictures_cache = cache if facts is not None else cache.off()
     progress = host.Progress(len(texts), node_id)
-    _encode_pictures(vae, options, pictures_cache, result, progress)
+    with ending_together():
+        _encode_pictures(vae, options, pictures_cache, result, progress)
     refused = [problem for problem in result.problems if not problem.is_note]
     if options.refuse and refused:
         raise ValueError(f"{folder.name} has files that are not used:\n{_list(refused)}")
@@ -71,7 +73,8 @@ def encode_folder(
             f"{folder.name} has no picture that can be used"
             + (f":\n{_list(result.problems)}" if result.problems else "; put pictures into it")
         )
-    _encode_captions(texts, clip, options, cache, result, progress)
+    with ending_together():
+        _encode_captions(texts, clip, options, cache, result, progress)
     return result
 
 

@@ -1,7 +1,8 @@
 """How a run ended, in words."""
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from ...sara_core.training.out_of_memory import is_out_of_memory
 from ...sara_core.training.processes import OtherProcessFailed
@@ -55,6 +56,17 @@ def how_it_ended(error: BaseException) -> str:
 def is_cancelled_elsewhere(error: BaseException) -> bool:
     """Tell whether all that happened is that another process was cancelled first."""
     return isinstance(error, OtherProcessFailed) and error.kinds == {host.Cancelled.__name__}
+
+
+@contextlib.contextmanager
+def ending_together() -> Iterator[None]:
+    """Let this process be cancelled where another one was."""
+    try:
+        yield
+    except OtherProcessFailed as error:
+        if is_cancelled_elsewhere(error):
+            raise host.Cancelled from error
+        raise
 
 
 def add_line(error: BaseException, line: str) -> None:

@@ -18,7 +18,7 @@ from ...sara_core.training.trainer import TrainingRun
 from .. import host
 from . import memory
 from .advice import epochs, likely_mistakes
-from .ending import is_cancelled_elsewhere, worse_than_it_began
+from .ending import ending_together, worse_than_it_began
 from .examples import Examples, differences
 from .folders import loss_map
 from .metadata import identity
@@ -128,7 +128,7 @@ def prepared(
         )
         try:
             training = TrainingRun(optimizer, pictures, config, scaler, host.free_memory, processes)
-            with _told(training.processes):
+            with ending_together(), _told(training.processes):
                 yield calls, training
         finally:
             optimizer.restore()
@@ -136,7 +136,7 @@ def prepared(
 
 @contextlib.contextmanager
 def _told(processes: Processes) -> Iterator[None]:
-    """Tell the other processes of an error; where another was cancelled, so is this one.
+    """Tell the other processes of an error.
 
     All stay until the first has saved, as torchrun ends the others soon after one has ended.
     """
@@ -146,8 +146,6 @@ def _told(processes: Processes) -> Iterator[None]:
         processes.fail(error)
         with contextlib.suppress(Exception):
             processes.gather(lambda: None)
-        if is_cancelled_elsewhere(error):
-            raise host.Cancelled from error
         raise
 
 

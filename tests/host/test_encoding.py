@@ -155,3 +155,22 @@ def test_parentheses_in_captions_are_text_or_emphasis(sara):
         assert torch.equal(encode(clip, "saber (fate)", True)[0][0], plainly("saber (fate)"))
         assert not torch.equal(encode(clip, "saber (fate)")[0][0], plainly("saber (fate)"))
         assert torch.equal(encode(clip, "a cat")[0][0], plainly("a cat"))
+
+
+def test_a_process_is_cancelled_where_another_one_was(encoding, tmp_path, monkeypatch):
+    from sara_pack.nodes import host
+    from sara_pack.sara_core.training.processes import OtherProcessFailed
+
+    folder = tmp_path / "f"
+    folder.mkdir()
+    noise(64, 64).save(folder / "a.png")
+    cache = EncodingCache(tmp_path / "cache", 1 << 30)
+    for text, kind in (("InterruptProcessingException: ", host.Cancelled),
+                       ("OSError: the disk is gone", OtherProcessFailed)):  # fmt: skip
+
+        def divide(*_, text=text):
+            raise OtherProcessFailed([None, text])
+
+        monkeypatch.setattr(encoding.module, "divide", divide)
+        with pytest.raises(kind):
+            encoding(folder, cache)
