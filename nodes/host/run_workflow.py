@@ -28,9 +28,7 @@ STARTED = "SARA_PROCESSES"  # environment variable of processes that were starte
 WORKFLOW = "SARA_WORKFLOW"  # digest of what they run
 TRAIN = "SaraTrain"
 DEVICE_ARGUMENTS = {"--cuda-device", "--default-device", "--oneapi-device-selector"}
-PATIENCE = datetime.timedelta(
-    days=1
-)  # of a process for the others; torchrun ends those of one that dies
+PATIENCE = datetime.timedelta(days=1)  # with the others, as torchrun ends all when one dies
 CANCELLED = 130
 
 
@@ -99,9 +97,8 @@ def start(comfyui: Path, arguments: list[str]):
     import main
 
     loop, server, _ = main.start_comfyui()
-    asyncio.run_coroutine_threadsafe(
-        server.publish_loop(), loop
-    )  # nobody listens; nothing piles up
+    # Nobody listens, but messages must not pile up.
+    asyncio.run_coroutine_threadsafe(server.publish_loop(), loop)
     threading.Thread(target=loop.run_forever, daemon=True).start()
     return server
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -27,8 +26,6 @@ from .reporter import Reporter
 from .saver import Saver
 from .session import Session
 from .training_set import TrainingSet
-
-logger = logging.getLogger("comfyui-sara")
 
 
 def run(
@@ -91,7 +88,7 @@ def follow(patcher, examples: Examples, settings: RunSettings, resume: bool) -> 
     with prepared(patcher, examples, settings) as (calls, training):
         training.processes.agree(FINE)
         if resume:
-            training.load_state(host.processes().lead(dict))
+            training.load_state(training.processes.lead(lambda: {}))
         training.look_for_in_place_changes()
         with _checkpointed(calls, settings, training):
             for _ in training:
@@ -162,7 +159,7 @@ def _refuse_different(processes: Processes, describe: Callable[[], dict]) -> Non
 def _resume(training: TrainingRun, saver: Saver) -> list[float]:
     """Take a run up again, in all processes; returns the learning rates of the steps behind it."""
     rates: list[float] = []
-    processes = host.processes()
+    processes = training.processes
 
     def state() -> dict | None:
         rates.extend(saver.resume())

@@ -234,7 +234,8 @@ def test_what_is_no_workflow_is_refused(script, tmp_path, text, message):
 
 
 def test_each_process_has_a_card_of_its_own(script, monkeypatch):
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # so that it is put back
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     script.choose_device(3)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "3"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
@@ -250,7 +251,8 @@ def test_each_process_has_a_card_of_its_own(script, monkeypatch):
 def test_a_job_that_is_started_again_is_known_by_its_workflow(monkeypatch):
     from sara_pack.nodes import host
 
-    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"):
+        monkeypatch.delenv(name, raising=False)
     assert host.job("3") is None  # a server
     monkeypatch.setenv("SARA_PROCESSES", "1")
     monkeypatch.setenv("SARA_WORKFLOW", "abc")
