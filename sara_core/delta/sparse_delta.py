@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..weights import at_positions
 from ..weights.fingerprint import is_same_base
-from ..weights.magnitudes import INT32_LIMIT
+from ..weights.shards import Shard, held, reshard
 from .delta_file import DeltaEntry, read_entries, write_entries
 
 logger = logging.getLogger("comfyui-sara")
@@ -131,6 +131,7 @@ class SparseDelta:
             ValueError: Parameters are missing or of other shapes.
             Exception: Of this or any other kind; nothing has been changed then.
         """
+        reshard(module)
         parameters = {
             name: p
             for name, p in module.named_parameters(remove_duplicate=False)
@@ -149,20 +150,23 @@ class SparseDelta:
         def undo() -> None:
             for weight, index, old in reversed(replaced):
                 at_positions.write_(weight, index, old)
+            reshard(module)
 
         try:
             for name, entry in self.entries.items() if strength else ():
-                weight = parameters[name].data
-                index = entry.index.to(weight.device)
+                weight = held(parameters[name].data)
+                own, index = Shard(parameters[name]).in_part(entry.index)
+                index = index.to(weight.device)
                 positions = index.long()
                 old = at_positions.read(weight, positions)
-                values = entry.values.to(weight.device, torch.float32)
+                values = entry.values[own].to(weight.device, torch.float32)
                 changed = torch.add(old.float(), values, alpha=strength)
                 replaced.append((weight, index, old))
                 at_positions.write_(weight, positions, changed.to(weight.dtype))
         except BaseException:
             undo()
             raise
+        reshard(module)
         return undo
 
 
@@ -172,9 +176,7 @@ def _sum(first: DeltaEntry, second: DeltaEntry) -> DeltaEntry:
     terms = torch.cat([first.values.float().cpu(), second.values.float().cpu()])
     values = torch.zeros(len(index)).index_add_(0, inverse, terms)
     numel = torch.Size(first.shape).numel()
-    return DeltaEntry(
-        index.to(torch.int32 if numel < INT32_LIMIT else torch.int64), values, first.shape
-    )
+    return DeltaEntry(index.to(at_positions.index_dtype(numel)), values, first.shape)
 
 
 def _listing(faults: list[str]) -> str:

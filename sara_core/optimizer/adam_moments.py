@@ -83,23 +83,31 @@ def opened(
 
 def part(state: Mapping[str, Tensor], mark: Tensor) -> dict[str, Tensor]:
     """Return the moments of the entries marked, bool `(k,)`."""
-    floats = {key: _floats(state, key)[mark] for key in SIGNED}
-    return _kept(floats, "8bit" if is_packed(state) else "fp32")
+    marked = {key: values[mark] for key, values in floats(state).items()}
+    return _kept(marked, "8bit" if is_packed(state) else "fp32")
 
 
-def restored(saved: Mapping[str, Tensor], leaf: Tensor, kind: str) -> dict[str, Tensor]:
+def restored(
+    saved: Mapping[str, Tensor], leaf: Tensor, kind: str, entries: slice | None = None
+) -> dict[str, Tensor]:
     """Copy the moments of a saved state to where the leaf is, in the way asked for.
 
     Args:
-        saved: Of `len(leaf)` weights, kept in either way.
+        saved: Kept in either way.
         leaf: Shape `(k,)`.
         kind: One of `KINDS`.
+        entries: Which of the saved weights the leaf has; all by default.
     """
-    if is_packed(saved) and kind == "8bit":
+    entries = slice(0, len(saved["exp_avg"])) if entries is None else entries
+    is_all = entries == slice(0, len(saved["exp_avg"]))
+    if is_packed(saved) and kind == "8bit" and is_all:
         keys = (*SIGNED, *(key + SCALE for key in SIGNED))
         return {key: saved[key].to(leaf.device, copy=True) for key in keys}
-    floats = {key: _floats(saved, key).to(leaf.device, leaf.dtype, copy=True) for key in SIGNED}
-    return _kept(floats, kind)
+    found = {
+        key: values[entries].to(leaf.device, leaf.dtype, copy=True)
+        for key, values in floats(saved).items()
+    }
+    return _kept(found, kind)
 
 
 def is_sound(saved: Mapping[str, Tensor], count: int) -> bool:
@@ -115,18 +123,19 @@ def is_packed(state: Mapping[str, Tensor]) -> bool:
     return "exp_avg" + SCALE in state
 
 
-def _kept(floats: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
-    state = zeros(floats["exp_avg"], kind)
-    with opened([state]) as moments:
-        for (moment,), values in zip(moments, floats.values(), strict=True):
+def _kept(moments: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
+    state = zeros(moments["exp_avg"], kind)
+    with opened([state]) as kept:
+        for (moment,), values in zip(kept, moments.values(), strict=True):
             moment.copy_(values)
     return state
 
 
-def _floats(state: Mapping[str, Tensor], key: str) -> Tensor:
+def floats(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the moments as floats, `(k,)` each, those kept as such without a copy."""
     if not is_packed(state):
-        return state[key]
-    return _parts(_unpacked([state], key), [state])[0]
+        return {key: state[key] for key in SIGNED}
+    return {key: _parts(_unpacked([state], key), [state])[0] for key in SIGNED}
 
 
 def _parts(flat: Tensor, states: Sequence[Mapping]) -> list[Tensor]:

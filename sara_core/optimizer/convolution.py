@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..weights.copies import is_copy
+from ..weights.shards import is_sharded
 from .sparse_weight import SparseWeight
 
 PART_ON_CPU, PART = 1 << 20, 1 << 23  # weights whose gradient is made at a time
@@ -59,6 +60,7 @@ def is_large(module: nn.Module) -> bool:
         and module.groups == 1
         and module.padding_mode == "zeros"
         and not isinstance(module.padding, str)
+        and not is_sharded(module.weight)
         and _rows(module.weight) < len(module.weight)
     )
 

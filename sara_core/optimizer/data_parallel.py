@@ -118,6 +118,11 @@ def refuse_wrapped(model: nn.Module) -> None:
     Raises:
         TypeError: It is.
     """
+    if type(model).__name__ == "FullyShardedDataParallel":
+        raise TypeError(
+            "the model is wrapped in FullyShardedDataParallel, which keeps its weights in one flat "
+            "parameter; divide it by torch.distributed.fsdp.fully_shard instead, then make SaraAdamW"
+        )
     if type(model).__name__ == "DistributedDataParallel":
         raise TypeError(
             "the model is wrapped in DistributedDataParallel, which has made buffers for every gradient; "

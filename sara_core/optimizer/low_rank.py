@@ -219,8 +219,10 @@ def add_gradient_(
     norms = []
     for i in order[:num_matrices]:
         weight, index = eligible[i], eligible[i].index
-        norm, gradient = nuclear_norm_gradient(weight.read(index), index, weight.parameter.shape)
-        if weight.leaf.grad is not None:
-            weight.leaf.grad.add_(gradient, alpha=factor)
+        values, own = weight.shard.whole(weight.read(index))
+        positions, _ = weight.shard.whole(weight.shard.in_whole(index))
+        norm, gradient = nuclear_norm_gradient(values, positions, weight.parameter.shape)
+        if (sum_so_far := weight.gradient) is not None:
+            sum_so_far.add_(gradient[own], alpha=factor)
         norms.append(norm * factor)
     return torch.stack(norms).sum() if norms else None

@@ -12,14 +12,22 @@ from ..delta.sparse_delta import SparseDelta
 from ..weights.fingerprint import take_fingerprint
 from ..weights.parameters import choose_parameters, refuse_untrainable_dtypes
 from ..weights.selection import select
+from ..weights.shards import refuse_other_divisions, reshard
 from . import adam_moments, learning_rate
 from .data_parallel import GradientAverage, is_shared, refuse_differences, refuse_wrapped
 from .low_rank import add_gradient_
-from .saved_state import FORMATS, PLAIN, checked
+from .saved_state import FORMATS, PLAIN, checked, moments_by_place
 from .sparse_model import SparseModel
 from .take_over import take_over_delta, take_over_weights
 from .trained_model import TrainedModel
-from .updates import keep_moments, refuse_bad_options, take_over_moments, update_
+from .updates import (
+    clip_,
+    keep_moments,
+    moments_of_all,
+    refuse_bad_options,
+    take_over_moments,
+    update_,
+)
 
 logger = logging.getLogger("comfyui-sara")
 
@@ -41,6 +49,10 @@ class SaraAdamW(TrainedModel, torch.optim.Optimizer):
     Making the optimizer sets `requires_grad=False` on parameters it does not train and drops
     gradients the model already holds; `restore` and `detach` give `requires_grad` back. Gradients
     are cleared by `optimizer.zero_grad()`; `model.zero_grad()` does not reach them.
+
+    A model that `torch.distributed.fsdp.fully_shard` has divided trains as the whole would: each process
+    keeps what belongs to its own rows. `delta`, `state_dict`, `load_state_dict` and `start_from` take all
+    of its processes then.
 
     Args:
         model: Any module, on the device and in the dtype it will train in. Parameters with
@@ -73,9 +85,9 @@ class SaraAdamW(TrainedModel, torch.optim.Optimizer):
 
     Raises:
         ValueError: Arguments out of range, nothing to train, a base with NaN, or processes that do
-            not train the same.
+            not train the same, or weights divided in another way than by rows.
         TypeError: A chosen parameter has a dtype that cannot be trained in place (float8), or the
-            model is wrapped in DistributedDataParallel.
+            model is wrapped in DistributedDataParallel or FullyShardedDataParallel.
         ImportError: Moments in 8 bits without torchao.
 
     Source: Hu et al. 2024, arXiv:2409.06633, sections 4.1-4.4.
@@ -114,8 +126,10 @@ class SaraAdamW(TrainedModel, torch.optim.Optimizer):
         )  # fmt: skip
         adam_moments.refuse_unusable(moments)
         refuse_wrapped(model)
+        reshard(model)
         parameters = choose_parameters(model, include, exclude, biases_and_norms)
         refuse_untrainable_dtypes(parameters)
+        refuse_other_divisions(parameters)
         selection = select(
             parameters,
             threshold=threshold,
@@ -143,7 +157,10 @@ class SaraAdamW(TrainedModel, torch.optim.Optimizer):
         self._average = None
         if distributed and is_shared(process_group):
             self._average = GradientAverage(
-                lambda: self._weights.active, process_group, communication_dtype, accumulation_steps
+                lambda: self._weights.averaged,
+                process_group,
+                communication_dtype,
+                accumulation_steps,
             )
             facts = {"trained weights": self.num_trainable, "threshold": self.threshold, "lr": lr}
             refuse_differences({**facts, "base": self.fingerprint}, process_group)
@@ -205,7 +222,9 @@ class SaraAdamW(TrainedModel, torch.optim.Optimizer):
         self.average_gradients()
         self.add_low_rank_gradient_()
         if self.max_grad_norm:
-            nn.utils.clip_grad_norm_(self.parameters(), self.max_grad_norm)
+            clip_(self.parameters(), self.max_grad_norm)
+        if all(leaf.grad is None for leaf in self.parameters()):
+            self._weights.refuse_replaced()
         update_(
             self._weights.active, self.state, self.param_groups[0], self.num_steps, self.moments
         )
@@ -225,8 +244,8 @@ class SaraAdamW(TrainedModel, torch.optim.Optimizer):
         adjustment, section 4.3 of the paper). If none is left under the threshold, all go on and a
         warning says so. `step` calls this by itself at `progressive_step`.
         """
-        marks = [weight.trained.abs() < self.threshold for weight in self._weights.active]
-        num_left, num_before = int(sum(mark.sum() for mark in marks)), self.num_trainable
+        num_before = self.num_trainable
+        marks, num_left = self._weights.marks_below(self.threshold)
         if not num_left:
             logger.warning(
                 "progressive adjustment skipped: all %d trained weights have left the threshold "
@@ -266,7 +285,9 @@ class SaraAdamW(TrainedModel, torch.optim.Optimizer):
             "generator": self.generator.get_state(),
             "weights": self._weights.state(),
         }
-        return {**super().state_dict(), "sara": own}
+        found = super().state_dict()
+        found["state"] = moments_of_all(found["state"], self._weights.active)
+        return {**found, "sara": own}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict) -> None:
@@ -285,11 +306,13 @@ class SaraAdamW(TrainedModel, torch.optim.Optimizer):
             ImportError: Its moments are in 8 bits, and torchao is missing; the same holds.
         """
         saved = checked(state_dict)
-        take_over_weights(self._weights, saved["weights"], saved["fingerprint"])
+        taken = take_over_weights(self._weights, saved["weights"], saved["fingerprint"])
         self.state.clear()
         self.param_groups[0]["params"] = self.parameters()
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
-        take_over_moments(self.state, self.parameters(), state_dict["state"], self.moments)
+        take_over_moments(
+            self.state, self._weights.active, taken, moments_by_place(state_dict), self.moments
+        )
         for name in PLAIN:
             setattr(self, name, saved[name])
         self.generator.set_state(saved["generator"].cpu())

@@ -16,6 +16,11 @@ PLAIN = (
 )
 
 
+def moments_by_place(state_dict: dict) -> dict[int, dict]:
+    """Return the moments of a saved state; torch.distributed.checkpoint has made text of the numbers."""
+    return {int(place): state for place, state in state_dict["state"].items()}
+
+
 def checked(state_dict: dict) -> dict:
     """Return the optimizer's own part of a saved state.
 
@@ -46,12 +51,13 @@ def _refuse_unsound_moments(state_dict: dict) -> None:
         len(groups) == 1
         and groups[0].get("params") == list(range(len(lengths)))
         and isinstance(states, dict)
+        and all(str(place).isdecimal() for place in states)
         and all(
             i < len(lengths) and "step" in state and adam_moments.is_sound(state, lengths[i])
-            for i, state in states.items()
+            for i, state in moments_by_place(state_dict).items()
         )
     )
     if not sound:
         raise ValueError("the saved state is damaged: its moments do not fit its trained weights")
-    if any(map(adam_moments.is_packed, state_dict["state"].values())):
+    if any(map(adam_moments.is_packed, moments_by_place(state_dict).values())):
         adam_moments.refuse_unusable("8bit")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..delta.delta_file import DeltaEntry
+from ..weights.shards import is_sharded, reshard, total
 from .convolution import InParts, is_large
 from .sparse_weight import SparseWeight
 
@@ -44,6 +45,11 @@ class SparseModel:
         """Whether gradients are being captured."""
         return bool(self._hooks)
 
+    @property
+    def averaged(self) -> list[SparseWeight]:
+        """The active weights that each process has as a whole; `fully_shard` averages the others."""
+        return [weight for weight in self.active if not is_sharded(weight.parameter)]
+
     def attach(self) -> None:
         """Capture the gradients of the active weights; freeze every other parameter."""
         self._unhook()
@@ -57,7 +63,7 @@ class SparseModel:
             for weight in self.active
         ]
         if self._arrived is not None:
-            for weight in self.active:  # of those made in parts, only the leaf gets a gradient
+            for weight in self.averaged:  # of those made in parts, only the leaf gets a gradient
                 for tensor in (weight.parameter, weight.leaf):
                     self._hooks.append(tensor.register_post_accumulate_grad_hook(self._arrived))
         by_parameter = {weight.parameter: weight for weight in self.active}
@@ -94,6 +100,22 @@ class SparseModel:
                     "restore() or detach() first"
                 )
 
+    def refuse_replaced(self) -> None:
+        """Raise if the module has other parameters by now than those that are trained.
+
+        Raises:
+            RuntimeError: It has.
+        """
+        reshard(self.module)
+        now = dict(self.module.named_parameters())
+        for weight in self.active:
+            if now.get(weight.name) is not weight.parameter:
+                raise RuntimeError(
+                    f"the model's parameter {weight.name!r} is not the one SaraAdamW was made for, so it "
+                    "would not train: fully_shard, to_empty or an assignment has replaced it. Do that "
+                    "first, then make the optimizer"
+                )
+
     def detach(self) -> None:
         """Let go of the module as it is: remove the hooks, give `requires_grad` back."""
         self._unhook()
@@ -119,6 +141,7 @@ class SparseModel:
             Exception: The first error of any weight, after all others have been put back.
         """
         self._each(SparseWeight.restore_)
+        reshard(self.module)
 
     def _each(self, act: Callable[[SparseWeight], None]) -> None:
         """Do something with every weight; the first error is raised after all have had their turn."""
@@ -140,9 +163,21 @@ class SparseModel:
         try:
             for weight in (*self.active, *self.frozen):
                 weight.scale_(strength)
+            reshard(self.module)
             yield
         finally:
             self._each(lambda weight: weight.write_(weight.trained, weight.index))
+            reshard(self.module)
+
+    def marks_below(self, threshold: float) -> tuple[list[Tensor], int]:
+        """Mark the active weights whose trained value lies closer to zero than a threshold.
+
+        Returns:
+            One bool mask `(k,)` per active weight, and the number marked in all.
+        """
+        marks = [weight.trained.abs() < threshold for weight in self.active]
+        pairs = zip(self.active, marks, strict=True)
+        return marks, int(sum(total(weight.parameter, mark.sum()) for weight, mark in pairs))
 
     def freeze(self, marks: Sequence[Tensor]) -> list[tuple[SparseWeight, SparseWeight | None]]:
         """Go on with the marked active weights only; the others keep their learned value.
@@ -155,13 +190,14 @@ class SparseModel:
         """
         changes: list[tuple[SparseWeight, SparseWeight | None]] = []
         for weight, mark in zip(self.active, marks, strict=True):
-            if bool(mark.all()):
+            num_kept = int(total(weight.parameter, mark.sum()))
+            if num_kept == weight.num_whole:
                 changes.append((weight, weight))
                 continue
             stopped = weight.part(~mark)
-            stopped.leaf.grad = None
+            stopped.gradient = None
             self.frozen.append(stopped)
-            changes.append((weight, weight.part(mark) if bool(mark.any()) else None))
+            changes.append((weight, weight.part(mark) if num_kept else None))
         self.active = [kept for _, kept in changes if kept is not None]
         self.attach()
         return changes
@@ -174,14 +210,7 @@ class SparseModel:
     def state(self) -> list[dict]:
         """Return the selection, base and trained values as tensors and plain values."""
         return [
-            {
-                "name": weight.name,
-                "shape": tuple(weight.parameter.shape),
-                "index": weight.index.cpu(),
-                "base": weight.base,
-                "values": weight.trained,
-                "frozen": frozen,
-            }
+            weight.record() | {"frozen": frozen}
             for frozen, group in ((False, self.active), (True, self.frozen))
             for weight in group
         ]

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from ..weights import at_positions
-from ..weights.magnitudes import INT32_LIMIT
+from ..weights.at_positions import index_dtype
+from ..weights.shards import Shard, held, total
 
 GAP_DTYPES = (torch.uint8, torch.int16, torch.int32)
 
@@ -20,15 +21,18 @@ class SparseWeight:
     Args:
         name: Parameter name.
         parameter: Shape `(*s)`, float32, float16, bfloat16 or float64. Changed only by `write_` and
-            `restore_`.
+            `restore_`. If it is divided over processes, everything else is about the part held here,
+            and each process makes one of these.
         index: Shape `(k,)`, sorted flat row-major positions.
         base: Shape `(k,)`, base values in the parameter's dtype; read from it if left out.
         values: Shape `(k,)`, trained values, float32 (float64 for a float64 parameter), not yet in the
             parameter; what it holds if left out.
+        shard: Where the part lies; found out if left out.
 
     Attributes:
         leaf: Shape `(k,)`; its `grad` is the gradient of the trained values. What it holds itself
-            does not matter.
+            does not matter. A DTensor over all parts where the parameter is one.
+        num_whole: Number of selected weights in all parts.
     """
 
     def __init__(
@@ -38,17 +42,20 @@ class SparseWeight:
         index: Tensor,
         base: Tensor | None = None,
         values: Tensor | None = None,
+        shard: Shard | None = None,
     ):
         self.name = name
         self.parameter = parameter
+        self.shard = Shard(parameter) if shard is None else shard
+        self.num_whole = int(total(parameter, torch.tensor(len(index))))
         self._gaps = _gaps(index)
-        self.base = self.gather(parameter.detach()) if base is None else base
+        self.base = self.gather(held(parameter)) if base is None else base
         self.dtype = torch.promote_types(torch.float32, parameter.dtype)
         self._values = values
         if values is None and parameter.dtype != self.dtype:
-            self._values = self.gather(parameter.detach()).to(self.dtype)
+            self._values = self.gather(held(parameter)).to(self.dtype)
         nothing = torch.zeros((), dtype=self.dtype, device=self._gaps.device)
-        self.leaf = nn.Parameter(nothing.expand(len(self._gaps)))
+        self.leaf = nn.Parameter(self._spread(nothing.expand(len(self._gaps))))
 
     def __len__(self) -> int:
         return len(self._gaps)
@@ -56,8 +63,19 @@ class SparseWeight:
     @property
     def index(self) -> Tensor:
         """Sorted flat positions, `(k,)`, int32 (int64 for 2**31 weights or more); computed on each use."""
-        dtype = torch.int32 if self.parameter.numel() < INT32_LIMIT else torch.int64
-        return torch.cumsum(self._gaps, 0, dtype=dtype)
+        return torch.cumsum(self._gaps, 0, dtype=index_dtype(self.parameter.numel()))
+
+    @property
+    def gradient(self) -> Tensor | None:
+        """Gradient of the trained values, `(k,)`: what `leaf.grad` holds here."""
+        return None if self.leaf.grad is None else held(self.leaf.grad)
+
+    @gradient.setter
+    def gradient(self, gradient: Tensor | None) -> None:
+        self.leaf.grad = None if gradient is None else self._spread(gradient)
+
+    def _spread(self, values: Tensor) -> Tensor:
+        return self.shard.distributed(values, self.num_whole)
 
     def gather(self, dense: Tensor, index: Tensor | None = None) -> Tensor:
         """Read the selected positions of a tensor of the parameter's shape. Returns `(k,)`."""
@@ -87,7 +105,7 @@ class SparseWeight:
         if self._values is not None:
             return self._values
         self._refuse_other_parameter()
-        return self.gather(self.parameter.detach(), index)
+        return self.gather(held(self.parameter), index)
 
     def capture_gradient(self, parameter: Tensor) -> None:
         """Move the parameter's dense gradient, at the selected positions, to `leaf.grad`.
@@ -99,6 +117,7 @@ class SparseWeight:
         if gradient is None:  # all of it went to the leaf already, see `convolution`
             return
         parameter.grad = None
+        gradient = held(gradient)
         if gradient.is_sparse:
             gradient = gradient.to_dense()
         if gradient.device != self._gaps.device:
@@ -108,10 +127,10 @@ class SparseWeight:
                 "model first, then make the optimizer"
             )
         gathered = self.gather(gradient).to(self.dtype)
-        if self.leaf.grad is None:
-            self.leaf.grad = gathered
+        if (sum_so_far := self.gradient) is None:
+            self.gradient = gathered
         else:
-            self.leaf.grad.add_(gathered)
+            sum_so_far.add_(gathered)
 
     def update_target(self) -> Tensor:
         """Return what an optimizer is to change in place, `(k,)`, before `take_update_`.
@@ -166,7 +185,7 @@ class SparseWeight:
     def _put(self, values: Tensor, index: Tensor, accumulate: bool = False) -> None:
         self._refuse_other_parameter()
         values = values.detach().to(self.base.dtype)
-        at_positions.write_(self.parameter.data, index, values, accumulate)
+        at_positions.write_(held(self.parameter.data), index, values, accumulate)
 
     def _refuse_other_parameter(self) -> None:
         if self.parameter.dtype != self.base.dtype or self.parameter.device != self.base.device:
@@ -176,14 +195,28 @@ class SparseWeight:
                 "SaraAdamW was made. Convert or move the model first, then make the optimizer"
             )
 
+    def record(self) -> dict:
+        """Return selection, base and trained values of all parts as tensors and plain values."""
+        of_all = (self.shard.in_whole(self.index), self.base, self.trained)
+        index, base, values = (self.shard.whole(of_part)[0] for of_part in of_all)
+        if self.shard.is_part:  # more than this device may have room for
+            base, values = base.cpu(), values.cpu()
+        return {
+            "name": self.name,
+            "shape": self.shard.shape,
+            "index": index.cpu(),
+            "base": base,
+            "values": values,
+        }
+
     def part(self, marked: Tensor) -> "SparseWeight":
         """Copy the entries marked, bool `(k,)`, with their gradient."""
         values = None if self._values is None else self._values[marked]
         part = SparseWeight(
-            self.name, self.parameter, self.index[marked], self.base[marked], values
+            self.name, self.parameter, self.index[marked], self.base[marked], values, self.shard
         )
-        if self.leaf.grad is not None:
-            part.leaf.grad = self.leaf.grad[marked]
+        if (gradient := self.gradient) is not None:
+            part.gradient = gradient[marked]
         return part
 
 

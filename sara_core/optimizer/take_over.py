@@ -8,17 +8,23 @@ from torch import Tensor
 from ..delta.sparse_delta import SparseDelta
 from ..weights import at_positions
 from ..weights.fingerprint import is_same_base
+from ..weights.shards import Shard, held, reshard, total
 from .sparse_model import SparseModel
 from .sparse_weight import SparseWeight
 
 
-def take_over_weights(model: SparseModel, records: Sequence[Mapping], fingerprint: str) -> None:
+def take_over_weights(
+    model: SparseModel, records: Sequence[Mapping], fingerprint: str
+) -> list[slice]:
     """Take over a saved selection with its values; base values are put back first.
 
     Args:
         model: Of the module to go on with.
         records: What `SparseModel.state` returned.
         fingerprint: Of the base it was saved on.
+
+    Returns:
+        Which of the values of each record that is not frozen are held in this process.
 
     Raises:
         ValueError: It does not fit the module; nothing has been changed then.
@@ -42,15 +48,25 @@ def take_over_weights(model: SparseModel, records: Sequence[Mapping], fingerprin
             "weights differ, as if a delta or a merge had been part of one of them"
         )
     model.active, model.frozen = [], []
+    taken = []
     for record in records:
         parameter = model.parameters[record["name"]]
+        shard = Shard(parameter)
+        own, index_here = shard.in_part(record["index"])
         positions, base, values = (
-            record[key].to(parameter.device, copy=True) for key in ("index", "base", "values")
+            saved.to(parameter.device, copy=True)
+            for saved in (index_here, record["base"][own], record["values"][own])
         )
-        weight = SparseWeight(record["name"], parameter, positions, base, values)
+        weight = SparseWeight(record["name"], parameter, positions, base, values, shard)
         weight.write_(values, positions)
-        (model.frozen if record["frozen"] else model.active).append(weight)
+        if record["frozen"]:
+            model.frozen.append(weight)
+        else:
+            model.active.append(weight)
+            taken.append(own)
     model.attach()
+    reshard(model.module)
+    return taken
 
 
 def take_over_delta(model: SparseModel, delta: SparseDelta) -> None:
@@ -71,13 +87,15 @@ def take_over_delta(model: SparseModel, delta: SparseDelta) -> None:
         )
     for weight in model.active:
         if weight.name in places:
-            values, learned = weight.trained.clone(), delta.entries[weight.name].values
-            values[places[weight.name]] += learned.to(values.device, values.dtype)
+            own, at = places[weight.name]
+            values, learned = weight.trained.clone(), delta.entries[weight.name].values[own]
+            values[at] += learned.to(values.device, values.dtype)
             weight.write_(values, weight.index)
+    reshard(model.module)
 
 
-def _places(model: SparseModel, delta: SparseDelta) -> dict[str, Tensor]:
-    """Say where in the selection each of a delta's positions is, by parameter name."""
+def _places(model: SparseModel, delta: SparseDelta) -> dict[str, tuple[slice, Tensor]]:
+    """Say which of a delta's values are held here, and where in the selection, by parameter name."""
     weights = {weight.name: weight for weight in model.active}
     places, outside = {}, 0
     for name, entry in delta.entries.items():
@@ -85,9 +103,11 @@ def _places(model: SparseModel, delta: SparseDelta) -> dict[str, Tensor]:
             outside += len(entry.index)
             continue
         index = weights[name].index
-        wanted = entry.index.to(index.device, index.dtype)
-        places[name] = torch.searchsorted(index, wanted).clamp(max=len(index) - 1)
-        outside += int((index[places[name]] != wanted).sum())
+        own, wanted = weights[name].shard.in_part(entry.index)
+        wanted = wanted.to(index.device, index.dtype)
+        found = torch.isin(wanted, index, assume_unique=True)
+        places[name] = own, torch.searchsorted(index, wanted)
+        outside += int(total(weights[name].parameter, (~found).sum()))
     if outside:
         raise ValueError(
             f"the delta changes {outside} weights that are not selected here; load the checkpoint it "
@@ -98,10 +118,12 @@ def _places(model: SparseModel, delta: SparseDelta) -> dict[str, Tensor]:
 
 def _holds(model: SparseModel, record: Mapping) -> bool:
     """Tell whether the module holds a record's base values, or its trained ones."""
-    weight = model.parameters[record["name"]].detach()
-    found = at_positions.read(weight, record["index"].to(weight.device)).cpu()
-    trained = record["values"].to(found.dtype)
-    return any(torch.equal(found, values.cpu()) for values in (record["base"], trained))
+    parameter = model.parameters[record["name"]]
+    own, index = Shard(parameter).in_part(record["index"])
+    found = at_positions.read(held(parameter), index.to(parameter.device)).cpu()
+    candidates = (record["base"], record["values"].to(found.dtype))
+    others = [int(not torch.equal(found, values[own].cpu())) for values in candidates]
+    return not all(total(parameter, torch.tensor(others)).tolist())
 
 
 def _refuse_unfitting(model: SparseModel, records: Sequence[Mapping]) -> None:

@@ -25,7 +25,7 @@ class TrainedModel:
     @property
     def num_trainable(self) -> int:
         """Number of weights that train now."""
-        return sum(map(len, self._weights.active))
+        return sum(weight.num_whole for weight in self._weights.active)
 
     def parameters(self) -> list[nn.Parameter]:
         """Return a flat leaf per trained parameter with its gradient; the values are in the model."""

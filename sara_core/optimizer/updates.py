@@ -3,9 +3,10 @@
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from ..weights.shards import held, is_sharded
 from . import adam_moments
 from .sparse_weight import SparseWeight
 
@@ -25,6 +26,28 @@ def refuse_bad_options(betas: Sequence[float], **values: float) -> None:
         raise ValueError(f"betas are {betas!r}; expected two numbers in [0, 1)")
 
 
+def clip_(leaves: Sequence[nn.Parameter], max_norm: float) -> None:
+    """Scale gradients down to a norm over all of them, those divided over processes included.
+
+    Args:
+        leaves: Their gradients are changed in place.
+        max_norm: The largest that is left as it is.
+    """
+    groups: dict[object, list[nn.Parameter]] = {}
+    for leaf in leaves:  # torch takes no norm over both kinds
+        groups.setdefault(getattr(leaf, "device_mesh", None), []).append(leaf)
+    if len(groups) == 1:
+        nn.utils.clip_grad_norm_(leaves, max_norm)
+        return
+    norms = [nn.utils.clip_grad_norm_(group, float("inf")) for group in groups.values()]
+    whole = [norm.full_tensor() if is_sharded(norm) else norm for norm in norms]  # type: ignore[attr-defined]
+    total_norm = torch.linalg.vector_norm(torch.stack([n.to(whole[0].device) for n in whole]))
+    factor = (max_norm / (total_norm + 1e-6)).clamp(max=1.0)  # as torch does it
+    for leaf in leaves:
+        if leaf.grad is not None:
+            held(leaf.grad).mul_(factor.to(leaf.device))
+
+
 def update_(
     weights: Sequence[SparseWeight],
     states: MutableMapping[Tensor, dict],
@@ -41,7 +64,7 @@ def update_(
         num_steps: Updates made so far in the run.
         moments: How moments are kept, one of `adam_moments.KINDS`.
     """
-    gradients = [(weight, weight.leaf.grad) for weight in weights]
+    gradients = [(weight, weight.gradient) for weight in weights]
     updated = [weight for weight, gradient in gradients if gradient is not None]
     for weight, gradient in gradients:
         if gradient is not None and not states[weight.leaf]:
@@ -69,9 +92,30 @@ def keep_moments(
             states[kept.leaf] = {"step": state["step"], **adam_moments.part(state, mark)}
 
 
+def moments_of_all(states: dict[int, dict], weights: Sequence[SparseWeight]) -> dict[int, dict]:
+    """Return moments as `take_over_moments` reads them, of all parts of weights that are divided.
+
+    Those in eight bits become floats there, as blocks of them end where a part does.
+
+    Args:
+        states: By place of the weight.
+        weights: In this order.
+    """
+    whole = {}
+    for i, state in states.items():
+        shard = weights[i].shard
+        whole[i] = state
+        if shard.is_part:
+            moments = adam_moments.floats(state)
+            gathered = {key: shard.whole(moment)[0].cpu() for key, moment in moments.items()}
+            whole[i] = {"step": state["step"], **gathered}
+    return whole
+
+
 def take_over_moments(
     states: MutableMapping[Tensor, dict],
-    leaves: Sequence[Tensor],
+    weights: Sequence[SparseWeight],
+    taken: Sequence[slice],
     saved: Mapping[int, Mapping],
     kind: str,
 ) -> None:
@@ -79,13 +123,15 @@ def take_over_moments(
 
     Args:
         states: By leaf; changed in place.
-        leaves: In the order of the saved run.
+        weights: In the order of the saved run.
+        taken: Which of the saved run's values each weight has.
         saved: Moments and number of steps by place in that order.
         kind: How moments are to be kept, one of `adam_moments.KINDS`.
     """
     for i, state in saved.items():
-        moments = adam_moments.restored(state, leaves[i], kind)
-        states[leaves[i]] = {"step": state["step"].to("cpu", copy=True), **moments}
+        leaf = weights[i].leaf
+        moments = adam_moments.restored(state, leaf, kind, taken[i])
+        states[leaf] = {"step": state["step"].to("cpu", copy=True), **moments}
 
 
 def _update_batch(
@@ -99,7 +145,7 @@ def _update_batch(
     with adam_moments.opened(states, num_steps) as (exp_avgs, exp_avg_sqs):
         adamw(
             targets,
-            [weight.leaf.grad for weight in batch if weight.leaf.grad is not None],
+            [gradient for weight in batch if (gradient := weight.gradient) is not None],
             exp_avgs,
             exp_avg_sqs,
             [],

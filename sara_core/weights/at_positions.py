@@ -4,6 +4,12 @@ import torch
 from torch import Tensor
 
 WITH_PUT = ("cpu", "cuda", "xpu")  # devices for which torch has put_
+INT32_LIMIT = 1 << 31
+
+
+def index_dtype(numel: int) -> torch.dtype:
+    """Return the dtype of flat positions in a tensor of so many weights: int32 if they fit."""
+    return torch.int32 if numel < INT32_LIMIT else torch.int64
 
 
 def read(dense: Tensor, index: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import shards
+
 NUM_SAMPLES = 32
 SPREAD = 2654435761  # Knuth's multiplicative hash; scatters the samples over a parameter
 
@@ -99,5 +101,7 @@ def _shapes(weights: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, tu
 
 
 def _at(weight: Tensor, position: int) -> Tensor:
+    if shards.is_sharded(weight):
+        return shards.value_at(weight, position)
     where = np.unravel_index(position, tuple(weight.shape))
     return weight.detach()[tuple(int(i) for i in where)].float().cpu()

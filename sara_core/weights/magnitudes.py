@@ -10,8 +10,10 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from .at_positions import index_dtype
+from .shards import held, total
+
 CHUNK = 1 << 20  # weights looked at in one go; few enough for a processor's cache
-INT32_LIMIT = 1 << 31
 NUM_BINS = 1 << 15  # upper 16 bits of a non-negative float32
 COARSER = 4  # bits of the mantissa that coarse bins leave out
 NON_FINITE_BIN = 0x7F80  # bins from here on hold infinity and NaN
@@ -23,7 +25,7 @@ def magnitudes(weight: Tensor) -> Iterator[Tensor]:
 
     A chunk is overwritten by the next; the taker may change it.
     """
-    flat = weight.detach().reshape(-1)
+    flat = held(weight).reshape(-1)
     buffer = torch.empty(min(CHUNK, len(flat)), dtype=torch.float32, device=flat.device)
     for chunk in flat.split(CHUNK):
         yield buffer[: len(chunk)].copy_(chunk).abs_()
@@ -42,10 +44,11 @@ def magnitude_histogram(weight: Tensor) -> tuple[Tensor, int]:
     for chunk in magnitudes(weight):
         bins = chunk.view(torch.int32).bitwise_right_shift_(16)
         counts += torch.bincount(bins, minlength=NUM_BINS).cpu()
+    counts = total(weight, counts)
     if not counts[0]:
         return counts, 0
     num_live = sum(int(torch.count_nonzero(chunk)) for chunk in magnitudes(weight))
-    return counts, weight.numel() - num_live
+    return counts, weight.numel() - int(total(weight, torch.tensor(num_live)))
 
 
 def coarsened(histogram: Tensor) -> Tensor:
@@ -75,7 +78,8 @@ def bin_edges() -> Tensor:
 
 def count_small(weight: Tensor, threshold: float) -> int:
     """Count the weights with `|w| < threshold`, exact zeros included."""
-    return sum(int(torch.count_nonzero(chunk < threshold)) for chunk in magnitudes(weight))
+    here = sum(int(torch.count_nonzero(chunk < threshold)) for chunk in magnitudes(weight))
+    return int(total(weight, torch.tensor(here)))
 
 
 def kth_magnitude(parameters: Mapping[str, Tensor], histogram: Tensor, k: int) -> float:
@@ -91,10 +95,12 @@ def kth_magnitude(parameters: Mapping[str, Tensor], histogram: Tensor, k: int) -
     rank = k - (int(cumulative[high - 1]) if high else 0)
     low_counts = torch.zeros(1 << 16, dtype=torch.int64)
     for weight in parameters.values():
+        counts = torch.zeros_like(low_counts)
         for chunk in magnitudes(weight):
             bits = chunk.view(torch.int32).bitwise_xor_(high << 16)
             low = bits[bits <= 0xFFFF]
-            low_counts += torch.bincount(low, minlength=1 << 16).cpu()
+            counts += torch.bincount(low, minlength=1 << 16).cpu()
+        low_counts += total(weight, counts)
     low_half = int(torch.searchsorted(low_counts.cumsum(0), rank, right=True))
     return torch.tensor((high << 16) | low_half, dtype=torch.int32).view(torch.float32).item()
 
@@ -123,11 +129,11 @@ def small_weight_index(weight: Tensor, threshold: float, skip_zeros: bool = Fals
     Returns:
         Shape `(k,)`, int32 (int64 for 2**31 weights or more), on the device of `weight`.
     """
-    dtype = torch.int32 if weight.numel() < INT32_LIMIT else torch.int64
+    dtype = index_dtype(weight.numel())
     parts = [
         (torch.nonzero(mark_small_weights(chunk, threshold, skip_zeros))[:, 0] + n * CHUNK).to(
             dtype
         )
-        for n, chunk in enumerate(weight.detach().reshape(-1).split(CHUNK))
+        for n, chunk in enumerate(held(weight).reshape(-1).split(CHUNK))
     ]
     return torch.cat(parts)

@@ -6,6 +6,8 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
+from .shards import held
+
 TRAINABLE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -91,8 +93,9 @@ def _occurring(names: Iterable[str], patterns: str | Iterable[str] | None, what:
 
 def _refuse_overlapping(parameters: Mapping[str, Tensor]) -> None:
     spans = []
-    for name, p in parameters.items():
-        if p.device.type != "meta":
+    for name, parameter in parameters.items():
+        p = held(parameter)
+        if p.numel() and p.device.type != "meta":
             extent = sum((n - 1) * s for n, s in zip(p.shape, p.stride(), strict=True)) + 1
             begin = p.data_ptr()
             spans.append((str(p.device), begin, begin + extent * p.element_size(), name))

@@ -18,6 +18,7 @@ from .magnitudes import (
     magnitude_histogram,
     small_weight_index,
 )
+from .shards import total
 
 logger = logging.getLogger("comfyui-sara")
 
@@ -33,7 +34,8 @@ class Selection:
         threshold: Absolute weight value; weights strictly closer to zero are selected.
         index: Parameter name to sorted flat positions, each shape `(k,)` with `k > 0`, int32 (int64
             for parameters of 2**31 weights or more), on the parameter's device. Positions count
-            in row-major order of the parameter's shape, whatever its memory layout.
+            in row-major order of the parameter's shape, whatever its memory layout. Of a parameter
+            that is divided over processes: in this process's part, where `k` may be 0.
         num_considered: Weights in all the parameters looked at.
         num_zeros: Exact zeros among them.
         zeros_skipped: Whether exact zeros were skipped.
@@ -47,7 +49,7 @@ class Selection:
 
     @property
     def num_selected(self) -> int:
-        """Number of weights that train."""
+        """Number of weights that train, of those held in this process."""
         return sum(len(index) for index in self.index.values())
 
 
@@ -179,7 +181,11 @@ def select(
         name: small_weight_index(weight, cutoff.threshold, cutoff.skip_zeros)
         for name, weight in parameters.items()
     }
-    index = {name: positions for name, positions in index.items() if len(positions)}
+    index = {
+        name: positions
+        for name, positions in index.items()
+        if int(total(parameters[name], torch.tensor(len(positions))))
+    }
     if not index:
         skipped = f" ({cutoff.num_zeros} exact zeros were skipped)" if cutoff.skip_zeros else ""
         raise ValueError(

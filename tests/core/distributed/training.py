@@ -47,7 +47,7 @@ def place():
 
 def train(
     passes=1, scaler=None, max_norm=0.0, spike_at=None, some=False, idle=False, held=False,
-    wrap=lambda net: net, parts=False, as_if=1, start=0, state=None, steps=STEPS, **options
+    wrap=lambda net: net, divide=lambda net: net, parts=False, as_if=1, start=0, state=None, steps=STEPS, **options
 ):  # fmt: skip
     """Train on this process's share of each batch; returns the optimizer and what was seen.
 
@@ -60,6 +60,7 @@ def train(
         idle: The last process makes no pass in step 2.
         held: The script says itself which pass is the last.
         wrap: What is called instead of the model, made of it.
+        divide: Divides the model over processes, before the optimizer is made.
         parts: The gradient of the kernel is made in parts.
         as_if: Do by accumulation what so many processes do, in one.
         start: Step to begin with, from `state`.
@@ -67,7 +68,7 @@ def train(
     """
     rank, size = place()
     torch.manual_seed(0)
-    net = Net()
+    net = divide(Net())
     convolution.PART_ON_CPU = 32 if parts else 1 << 20
     options = {"fraction": 0.3, "lr": 1e-2, "low_rank_weight": 0.0, **options}
     optimizer = SaraAdamW(net, **options)
