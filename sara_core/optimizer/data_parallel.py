@@ -15,22 +15,24 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import Variable
 
+from .averaging import Round
 from .sparse_weight import SparseWeight
-
-BUCKET = 1 << 23  # trained weights sent in one go
 
 
 class GradientAverage:
-    """Averages gradients over a process group, at the end of backward.
+    """Averages gradients over a process group, at the end of backward or while it goes on.
 
     All processes make the same backward passes; what one of them left out is made up for by `finish`
-    before the update. Nothing waits for the device, unless a weight got no gradient in this process.
+    before the update. Nothing waits for the device, unless a weight got no gradient in this process, or
+    gradients are sent while backward goes on: then a process asks at its end whether one of them got a
+    gradient for a weight whose sum was under way, and all send what came late as well.
 
     Args:
         weights: Returns the weights that train now, in the same order everywhere.
         group: Processes that average; all of them by default.
         dtype: What is sent; by default the gradients as they are.
         every: Backward passes of an update, as with gradient accumulation; only the last one sends.
+        overlap: Send a bucket of gradients as soon as it is full.
     """
 
     def __init__(
@@ -39,8 +41,10 @@ class GradientAverage:
         group: "dist.ProcessGroup | None" = None,
         dtype: torch.dtype | None = None,
         every: int = 1,
+        overlap: bool = False,
     ):
         self._weights, self.group, self._dtype, self._every = weights, group, dtype, every
+        self._overlap = overlap
         self.size = dist.get_world_size(group)
         self._is_held = self._is_queued = False
         self.forget()
@@ -48,21 +52,37 @@ class GradientAverage:
     def forget(self) -> None:
         """Begin anew, with no gradients."""
         self._passes, self._is_done = 0, False
+        self._round: Round | None = None
 
-    def arrived(self, *_) -> None:
-        """Take note that a gradient has come; called within backward."""
+    def arrived(self, tensor: Tensor) -> None:
+        """Take note that a gradient has come; called within backward.
+
+        Args:
+            tensor: Parameter or leaf of the weight whose gradient it is.
+        """
         self._is_done = False
         if not self._is_queued:
             self._is_queued = True
             reference = weakref.ref(self)
             Variable._execution_engine.queue_callback(lambda: _end_backward(reference()))
+            if self._overlap and self._is_last_pass():
+                self._round = self._new_round()
+        if self._round is not None:
+            self._round.arrived(tensor)
 
     def end_backward(self) -> None:
         """Average if this was the last pass before an update."""
         self._is_queued = False
+        is_last = self._is_last_pass()
         self._passes += 1
-        if not self._is_held and self._passes % self._every == 0:
+        if is_last:
             self.finish()
+
+    def _is_last_pass(self) -> bool:
+        return not self._is_held and (self._passes + 1) % self._every == 0
+
+    def _new_round(self) -> "Round":
+        return Round(self._weights(), self.group, self._dtype, self._overlap)
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -82,29 +102,13 @@ class GradientAverage:
         """
         if self._is_done:
             return
-        sent = [(bucket, *self._send(bucket)) for bucket in _buckets(self._weights())]
-        for bucket, had, flat, work in sent:
-            work.wait()
-            self._take(bucket, had, flat)
+        round_, self._round = self._round or self._new_round(), None
+        if round_.finish():
+            of_late = self._new_round()
+            of_late.finish()
+            of_late.take()
+        round_.take()
         self._is_done = True
-
-    def _send(self, bucket: list[SparseWeight]) -> tuple[list[bool], Tensor, "dist.Work"]:
-        """Start to sum the gradients of a bucket, and how many processes have one of each weight."""
-        leaf = bucket[0].leaf
-        had = [weight.leaf.grad is not None for weight in bucket]
-        parts = [w.leaf.new_zeros(len(w)) if w.leaf.grad is None else w.leaf.grad for w in bucket]
-        flags = torch.tensor(had, dtype=leaf.dtype).to(leaf.device, non_blocking=True)
-        flat = torch.cat([*parts, flags])
-        for weight in bucket:  # so that a gradient is held once
-            weight.leaf.grad = None
-        flat = flat if self._dtype is None else flat.to(self._dtype)
-        return had, flat, dist.all_reduce(flat, group=self.group, async_op=True)
-
-    def _take(self, bucket: list[SparseWeight], had: list[bool], flat: Tensor) -> None:
-        *parts, counts = flat.to(bucket[0].leaf.dtype).split([*map(len, bucket), len(bucket)])
-        for weight, is_here, part, count in zip(bucket, had, parts, counts, strict=True):
-            if is_here or bool(count):
-                weight.leaf.grad = part.div_(self.size)
 
 
 def is_shared(group: "dist.ProcessGroup | None" = None) -> bool:
@@ -159,20 +163,3 @@ def refuse_differences(facts: Mapping[str, object], group: "dist.ProcessGroup | 
 def _end_backward(average: GradientAverage | None) -> None:
     if average is not None:
         average.end_backward()
-
-
-def _buckets(weights: Sequence[SparseWeight]) -> Iterator[list[SparseWeight]]:
-    """Yield weights that are sent together: of one device and dtype, and not too many."""
-    kinds: dict[tuple, list[SparseWeight]] = {}
-    for weight in weights:
-        kinds.setdefault((str(weight.leaf.device), weight.leaf.dtype), []).append(weight)
-    for kind in kinds.values():
-        bucket: list[SparseWeight] = []
-        size = 0
-        for weight in kind:
-            if bucket and size + len(weight) > BUCKET:
-                yield bucket
-                bucket, size = [], 0
-            bucket.append(weight)
-            size += len(weight)
-        yield bucket

@@ -82,6 +82,8 @@ class SaraAdamW(TrainedModel, torch.optim.Optimizer):
         process_group: Processes over which they are averaged; by default all of them.
         communication_dtype: Of the gradients they send; float32 by default.
         accumulation_steps: Backward passes per update; processes send after the last one only.
+        overlap: Send gradients while backward goes on, which hides some of the sending behind it. At
+            its end the host waits for the averages.
 
     Raises:
         ValueError: Arguments out of range, nothing to train, a base with NaN, or processes that do
@@ -118,6 +120,7 @@ class SaraAdamW(TrainedModel, torch.optim.Optimizer):
         process_group: "torch.distributed.ProcessGroup | None" = None,
         communication_dtype: torch.dtype | None = None,
         accumulation_steps: int = 1,
+        overlap: bool = False,
     ):
         refuse_bad_options(
             betas, lr=lr or 0, eps=eps, weight_decay=weight_decay, low_rank_weight=low_rank_weight,
@@ -161,6 +164,7 @@ class SaraAdamW(TrainedModel, torch.optim.Optimizer):
                 process_group,
                 communication_dtype,
                 accumulation_steps,
+                overlap,
             )
             facts = {"trained weights": self.num_trainable, "threshold": self.threshold, "lr": lr}
             refuse_differences({**facts, "base": self.fingerprint}, process_group)

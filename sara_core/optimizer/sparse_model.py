@@ -58,14 +58,13 @@ class SparseModel:
         for name, parameter in self.parameters.items():
             parameter.requires_grad_(name in active or name == self._reduced)
             parameter.grad = None
-        self._hooks = [
-            weight.parameter.register_post_accumulate_grad_hook(_weak_hook(weight))
-            for weight in self.active
-        ]
-        if self._arrived is not None:
-            for weight in self.averaged:  # of those made in parts, only the leaf gets a gradient
-                for tensor in (weight.parameter, weight.leaf):
-                    self._hooks.append(tensor.register_post_accumulate_grad_hook(self._arrived))
+        averaged = set(map(id, self.averaged))
+        for weight in self.active:
+            arrived = self._arrived if id(weight) in averaged else None
+            hook = _weak_hook(weight, arrived)
+            self._hooks.append(weight.parameter.register_post_accumulate_grad_hook(hook))
+            if arrived is not None:  # of weights made in parts, only the leaf gets a gradient
+                self._hooks.append(weight.leaf.register_post_accumulate_grad_hook(arrived))
         by_parameter = {weight.parameter: weight for weight in self.active}
         self._hooks += [
             InParts(convolution, by_parameter[convolution.weight])
@@ -237,12 +236,15 @@ def entries_of(records: Sequence[Mapping]) -> dict[str, DeltaEntry]:
     return entries
 
 
-def _weak_hook(weight: SparseWeight) -> Callable[[Tensor], None]:
-    """Capture a parameter's gradient for as long as someone trains it."""
+def _weak_hook(
+    weight: SparseWeight, arrived: Callable[[Tensor], None] | None
+) -> Callable[[Tensor], None]:
+    """Capture a parameter's gradient for as long as someone trains it, and say so."""
     reference = weakref.ref(weight)
 
     def hook(parameter: Tensor) -> None:
-        if (alive := reference()) is not None:
-            alive.capture_gradient(parameter)
+        alive = reference()
+        if alive is not None and alive.capture_gradient(parameter) and arrived is not None:
+            arrived(parameter)
 
     return hook

@@ -107,15 +107,15 @@ class SparseWeight:
         self._refuse_other_parameter()
         return self.gather(held(self.parameter), index)
 
-    def capture_gradient(self, parameter: Tensor) -> None:
-        """Move the parameter's dense gradient, at the selected positions, to `leaf.grad`.
+    def capture_gradient(self, parameter: Tensor) -> bool:
+        """Move the parameter's dense gradient, at the selected positions, to `leaf.grad`, if it has one.
 
         The hook for `register_post_accumulate_grad_hook`: it runs once per backward pass as soon as
         this parameter's gradient is complete, so no two dense gradients need exist at a time.
         """
         gradient = parameter.grad
         if gradient is None:  # all of it went to the leaf already, see `convolution`
-            return
+            return False
         parameter.grad = None
         gradient = held(gradient)
         if gradient.is_sparse:
@@ -131,6 +131,7 @@ class SparseWeight:
             self.gradient = gathered
         else:
             sum_so_far.add_(gathered)
+        return True
 
     def update_target(self) -> Tensor:
         """Return what an optimizer is to change in place, `(k,)`, before `take_update_`.

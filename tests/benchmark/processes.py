@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-METHODS = ("sara", "sara-bfloat16", "ddp-lora", "ddp-dense")
+METHODS = ("sara", "sara-overlap", "sara-bfloat16", "ddp-lora", "ddp-dense")
 SIDE = 16  # of the latents; small, so that sending is not hidden behind the processor
 STEPS, WARM_UP = 5, 1
 
@@ -60,14 +60,15 @@ def prepared(method, net, sent):
 
         sent.count_calls()
         half = torch.bfloat16 if method.endswith("bfloat16") else None
-        optimizer = SaraAdamW(net, fraction=0.1, lr=1e-4, communication_dtype=half)
+        overlap = method.endswith("overlap")
+        optimizer = SaraAdamW(net, fraction=0.1, lr=1e-4, communication_dtype=half, overlap=overlap)
         return net, optimizer.num_trainable, optimizer.no_sync, optimizer.zero_grad
     trained = sum(p.numel() for p in net.parameters())
     if method == "ddp-lora":
         _, trained = peft_lora(net, {})
     wrapped = DistributedDataParallel(net, gradient_as_bucket_view=True)
     sent.count_buckets(wrapped)
-    return wrapped, trained, wrapped.no_sync, lambda: wrapped.zero_grad(set_to_none=True)
+    return wrapped, trained, wrapped.no_sync, lambda: wrapped.zero_grad(set_to_none=False)
 
 
 def work(method, size):

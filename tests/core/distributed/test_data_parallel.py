@@ -73,6 +73,33 @@ def test_only_what_trains_is_sent_once_a_step(left, name, size):
         assert 0 < (flat(left[name][0]) - exact).norm() < 0.02 * exact.norm()
 
 
+@pytest.mark.parametrize(
+    (
+        "name",
+        "options",
+        "early",
+        "in_all",
+    ),  # sent a step; of five buckets one without gradients holds others up
+    [
+        ("overlapped", {}, 2, 5),
+        ("overlapped_accumulated", {"passes": 3}, 2, 5),
+        ("overlapped_some", {"some": True}, 2, 5),
+        ("overlapped_late", {"make": training.Again}, 3, 4 + 4),
+        ("overlapped_late_in_some", {"make": training.Again, "some": True}, 3, 4 + 4),
+    ],
+)
+def test_gradients_sent_while_backward_goes_on_are_averaged_all_the_same(
+    left, name, options, early, in_all
+):
+    ranks = left[name]
+    assert_same_bits(ranks)
+    as_if = len(ranks) if options.get("some") else 1
+    assert_close(ranks[0], training.train(as_if=as_if, **options)[1])
+    for found in ranks:
+        assert found["early"] == early * training.STEPS
+        assert len(found["bytes"]) == in_all * training.STEPS
+
+
 def test_processes_train_apart_if_asked_to(left):
     first, second, *_ = left["apart"]
     assert not torch.equal(flat(first), flat(second))

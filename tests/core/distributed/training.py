@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from sara_core import SaraAdamW
-from sara_core.optimizer import convolution
+from sara_core.optimizer import averaging, convolution
 
 BATCH, STEPS, WIDTH = 8, 6, 16
 
@@ -47,7 +48,7 @@ def place():
 
 def train(
     passes=1, scaler=None, max_norm=0.0, spike_at=None, some=False, idle=False, held=False,
-    wrap=lambda net: net, divide=lambda net: net, parts=False, as_if=1, start=0, state=None, steps=STEPS, **options
+    make=Net, wrap=lambda net: net, divide=lambda net: net, parts=False, as_if=1, start=0, state=None, steps=STEPS, **options
 ):  # fmt: skip
     """Train on this process's share of each batch; returns the optimizer and what was seen.
 
@@ -59,6 +60,7 @@ def train(
         some: Only the first quarter of a batch goes through all layers.
         idle: The last process makes no pass in step 2.
         held: The script says itself which pass is the last.
+        make: Makes the model.
         wrap: What is called instead of the model, made of it.
         divide: Divides the model over processes, before the optimizer is made.
         parts: The gradient of the kernel is made in parts.
@@ -68,7 +70,7 @@ def train(
     """
     rank, size = place()
     torch.manual_seed(0)
-    net = divide(Net())
+    net = divide(make())
     convolution.PART_ON_CPU = 32 if parts else 1 << 20
     options = {"fraction": 0.3, "lr": 1e-2, "low_rank_weight": 0.0, **options}
     optimizer = SaraAdamW(net, **options)
@@ -118,20 +120,52 @@ def train(
     }
 
 
+class Again(Net):
+    """Goes through a layer twice, each time made again in backward: its gradient comes in two pieces."""
+
+    def __init__(self):
+        super().__init__()
+        del self.never  # a bucket without gradients would hold back those after it
+
+    def forward(self, x, through_all=True):
+        x = self.first(x).tanh()
+        for _ in range(2 if through_all else 1):
+            x = x + checkpoint(self.sometimes, x, use_reentrant=True)
+        x = self.kernel(x.view(-1, 2, 4, 4)).flatten(1)
+        return self.last(torch.cat([x, x.square()], 1))
+
+
 def sent(**options):
-    """Train, and tell how many bytes each process sent a step, beside how many weights it trained."""
-    sizes, original = [], dist.all_reduce
+    """Train, and tell how many bytes each process sent a step, beside how many weights it trained.
+
+    And how many times it did so before the end of a backward pass.
+    """
+    sizes, early, original, arrived = [], [], dist.all_reduce, averaging.Round.arrived
 
     def all_reduce(tensor, *args, **kwargs):
         sizes.append(tensor.nbytes)
         return original(tensor, *args, **kwargs)
 
-    dist.all_reduce = all_reduce
+    def arrived_and_counted(round_, tensor):
+        before = len(sizes)
+        arrived(round_, tensor)
+        early.append(len(sizes) - before)
+
+    dist.all_reduce, averaging.Round.arrived = all_reduce, arrived_and_counted
     try:
         optimizer, found = train(**options)
     finally:
-        dist.all_reduce = original
-    return found | {"bytes": sizes, "trained": optimizer.num_trainable}
+        dist.all_reduce, averaging.Round.arrived = original, arrived
+    return found | {"bytes": sizes, "early": sum(early), "trained": optimizer.num_trainable}
+
+
+def overlapped(**options):
+    """Train with buckets so small that most layers have their own, sent while backward goes on."""
+    averaging.BUCKET, bucket = 100, averaging.BUCKET
+    try:
+        return sent(overlap=True, **options)
+    finally:
+        averaging.BUCKET = bucket
 
 
 def other_base():
@@ -187,6 +221,11 @@ ALONE = {  # what one process cannot repeat
     "sent_accumulated": lambda: sent(passes=3, accumulation_steps=3),
     "other_base": other_base,
     "wrapped": wrapped,
+    "overlapped": overlapped,
+    "overlapped_accumulated": lambda: overlapped(passes=3, accumulation_steps=3),
+    "overlapped_some": lambda: overlapped(some=True),
+    "overlapped_late": lambda: overlapped(make=Again),
+    "overlapped_late_in_some": lambda: overlapped(make=Again, some=True),
 }
 
 
