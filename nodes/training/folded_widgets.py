@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from ...sara_core.optimizer.adam_moments import KINDS
-from ...sara_core.training.objective import LOSSES, WEIGHTINGS
+from ...sara_core.training.objective import LOSSES
 from ...sara_core.training.run_settings import COMPUTE_DTYPES, LORA_FILES, SAVE_DTYPES, RunSettings
 from ..inputs import strength_input
 
@@ -146,30 +146,5 @@ def saving_inputs() -> list:
             "preview_strength",
             SETTINGS.preview_strength,
             "Strength of what was learned so far in the previews, as in Apply SaRA.",
-        ),
-    ]
-
-
-def weighting_inputs() -> list:
-    """What the noise levels count; last, as saved workflows keep optional widgets by their place."""
-    return [
-        io.Combo.Input(
-            "loss_weighting",
-            options=list(WEIGHTINGS),
-            default=SETTINGS.loss_weighting,
-            optional=True,  # workflows in API form from before it was there
-            tooltip="What the noise levels count. none counts all as the family does; min_snr counts low "
-            "noise less, so that detail disturbs coarse shapes less; debiased counts high noise more. Both "
-            "are for epsilon and v models above all. Validation is not weighted.",
-        ),
-        io.Float.Input(
-            "snr_gamma",
-            default=SETTINGS.snr_gamma,
-            min=0.001,
-            max=1000.0,
-            step=0.001,
-            optional=True,
-            tooltip="Of min_snr: the ratio of signal to noise above which a noise level counts less. "
-            "Smaller values have more effect; 5 is usual.",
         ),
     ]

@@ -11,8 +11,8 @@ from .folded_widgets import (
     memory_inputs,
     saving_inputs,
     validation_inputs,
-    weighting_inputs,
 )
+from .noise_widgets import noise_inputs, weighting_inputs
 
 NEW_RUN = "new run"
 
@@ -30,6 +30,7 @@ def training_inputs() -> list:
                 *validation_inputs(),
                 *saving_inputs(),
                 *weighting_inputs(),
+                *noise_inputs(),
             ]
         ),
     ]

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..optimizer.learning_rate import SCHEDULES
+from .noise_levels import DISTRIBUTIONS
 from .objective import LOSSES, WEIGHTINGS
 
 
@@ -49,6 +50,13 @@ class TrainConfig:
         loss_function: One of `objective.LOSSES`.
         loss_weighting: What each noise level counts, one of `objective.WEIGHTINGS`.
         snr_gamma: Of `min_snr`, above 0.
+        timestep_distribution: How noise levels are drawn, one of `noise_levels.DISTRIBUTIONS`.
+        logit_mean: See `NoiseLevels`.
+        logit_std: See `NoiseLevels`.
+        lowest_noise: See `NoiseLevels`.
+        highest_noise: See `NoiseLevels`.
+        noise_offset: Standard deviation of noise that is the same in all of a channel, added to the
+            other, so that pictures brighter and darker than most are learned; 0 is off.
         caption_dropout: Share of captions replaced by the empty one, in `[0, 1]`.
         seed: Of everything random in the run.
         regularisation_weight: Of the loss on regularisation pictures, beside 1 for the others.
@@ -67,6 +75,12 @@ class TrainConfig:
     loss_function: str = "mse"
     loss_weighting: str = "none"
     snr_gamma: float = 5.0
+    timestep_distribution: str = "family"
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    lowest_noise: float = 0.0
+    highest_noise: float = 1.0
+    noise_offset: float = 0.0
     caption_dropout: float = 0.0
     seed: int = 0
     regularisation_weight: float = 1.0
@@ -75,8 +89,17 @@ class TrainConfig:
         check_least(
             self, steps=1, batch_size=1, grad_accumulation_steps=1, warmup_steps=0,
             schedule_start=0, max_grad_norm=0, seed=0, regularisation_weight=0, snr_gamma=1e-3,
+            logit_mean=-float("inf"), logit_std=1e-3, noise_offset=0,
         )  # fmt: skip
         if self.schedule_start >= self.steps:
             raise ValueError(f"schedule_start is {self.schedule_start}, after the last step")
-        check_share(self, "caption_dropout")
-        check_choice(self, lr_schedule=SCHEDULES, loss_function=LOSSES, loss_weighting=WEIGHTINGS)
+        check_share(self, "caption_dropout", "lowest_noise", "highest_noise")
+        if self.lowest_noise >= self.highest_noise:
+            raise ValueError(
+                f"lowest_noise is {self.lowest_noise!r} and highest_noise {self.highest_noise!r}; "
+                "expected the lowest below the highest"
+            )
+        check_choice(
+            self, lr_schedule=SCHEDULES, loss_function=LOSSES, loss_weighting=WEIGHTINGS,
+            timestep_distribution=DISTRIBUTIONS,
+        )  # fmt: skip

@@ -64,6 +64,15 @@ class NoiseSchedule:
             return self.to_sigma(torch.sigmoid(normal))
         return torch.exp(EDM_LOG_MEAN + EDM_LOG_STD * normal)
 
+    def sigma_at(self, share: float) -> float:
+        """Return the noise level at a share of noise in `[0, 1)`.
+
+        That is sigma itself in a flow; else the place among the timesteps.
+        """
+        if self.prediction == "flow":
+            return share
+        return self.to_sigma(torch.tensor([share])).item()
+
     def add_noise(self, latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
         """Mix latents `(B, ...)` and unit noise `(B, ...)` at sigma `(B,)`."""
         sigma = _over(sigma, latents)

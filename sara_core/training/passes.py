@@ -6,6 +6,7 @@ from torch import Tensor
 from . import weight_casts
 from .config import TrainConfig
 from .in_place_changes import changes_allowed, changes_saved_tensors
+from .noise_levels import NoiseLevels
 from .task import TrainingTask
 from .to_device import send
 
@@ -31,29 +32,49 @@ class Passes:
     ):
         self.task, self._config, self._scaler = task, config, scaler
         self._most = config.batch_size
+        self._family_levels, self._levels = (
+            NoiseLevels(
+                task.schedule, distribution, config.logit_mean, config.logit_std,
+                config.lowest_noise, config.highest_noise,
+            )
+            for distribution in ("family", config.timestep_distribution)
+        )  # fmt: skip
         self.in_place = False
         self.num_parts = 1
 
     def look_for_in_place_changes(self) -> None:
         """Set `in_place`, by one forward pass over one picture."""
-        draw = self.draw([self.task.training[0]], torch.Generator(), 0.0)
+        draw = self.draw([self.task.training[0]], torch.Generator())
         self.in_place = changes_saved_tensors(lambda: self.losses(*draw).mean())
 
     def draw(
         self,
         pictures: list[int],
         generator: torch.Generator,
-        dropout: float,
+        to_learn: bool = False,
         mine: slice = slice(None),
     ) -> tuple:
-        """Draw what a batch is trained at, for all of its pictures; returns it for those asked for."""
+        """Draw what the model is asked about a batch, for all of its pictures.
+
+        Args:
+            pictures: The batch.
+            generator: Of all that is random.
+            to_learn: Draw as the run is set to; else the family's noise levels, no captions dropped.
+            mine: Pictures that it is returned for.
+        """
         own, count = pictures[mine], len(pictures)
         latents = self.task.latents(own or pictures[:1])
-        sigma = self.task.schedule.draw_sigma(count, generator)[mine]
-        noise = torch.randn((count, *latents.shape[1:]), generator=generator)[mine]
-        dropped = (torch.rand(count, generator=generator) < dropout)[mine]
+        shape = (count, *latents.shape[1:])
+        sigma = (self._levels if to_learn else self._family_levels).draw(count, generator)
+        noise = torch.randn(shape, generator=generator)
+        dropout = self._config.caption_dropout if to_learn else 0.0
+        dropped = torch.rand(count, generator=generator) < dropout
+        if to_learn and self._config.noise_offset:
+            offset = torch.randn((*shape[:2], *[1] * len(shape[2:])), generator=generator)
+            noise = noise.add_(offset, alpha=self._config.noise_offset)
         device = latents.device
-        return own, latents[: len(own)], send(sigma, device), send(noise, device), dropped.tolist()
+        parts = send(sigma[mine], device), send(noise[mine], device)
+        return own, latents[: len(own)], *parts, dropped[mine].tolist()
 
     def losses(self, pictures, latents, sigma, noise, dropped) -> Tensor:
         """Return the loss of each picture of what `draw` returned, not weighted."""

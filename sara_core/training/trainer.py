@@ -159,7 +159,7 @@ class TrainingRun:
         try:
             device = self.task.latents(pictures[:1]).device
             with LiveBytes(device) as live, self.optimizer.no_sync():
-                self.passes.backward(self.passes.draw(pictures, torch.Generator(), 0.0), 1.0)
+                self.passes.backward(self.passes.draw(pictures, torch.Generator()), 1.0)
         finally:
             self.optimizer.zero_grad()
         return live.peak
@@ -177,7 +177,7 @@ class TrainingRun:
         generator = torch.Generator().manual_seed(VALIDATION_SEED)
         with torch.no_grad():
             losses = [
-                self.passes.total_loss(self.passes.draw(batch, generator, 0.0))
+                self.passes.total_loss(self.passes.draw(batch, generator))
                 for batch in batches * VALIDATION_DRAWS
             ]
         count = len(losses) and len(self.task.validation) * VALIDATION_DRAWS
@@ -269,7 +269,7 @@ class TrainingRun:
             for order, weight, sums in zip(self._orders, weights, losses, strict=False):
                 batch = next(order)
                 mine = self.processes.share(len(batch))
-                draw = self.passes.draw(batch, self._generator, self.config.caption_dropout, mine)
+                draw = self.passes.draw(batch, self._generator, True, mine)
                 part = len(draw[0]) / len(batch)
                 weight_of_part = weight * part / self.config.grad_accumulation_steps
                 with self.optimizer.no_sync():

@@ -1,7 +1,11 @@
 """Noise, losses and calls in this process, against ComfyUI's own model classes."""
 
+import math
+
 import pytest
 import torch
+
+from sara_core.training.noise_levels import NoiseLevels
 
 from .builders import pairs, raw_output
 
@@ -93,6 +97,21 @@ def test_every_parametrisation_agrees_with_comfyuis_denoiser(
     near = model_sampling.calculate_denoised(sigma, other, noisy)
     found = schedule.loss(near, x0, sigma)
     assert torch.allclose(found.double(), (other - out).square().flatten(1).mean(1), rtol=1e-3)
+    for levels in ("family", "uniform", "logit_normal"):
+        sigma = NoiseLevels(schedule, levels, lowest=0.25, highest=0.5).draw(
+            500, torch.Generator().manual_seed(1)
+        )
+        share = {  # of noise, as the model is told it
+            "ModelSamplingDiscrete": lambda s: model_sampling.timestep(s) / 1000,
+            "ModelSamplingContinuousEDM": lambda s: (
+                (s.log() - math.log(model_sampling.sigma_min))
+                / math.log(model_sampling.sigma_max / model_sampling.sigma_min)
+            ),
+            "ModelSamplingFlux": lambda s: model_sampling.timestep(s),
+            "ModelSamplingCosmosRFlow": lambda s: s / (s + 1),
+        }[table](sigma)
+        assert 0.249 < share.min() < 0.3
+        assert 0.45 < share.max() < 0.501
 
 
 def test_a_sampling_that_cannot_be_trained_is_refused(sd15, sara):

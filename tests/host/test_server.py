@@ -31,7 +31,8 @@ INPUTS = {  # public: saved workflows depend on every name
     "loss_function caption_dropout regularisation_weight gradient_checkpointing training_dtype "
     "validation_split validate_every_steps keep_checkpoints save_dtype trigger_words "
     "preview_strength empty more_steps allow_other_prediction offloading moments keep_state lora_file "
-    "loss_weighting snr_gamma masks regularisation_latents regularisation_positive preview",
+    "loss_weighting snr_gamma timestep_distribution logit_mean logit_std lowest_noise highest_noise "
+    "noise_offset masks regularisation_latents regularisation_positive preview",
     "SaraSampling": "vae positive negative seed steps cfg sampler_name scheduler latent previous",
     "SaraLoadCheckpoints": "run",
     "SaraCompare": "model sampling deltas strengths deltas_2 deltas_3 deltas_4",

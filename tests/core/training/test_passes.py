@@ -12,7 +12,7 @@ from .small_run import make
 def test_the_loss_of_a_batch_is_weighted_and_that_of_validation_is_not(num_parts):
     _, plain = make(lambda count: None)
     _, weighted = make(lambda count: None, loss_weighting="min_snr", snr_gamma=0.5)
-    draw = plain.passes.draw([0, 1, 2], torch.Generator().manual_seed(3), 0.0)
+    draw = plain.passes.draw([0, 1, 2], torch.Generator().manual_seed(3))
     losses, sigma = plain.passes.losses(*draw).detach(), draw[2]
     snr = (
         (1 - sigma) / sigma
@@ -31,10 +31,38 @@ def test_a_share_without_pictures_leaves_a_scaler_that_can_unscale():
     _, run = make()
     scaler = torch.amp.GradScaler("cpu", 4.0)
     passes = Passes(run.task, run.config, scaler)
-    draw = passes.draw([0, 1, 2], torch.Generator(), 0.0, slice(0, 0))
+    draw = passes.draw([0, 1, 2], torch.Generator(), mine=slice(0, 0))
     assert float(passes.backward(draw, 1.0)) == 0.0
     assert scaler.get_scale() == 4.0
     leaf = torch.nn.Parameter(torch.ones(2))
     leaf.grad = torch.full((2,), 8.0)
     scaler.unscale_(torch.optim.SGD([leaf], 0.1))
     assert leaf.grad.tolist() == [2.0, 2.0]
+
+
+def test_what_is_learned_is_drawn_as_set_and_what_is_measured_as_the_family_does():
+    settings = {
+        "timestep_distribution": "logit_normal", "logit_mean": 2.0, "lowest_noise": 0.3,
+        "noise_offset": 0.5, "caption_dropout": 1.0,
+    }  # fmt: skip
+    _, run = make(**settings)
+    _, plain = make()
+    run.task.pictures = plain.task.pictures = [torch.zeros(1, 2, 1, 400)] * 7
+    pictures = [0, 1, 2] * 200
+
+    def drawn(which, **options):
+        return which.passes.draw(pictures, torch.Generator().manual_seed(0), **options)
+
+    _, _, sigma, noise, dropped = drawn(run, to_learn=True)
+    assert sigma.min() >= 0.3
+    assert all(dropped)
+    means = noise.mean(3).flatten()  # of noise that is the same in a channel, and of 400 numbers
+    assert means.std().item() == pytest.approx((0.25 + 1 / 400) ** 0.5, rel=0.05)
+    assert (noise - noise.mean(3, keepdim=True)).std().item() == pytest.approx(1, rel=0.01)
+    _, _, measured, own_noise, kept = drawn(run)
+    assert 0.3 <= measured.min() < measured.median() < sigma.median() - 0.2
+    assert not any(kept)
+    assert own_noise.mean(3).std() < 0.06
+    _, family = make(lowest_noise=0.3)
+    family.task.pictures = plain.task.pictures
+    assert torch.equal(drawn(family)[2], measured)
