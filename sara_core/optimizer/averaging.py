@@ -1,5 +1,6 @@
 """One averaging of flat gradients over processes: in buckets, all of them at once or as they fill up."""
 
+import threading
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -51,16 +52,18 @@ class Round:
             for tensor in (weight.parameter, weight.leaf)
         }
         self._sent: list[Sent] = []
+        self._lock = threading.Lock()  # each device has its own thread in backward
         self._is_late = False
 
     @torch.no_grad()
     def arrived(self, tensor: Tensor) -> None:
         """Send the buckets that are full now that a parameter or leaf has got its gradient."""
         number, parameter = self._places[id(tensor)]
-        self._missing[number].discard(parameter)
-        self._is_late = self._is_late or number < len(self._sent)
-        while len(self._sent) < len(self._buckets) - 1 and not self._missing[len(self._sent)]:
-            self._send(self._buckets[len(self._sent)])
+        with self._lock:
+            self._missing[number].discard(parameter)
+            self._is_late = self._is_late or number < len(self._sent)
+            while len(self._sent) < len(self._buckets) - 1 and not self._missing[len(self._sent)]:
+                self._send(self._buckets[len(self._sent)])
 
     def finish(self) -> bool:
         """Send what is left and wait for all; returns whether a gradient came late in any process."""

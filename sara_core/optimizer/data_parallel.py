@@ -43,15 +43,18 @@ class GradientAverage:
         every: int = 1,
         overlap: bool = False,
     ):
-        self._weights, self.group, self._dtype, self._every = weights, group, dtype, every
+        self._weights, self._group, self._dtype, self._every = weights, group, dtype, every
         self._overlap = overlap
-        self.size = dist.get_world_size(group)
-        self._is_held = self._is_queued = False
+        if overlap:  # others may exchange something within backward, too, in an order of their own
+            ranks = dist.get_process_group_ranks(group)
+            own = dist.new_group(ranks, use_local_synchronization=True)
+            self._group = own if isinstance(own, dist.ProcessGroup) else None
+        self._is_held = False
         self.forget()
 
     def forget(self) -> None:
         """Begin anew, with no gradients."""
-        self._passes, self._is_done = 0, False
+        self._passes, self._is_done, self._is_queued = 0, False, False
         self._round: Round | None = None
 
     def arrived(self, tensor: Tensor) -> None:
@@ -71,8 +74,14 @@ class GradientAverage:
             self._round.arrived(tensor)
 
     def end_backward(self) -> None:
-        """Average if this was the last pass before an update."""
+        """Average if this was the last pass before an update.
+
+        A pass within a pass, as reentrant checkpoints make them, is none of its own; if all gradients come
+        within such, they are averaged when the update is made.
+        """
         self._is_queued = False
+        if torch._C._current_autograd_node() is not None:
+            return
         is_last = self._is_last_pass()
         self._passes += 1
         if is_last:
@@ -82,7 +91,7 @@ class GradientAverage:
         return not self._is_held and (self._passes + 1) % self._every == 0
 
     def _new_round(self) -> "Round":
-        return Round(self._weights(), self.group, self._dtype, self._overlap)
+        return Round(self._weights(), self._group, self._dtype, self._overlap)
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:

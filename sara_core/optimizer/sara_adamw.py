@@ -132,7 +132,7 @@ class SaraAdamW(TrainedModel, torch.optim.Optimizer):
         reshard(model)
         parameters = choose_parameters(model, include, exclude, biases_and_norms)
         refuse_untrainable_dtypes(parameters)
-        refuse_other_divisions(parameters)
+        refuse_other_divisions(model, parameters)
         selection = select(
             parameters,
             threshold=threshold,
@@ -153,12 +153,18 @@ class SaraAdamW(TrainedModel, torch.optim.Optimizer):
         self.num_steps = 0
         self.stage = 1
         self.low_rank_loss: Tensor | None = None
-        self._low_rank_added = False
+        self._low_rank_added = self._has_updated = False
         self.generator = torch.Generator().manual_seed(seed)
         self.fingerprint = take_fingerprint(parameters, selection.index)
         self._weights = SparseModel(model, selection.index)
         self._average = None
         if distributed and is_shared(process_group):
+            facts = {
+                "trained weights": self.num_trainable, "threshold": self.threshold, "lr": lr, "seed": seed,
+                "communication_dtype": str(communication_dtype), "overlap": overlap,
+                "accumulation_steps": accumulation_steps,
+            }  # fmt: skip
+            refuse_differences({**facts, "base": self.fingerprint}, process_group)
             self._average = GradientAverage(
                 lambda: self._weights.averaged,
                 process_group,
@@ -166,8 +172,6 @@ class SaraAdamW(TrainedModel, torch.optim.Optimizer):
                 accumulation_steps,
                 overlap,
             )
-            facts = {"trained weights": self.num_trainable, "threshold": self.threshold, "lr": lr}
-            refuse_differences({**facts, "base": self.fingerprint}, process_group)
             self._weights.share(self._average.arrived)
         super().__init__(
             self.parameters(), {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
@@ -227,8 +231,9 @@ class SaraAdamW(TrainedModel, torch.optim.Optimizer):
         self.add_low_rank_gradient_()
         if self.max_grad_norm:
             clip_(self.parameters(), self.max_grad_norm)
-        if all(leaf.grad is None for leaf in self.parameters()):
+        if any(leaf.grad is None for leaf in self.parameters()) and not self._has_updated:
             self._weights.refuse_replaced()
+        self._has_updated = True
         update_(
             self._weights.active, self.state, self.param_groups[0], self.num_steps, self.moments
         )

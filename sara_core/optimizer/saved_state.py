@@ -50,6 +50,7 @@ def _refuse_unsound_moments(state_dict: dict) -> None:
     sound = (
         len(groups) == 1
         and groups[0].get("params") == list(range(len(lengths)))
+        and groups[0].keys() >= {"lr", "betas", "eps", "weight_decay"}
         and isinstance(states, dict)
         and all(str(place).isdecimal() for place in states)
         and all(
@@ -58,6 +59,8 @@ def _refuse_unsound_moments(state_dict: dict) -> None:
         )
     )
     if not sound:
-        raise ValueError("the saved state is damaged: its moments do not fit its trained weights")
+        raise ValueError(
+            "the saved state is damaged: its moments do not fit its trained weights, or its rates are missing"
+        )
     if any(map(adam_moments.is_packed, moments_by_place(state_dict).values())):
         adam_moments.refuse_unusable("8bit")

@@ -60,7 +60,7 @@ class SparseModel:
             parameter.grad = None
         averaged = set(map(id, self.averaged))
         for weight in self.active:
-            arrived = self._arrived if id(weight) in averaged else None
+            arrived = _weakly(self._arrived) if id(weight) in averaged else None
             hook = _weak_hook(weight, arrived)
             self._hooks.append(weight.parameter.register_post_accumulate_grad_hook(hook))
             if arrived is not None:  # of weights made in parts, only the leaf gets a gradient
@@ -85,7 +85,11 @@ class SparseModel:
             arrived: Called within backward for each weight whose gradient has come.
         """
         selected = {weight.name for weight in self.active}
-        others = [n for n, p in self.parameters.items() if p.dim() < 2 and n not in selected]
+        others = [
+            name
+            for name, parameter in self.parameters.items()
+            if parameter.dim() < 2 and name not in selected and not is_sharded(parameter)
+        ]
         self._arrived, self._reduced = arrived, others[-1] if others else None
         setattr(self.module, IGNORED_BY_DDP, sorted(selected))
         self.attach()
@@ -234,6 +238,19 @@ def entries_of(records: Sequence[Mapping]) -> dict[str, DeltaEntry]:
             index, values = index[order], values[order]
         entries[name] = DeltaEntry(index, values, tuple(found[0]["shape"]))
     return entries
+
+
+def _weakly(act: Callable[[Tensor], None] | None) -> Callable[[Tensor], None] | None:
+    """Call a method for as long as its object is there."""
+    if act is None:
+        return None
+    reference = weakref.WeakMethod(act)
+
+    def call(tensor: Tensor) -> None:
+        if (alive := reference()) is not None:
+            alive(tensor)
+
+    return call
 
 
 def _weak_hook(

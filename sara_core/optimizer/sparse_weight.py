@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from ..weights import at_positions
 from ..weights.at_positions import index_dtype
-from ..weights.shards import Shard, held, total
+from ..weights.shards import Shard, held, refuse_other_division, total
 
 GAP_DTYPES = (torch.uint8, torch.int16, torch.int32)
 
@@ -117,6 +117,7 @@ class SparseWeight:
         if gradient is None:  # all of it went to the leaf already, see `convolution`
             return False
         parameter.grad = None
+        refuse_other_division(self.name, parameter, gradient)
         gradient = held(gradient)
         if gradient.is_sparse:
             gradient = gradient.to_dense()

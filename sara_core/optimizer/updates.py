@@ -39,7 +39,10 @@ def clip_(leaves: Sequence[nn.Parameter], max_norm: float) -> None:
     if len(groups) == 1:
         nn.utils.clip_grad_norm_(leaves, max_norm)
         return
-    norms = [nn.utils.clip_grad_norm_(group, float("inf")) for group in groups.values()]
+    norms = [
+        nn.utils.get_total_norm([leaf.grad for leaf in group if leaf.grad is not None])
+        for group in groups.values()
+    ]
     whole = [norm.full_tensor() if is_sharded(norm) else norm for norm in norms]  # type: ignore[attr-defined]
     total_norm = torch.linalg.vector_norm(torch.stack([n.to(whole[0].device) for n in whole]))
     factor = (max_norm / (total_norm + 1e-6)).clamp(max=1.0)  # as torch does it

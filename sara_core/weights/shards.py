@@ -137,20 +137,26 @@ def reshard(module: nn.Module) -> None:
 
     A change of weights shows in the next pass then, and the module shows the weights as they are divided.
     """
-    kind: Any = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
-    for part in module.modules() if kind else ():
-        if isinstance(part, kind):
-            part.reshard()
+    for part in _divided_modules(module).values():
+        part.reshard()
 
 
-def refuse_other_divisions(parameters: dict[str, Any]) -> None:
+def refuse_other_divisions(module: nn.Module, parameters: dict[str, Any]) -> None:
     """Raise if weights are divided in another way than `fully_shard` does it by default.
+
+    Args:
+        module: The model.
+        parameters: Of it, by name.
 
     Raises:
         ValueError: Naming the first.
     """
-    for name, weight in parameters.items():
-        dims = _sharded_dims(weight) if is_sharded(weight) else {}
+    divided = {name: weight for name, weight in parameters.items() if is_sharded(weight)}
+    prefixes = [
+        f"{name}." if name else "" for name in (_divided_modules(module) if divided else ())
+    ]
+    for name, weight in divided.items():
+        dims = _sharded_dims(weight)
         plain = all(type(weight.placements[at]).__name__ == "Shard" for at in dims)
         if len(dims) > 1 or any(dims.values()) or not plain:
             raise ValueError(
@@ -158,6 +164,36 @@ def refuse_other_divisions(parameters: dict[str, Any]) -> None:
                 "weights that are divided by rows over one dimension of the mesh, as fully_shard does "
                 "without a shard_placement_fn"
             )
+        if not name.startswith(tuple(prefixes)):
+            raise ValueError(
+                f"parameter {name!r} is a DTensor that fully_shard (of torch 2.6 or later) has not made for "
+                "this module or a part of it; give SaraAdamW the module that fully_shard was called with. "
+                "Tensor parallelism alone cannot be trained"
+            )
+        if held(weight).device.type != weight.device_mesh.device_type:
+            raise ValueError(
+                f"parameter {name!r} waits on the {held(weight).device.type}, away from the devices it is "
+                "divided over; weights under a CPUOffloadPolicy cannot be trained"
+            )
+
+
+def refuse_other_division(name: str, weight: Any, gradient: Any) -> None:
+    """Raise if a weight's gradient is divided in another way than the weight.
+
+    Raises:
+        RuntimeError: It is.
+    """
+    if is_sharded(gradient) and gradient.placements != weight.placements:
+        raise RuntimeError(
+            f"the gradient of parameter {name!r} is divided over processes by {gradient.placements}, the "
+            f"parameter by {weight.placements}; train models that fully_shard has divided"
+        )
+
+
+def _divided_modules(module: nn.Module) -> dict[str, Any]:
+    """Return the parts of a module that `fully_shard` was called with, by name."""
+    kind: Any = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
+    return {name: part for name, part in module.named_modules() if kind and isinstance(part, kind)}
 
 
 def _sharded_dims(weight: Any) -> dict[int, int | None]:

@@ -15,9 +15,10 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import Shard, distribute_module
 
 from sara_core import SaraAdamW
+from sara_core.optimizer.updates import clip_
 
 from .training import BATCH, Net, train
 
@@ -71,6 +72,42 @@ def too_late():
     net = Net()
     optimizer = SaraAdamW(net, fraction=0.3, lr=1e-2)
     first_step(divided(net), optimizer)
+
+
+def in_part_too_late():
+    """Divide a part of the model after the optimizer was made."""
+    net = Net()
+    optimizer = SaraAdamW(net, fraction=0.3, lr=1e-2)
+    fully_shard(net.first)
+    first_step(net, optimizer)
+
+
+def of_a_part():
+    """Train a part of what was divided as a whole."""
+    container = torch.nn.Sequential(Net())
+    fully_shard(container)
+    SaraAdamW(container[0], fraction=0.3)
+
+
+def without_fully_shard():
+    """Train weights that are divided, or held by all, in another way."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    net = distribute_module(Net(), mesh)
+    SaraAdamW(net, fraction=0.3)
+
+
+def infinite():
+    """Clip gradients of which one is infinite, where the model is divided in part."""
+    net = divided(make_net(), ignored=lambda net: {net.kernel.weight})
+    optimizer = SaraAdamW(net, fraction=0.3, lr=1e-2)
+    leaves = optimizer.parameters()
+    for leaf in leaves:
+        leaf.grad = torch.ones_like(leaf)
+    part = leaves[0].grad.to_local()
+    part[: dist.get_rank() == 0] = float("inf")
+    clip_(leaves, 1.0)
+    parts = [leaf.grad.to_local() if hasattr(leaf, "device_mesh") else leaf.grad for leaf in leaves]
+    return {"nan": [int(part.isnan().sum()) for part in parts]}
 
 
 def there_and_back():
@@ -193,6 +230,10 @@ ALONE = {
         lambda: SaraAdamW(divided(Net(), shard_placement_fn=by_columns), 0.1)
     ),
     "too_late": lambda folder: refused(too_late),
+    "in_part_too_late": lambda folder: refused(in_part_too_late),
+    "of_a_part": lambda folder: refused(of_a_part),
+    "without_fully_shard": lambda folder: refused(without_fully_shard),
+    "infinite": lambda folder: infinite(),
     "saved": lambda folder: saved(folder, 2, **RUN),
 }
 

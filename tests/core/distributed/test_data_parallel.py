@@ -100,6 +100,29 @@ def test_gradients_sent_while_backward_goes_on_are_averaged_all_the_same(
         assert len(found["bytes"]) == in_all * training.STEPS
 
 
+def test_other_meetings_of_processes_within_backward_do_not_get_in_the_way(left):
+    ranks = left["overlapped_met"]
+    assert_same_bits(ranks)
+    assert_close(ranks[0], training.train(make=training.Met, some=True, as_if=len(ranks))[1])
+
+
+def test_passes_within_a_pass_are_none_of_their_own(left):
+    assert_same_bits(left["nested"])
+    assert_close(left["nested"][0], training.train(make=training.Nested, passes=2)[1])
+    assert {len(found["bytes"]) for found in left["nested"]} == {training.STEPS}
+
+
+def test_gradients_are_averaged_after_a_pass_that_was_broken_off(left):
+    first, *others = [found["gradients"] for found in left["broken_off"]]
+    assert len(first) == 4
+    for other in others:
+        assert all(map(torch.equal, first, other))
+
+
+def test_an_optimizer_that_was_let_go_of_lets_the_model_be(left):
+    assert {found["trained"] for found in left["dropped"]} == {left["plain"][0]["stages"][0]}
+
+
 def test_processes_train_apart_if_asked_to(left):
     first, second, *_ = left["apart"]
     assert not torch.equal(flat(first), flat(second))

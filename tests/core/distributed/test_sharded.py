@@ -10,7 +10,10 @@ from .torchrun import assert_same_bits, flat, torchrun
 if not dist.is_available():
     pytest.skip("torch without torch.distributed", allow_module_level=True)
 
-from . import sharded
+if not hasattr(pytest.importorskip("torch.distributed.fsdp"), "fully_shard"):
+    pytest.skip("torch before 2.6", allow_module_level=True)
+
+from . import sharded  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
@@ -104,8 +107,18 @@ def test_other_divisions_and_late_ones_are_refused(left):
             "ValueError: parameter 'first.weight' is divided over processes by (Shard"
             in found["error"]
         )
-    for found in left["too_late"]:
+    for found in (*left["too_late"], *left["in_part_too_late"]):
         assert "'first.weight' is not the one SaraAdamW was made for" in found["error"]
+    for found in (*left["of_a_part"], *left["without_fully_shard"]):
+        assert (
+            "ValueError: parameter 'first.weight' is a DTensor that fully_shard" in found["error"]
+        )
+
+
+def test_clipping_an_infinite_gradient_ruins_no_other(left):
+    assert [sum(found["nan"]) for found in left["infinite"]] == [1] + [0] * (
+        len(left["infinite"]) - 1
+    )
 
 
 def test_a_run_goes_on_from_a_distributed_checkpoint_in_another_number_of_processes(tmp_path):

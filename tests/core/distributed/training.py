@@ -135,6 +135,73 @@ class Again(Net):
         return self.last(torch.cat([x, x.square()], 1))
 
 
+class Nested(Net):
+    """Has all of its layers made again in backward, within passes of their own."""
+
+    def __init__(self):
+        super().__init__()
+        del self.never
+
+    def forward(self, x, through_all=True):
+        x = checkpoint(self.first, x.requires_grad_(), use_reentrant=True).tanh()
+        x = x + checkpoint(self.sometimes, x, use_reentrant=True)
+        x = checkpoint(self.kernel, x.view(-1, 2, 4, 4), use_reentrant=True).flatten(1)
+        return checkpoint(self.last, torch.cat([x, x.square()], 1), use_reentrant=True)
+
+
+class Meeting(torch.autograd.Function):
+    """Has all processes meet within backward, as synchronised batch norms do."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        if dist.is_initialized():
+            dist.all_reduce(torch.ones(3))
+        return gradient
+
+
+class Met(Net):
+    """Meets other processes behind a layer that only some pictures go through."""
+
+    def forward(self, x, through_all=True):
+        x = self.first(x).tanh()
+        if through_all:
+            x = x + self.sometimes(x)
+        x = self.kernel(Meeting.apply(x).view(-1, 2, 4, 4)).flatten(1)
+        return self.last(torch.cat([x, x.square()], 1))
+
+
+def broken_off():
+    """Train after a backward pass that an error has ended."""
+    net = Net()
+    optimizer = SaraAdamW(net, fraction=0.3, lr=1e-2)
+
+    def fail(gradient):
+        raise ArithmeticError("within backward")
+
+    x = net.first(torch.ones(1, WIDTH))
+    x.register_hook(fail)
+    try:
+        net.last(torch.cat([net.kernel(x.view(-1, 2, 4, 4)).flatten(1)] * 2, 1)).sum().backward()
+    except ArithmeticError:
+        optimizer.zero_grad()
+    rank, _ = place()
+    net(torch.full((1, WIDTH), float(rank))).sum().backward()
+    return {"gradients": [leaf.grad for leaf in optimizer.parameters() if leaf.grad is not None]}
+
+
+def dropped():
+    """Make another optimizer after the first was let go of."""
+    net = Net()
+    optimizer = SaraAdamW(net, fraction=0.3)
+    del optimizer
+    gc.collect()
+    return {"trained": SaraAdamW(net, fraction=0.3).num_trainable}
+
+
 def sent(**options):
     """Train, and tell how many bytes each process sent a step, beside how many weights it trained.
 
@@ -225,6 +292,10 @@ ALONE = {  # what one process cannot repeat
     "overlapped_accumulated": lambda: overlapped(passes=3, accumulation_steps=3),
     "overlapped_some": lambda: overlapped(some=True),
     "overlapped_late": lambda: overlapped(make=Again),
+    "overlapped_met": lambda: overlapped(make=Met, some=True),
+    "nested": lambda: sent(make=Nested, passes=2, accumulation_steps=2),
+    "broken_off": broken_off,
+    "dropped": dropped,
     "overlapped_late_in_some": lambda: overlapped(make=Again, some=True),
 }
 

@@ -64,6 +64,8 @@ def break_state(state, how):
         del own["generator"]
     elif how == "no groups":
         state["param_groups"] = []
+    elif how == "no rates":
+        del state["param_groups"][0]["betas"]
     elif how == "no moments":
         del state["state"]
     elif how == "out of range":
@@ -86,6 +88,7 @@ def break_state(state, how):
         ("unsorted", "do not belong together"),
         ("short", "moments do not fit"),
         ("moments", "moments do not fit"),
+        ("no rates", "rates are missing"),
     ],
 )
 def test_a_damaged_state_changes_nothing(how, message):
