@@ -5,7 +5,6 @@ usage: torchrun --nproc-per-node N -m tests.core.distributed.sharded FOLDER SCEN
 Each process leaves FOLDER/SCENARIO_RANK.pt. Whatever the number of processes, the whole batch is the same.
 """
 
-import gc
 import sys
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from torch.distributed.tensor import Shard, distribute_module
 from sara_core import SaraAdamW
 from sara_core.optimizer.updates import clip_
 
+from .torchrun import leave
 from .training import BATCH, Net, train
 
 
@@ -248,13 +248,7 @@ def run(name, folder):
 
 
 def main(folder, *names):
-    dist.init_process_group("gloo")
-    torch.set_num_threads(1)
-    for name in names or (*SCENARIOS, *DIVISIONS, *ALONE):
-        torch.save(run(name, folder), Path(folder, f"{name}_{dist.get_rank()}.pt"))
-    gc.collect()  # a wrapper must not outlive its group, nor a process leave others in the lurch
-    dist.barrier()
-    dist.destroy_process_group()
+    leave(lambda name: run(name, folder), folder, names or (*SCENARIOS, *DIVISIONS, *ALONE))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """Starts a script in several processes, as people do, and compares what they left."""
 
+import gc
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -23,6 +25,17 @@ def torchrun(script, count, folder, names):
         name: [torch.load(folder / f"{name}_{rank}.pt", weights_only=True) for rank in range(count)]
         for name in names
     }
+
+
+def leave(run, folder, names):
+    """Be one of the processes: run scenarios by name, and leave what each returns."""
+    dist.init_process_group("gloo")
+    torch.set_num_threads(1)
+    for name in names:
+        torch.save(run(name), Path(folder, f"{name}_{dist.get_rank()}.pt"))
+    gc.collect()  # a wrapper must not outlive its group, nor a process leave others in the lurch
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def flat(found):

@@ -17,6 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from sara_core import SaraAdamW
 from sara_core.optimizer import averaging, convolution
 
+from .torchrun import leave
+
 BATCH, STEPS, WIDTH = 8, 6, 16
 
 
@@ -316,13 +318,7 @@ def run(name, folder="."):
 
 
 def main(folder, *names):
-    dist.init_process_group("gloo")
-    torch.set_num_threads(1)
-    for name in names or (*SCENARIOS, *ALONE):
-        torch.save(run(name, folder), Path(folder, f"{name}_{dist.get_rank()}.pt"))
-    gc.collect()  # a wrapper must not outlive its group, nor a process leave others in the lurch
-    dist.barrier()
-    dist.destroy_process_group()
+    leave(lambda name: run(name, folder), folder, names or (*SCENARIOS, *ALONE))
 
 
 if __name__ == "__main__":

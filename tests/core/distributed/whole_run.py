@@ -5,7 +5,6 @@ usage: torchrun --nproc-per-node N -m tests.core.distributed.whole_run FOLDER SC
 Each process leaves FOLDER/SCENARIO_RANK.pt. A batch has twelve pictures, however many processes there are.
 """
 
-import gc
 import sys
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from ..training.small_run import make
+from .torchrun import leave
 
 BATCH = 12
 OTHERS = {"steps": 12, "grad_accumulation_steps": 2}
@@ -93,13 +93,7 @@ SCENARIOS = {
 
 
 def main(folder, *names):
-    dist.init_process_group("gloo")
-    torch.set_num_threads(1)
-    for name in names or SCENARIOS:
-        torch.save(SCENARIOS[name](folder), Path(folder, f"{name}_{dist.get_rank()}.pt"))
-    gc.collect()  # a wrapper must not outlive its group, nor a process leave others in the lurch
-    dist.barrier()
-    dist.destroy_process_group()
+    leave(lambda name: SCENARIOS[name](folder), folder, names or SCENARIOS)
 
 
 if __name__ == "__main__":
