@@ -88,7 +88,7 @@ def part(state: Mapping[str, Tensor], mark: Tensor) -> dict[str, Tensor]:
 
 
 def restored(
-    saved: Mapping[str, Tensor], leaf: Tensor, kind: str, entries: slice | None = None
+    saved: Mapping[str, Tensor], leaf: Tensor, kind: str, entries: slice
 ) -> dict[str, Tensor]:
     """Copy the moments of a saved state to where the leaf is, in the way asked for.
 
@@ -96,9 +96,8 @@ def restored(
         saved: Kept in either way.
         leaf: Shape `(k,)`.
         kind: One of `KINDS`.
-        entries: Which of the saved weights the leaf has; all by default.
+        entries: Which of the saved weights the leaf has.
     """
-    entries = slice(0, len(saved["exp_avg"])) if entries is None else entries
     is_all = entries == slice(0, len(saved["exp_avg"]))
     if is_packed(saved) and kind == "8bit" and is_all:
         keys = (*SIGNED, *(key + SCALE for key in SIGNED))

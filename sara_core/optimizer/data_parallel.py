@@ -47,8 +47,7 @@ class GradientAverage:
         self._overlap = overlap
         if overlap:  # others may exchange something within backward, too, in an order of their own
             ranks = dist.get_process_group_ranks(group)
-            own = dist.new_group(ranks, use_local_synchronization=True)
-            self._group = own if isinstance(own, dist.ProcessGroup) else None
+            self._group = dist.new_group(ranks, use_local_synchronization=True)  # type: ignore[assignment]
         self._is_held = False
         self.forget()
 

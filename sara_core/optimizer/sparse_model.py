@@ -143,8 +143,10 @@ class SparseModel:
         Raises:
             Exception: The first error of any weight, after all others have been put back.
         """
-        self._each(SparseWeight.restore_)
-        reshard(self.module)
+        try:
+            self._each(SparseWeight.restore_)
+        finally:
+            reshard(self.module)
 
     def _each(self, act: Callable[[SparseWeight], None]) -> None:
         """Do something with every weight; the first error is raised after all have had their turn."""

@@ -89,7 +89,7 @@ class TrainConfig:
         check_least(
             self, steps=1, batch_size=1, grad_accumulation_steps=1, warmup_steps=0,
             schedule_start=0, max_grad_norm=0, seed=0, regularisation_weight=0, snr_gamma=1e-3,
-            logit_mean=-float("inf"), logit_std=1e-3, noise_offset=0,
+            logit_mean=-10, logit_std=1e-3, noise_offset=0,
         )  # fmt: skip
         if self.schedule_start >= self.steps:
             raise ValueError(f"schedule_start is {self.schedule_start}, after the last step")

@@ -71,7 +71,7 @@ class Passes:
         dropped = torch.rand(count, generator=generator) < dropout
         if to_learn and self._config.noise_offset:
             offset = torch.randn((*shape[:2], *[1] * len(shape[2:])), generator=generator)
-            noise = noise.add_(offset, alpha=self._config.noise_offset)
+            noise.add_(offset, alpha=self._config.noise_offset)
         device = latents.device
         parts = send(sigma[mine], device), send(noise[mine], device)
         return own, latents[: len(own)], *parts, dropped[mine].tolist()
