@@ -89,20 +89,25 @@ def polar_factor(matrix: Tensor) -> Tensor:
     """
     wide = matrix.shape[0] <= matrix.shape[1]
     x = matrix if wide else matrix.T  # (r, n), r <= n
-    if x.device.type == "cpu":
-        try:
-            x = _by_decomposition(x)
-        except torch.linalg.LinAlgError:  # LAPACK gives up on a few matrices
-            x = _by_products(x)
-    else:
-        x = _by_products(x)
+    x = _on_processor(x) if x.device.type == "cpu" else _by_products(x)
     return x if wide else x.T
 
 
-def _by_decomposition(x: Tensor) -> Tensor:
-    """Find the factor by LAPACK, in half to four fifths of the time of the products."""
+def _on_processor(x: Tensor) -> Tensor:
+    """Find the factor by LAPACK, in half to four fifths of the time of the products.
+
+    LAPACK gives up on a few finite matrices, by an error or by NaN; products don't.
+    """
     if not x.sum().isfinite():
         return torch.full_like(x, torch.nan)
+    try:
+        found = _by_decomposition(x)
+    except torch.linalg.LinAlgError:
+        return _by_products(x)
+    return found if found.sum().isfinite() else _by_products(x)
+
+
+def _by_decomposition(x: Tensor) -> Tensor:
     if not _is_elongated(x):
         u, s, vh = torch.linalg.svd(x, full_matrices=False)
         return (u * (s > SMALLEST_OF_DECOMPOSED * s[0])) @ vh
