@@ -1,15 +1,19 @@
 """A MODEL loaded so that it can be trained."""
 
 import contextlib
+import functools
 import logging
+import types
 from collections.abc import Iterator
 
 import comfy.model_management
+import comfy.ops
 import torch
 
 from ...sara_core.training.inference_tensors import make_trackable
+from ...sara_core.weights.quantised import Quantised, numbers_on_use
 from .model_calls import ModelCalls
-from .weights import REAL_SCALE, converter, is_dynamic, is_quantised, patchable_names
+from .weights import converter, is_dynamic, is_quantised, patchable_names
 
 logger = logging.getLogger("comfyui-sara")
 
@@ -21,7 +25,8 @@ def trainable(
     """Load a MODEL so that gradients can be taken through it, and yield the way to call it.
 
     ComfyUI loads weights in inference mode, where autograd cannot save them; each is replaced by
-    an equal ordinary tensor, one at a time. Afterwards requires_grad and the train mode are as
+    an equal ordinary tensor, one at a time; 8-bit weights stay, and numbers are made of them when they are
+    used. Afterwards requires_grad and the train mode are as
     before; putting weights back is the trainer's part.
 
     Args:
@@ -45,7 +50,7 @@ def trainable(
         torch.inference_mode(False),
         torch.enable_grad(),
         _plain_copies(),
-        _dequantised(model, compute_dtype),
+        _numbers_on_use(model, compute_dtype),
     ):
         make_trackable(model)
         flags = {name: p.requires_grad for name, p in model.named_parameters()}
@@ -82,36 +87,33 @@ def _plain_copies() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _dequantised(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Have numbers in place of 8-bit weights for a while; the very same weights are put back."""
-    replaced, marked = [], []
+def _numbers_on_use(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Have 8-bit weights act as numbers for a while, in layers that then compute with numbers."""
+    converters, replaced = {}, []
 
     def replace(module, name, value):
-        holder = module._parameters if name in module._parameters else vars(module)
-        replaced.append((holder, name, holder[name]))
-        holder[name] = value
+        replaced.append((module, name, vars(module).get(name)))
+        setattr(module, name, value)
 
+    for path, module in model.named_modules():
+        for name, weight in module._parameters.items():
+            if weight is not None and is_quantised(weight):
+                convert = functools.partial(converter(module, name), inplace=False)
+                converters[f"{path}.{name}" if path else name] = convert
     try:
-        for module in model.modules():
-            for name, weight in list(module._parameters.items()):
-                if weight is None or not is_quantised(weight):
+        with numbers_on_use(model, converters, dtype):
+            for module in model.modules():
+                if not any(isinstance(p, Quantised) for p in module._parameters.values()):
                     continue
-                with torch.no_grad():
-                    number = converter(module, name)(weight, inplace=False).to(dtype)
-                replace(module, name, torch.nn.Parameter(number, requires_grad=False))
-                if name == "weight" and getattr(module, "scale_weight", None) is not None:
-                    ones = torch.ones_like(module.scale_weight)
-                    setattr(module, REAL_SCALE, module.scale_weight.detach())
-                    marked.append(module)
-                    replace(module, "scale_weight", torch.nn.Parameter(ones, requires_grad=False))
+                if getattr(module, "scale_weight", None) is not None:  # the numbers have it in them
+                    forward = comfy.ops.manual_cast.Linear.forward_comfy_cast_weights
+                    replace(module, "forward_comfy_cast_weights", types.MethodType(forward, module))
                 if "_full_precision_mm" in vars(module):
                     replace(module, "_full_precision_mm", True)
-        yield
+            yield
     finally:
-        for holder, name, value in replaced:
-            holder[name] = value
-        for module in marked:
-            delattr(module, REAL_SCALE)
+        for module, name, value in replaced:
+            delattr(module, name) if value is None else setattr(module, name, value)
 
 
 def _ordinary_clone(patcher):

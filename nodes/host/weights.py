@@ -15,7 +15,6 @@ from torch import Tensor
 # Moved in 0.33.
 string_to_seed = getattr(comfy.utils, "string_to_seed", None) or comfy.model_patcher.string_to_seed
 PREFIX = "diffusion_model."
-REAL_SCALE = "sara_scale"  # of a scaled layer whose weight is a number for a while
 CASTS = "comfy_cast_weights"  # layers that turn their weight into another dtype when it is used
 
 
@@ -93,8 +92,8 @@ def patched_weights(patcher) -> BaseWeights:
 
 
 def converter(module: torch.nn.Module, kind: str) -> Callable[..., Tensor]:
-    """Return what turns a layer's stored weight into numbers, during training as well."""
-    scale = getattr(module, REAL_SCALE, getattr(module, "scale_weight", None))
+    """Return what turns a layer's stored weight into numbers."""
+    scale = getattr(module, "scale_weight", None)
     if kind == "weight" and scale is not None:
         return lambda weight, **_: weight.float() * scale.to(weight.device)
     return getattr(module, f"convert_{kind}", _as_it_is)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..weights.copies import is_copy
+from ..weights.quantised import Quantised
 from ..weights.shards import is_sharded
 from .sparse_weight import SparseWeight
 
@@ -68,7 +69,7 @@ def is_large(module: nn.Module) -> bool:
 def _rows(weight: Tensor) -> int:
     """Return how many output channels a part is made of."""
     part = PART_ON_CPU if weight.device.type == "cpu" else PART
-    return max(1, part // weight[0].numel())
+    return max(1, part // weight.shape[1:].numel())
 
 
 def _parts(selected: SparseWeight) -> list[tuple[slice, slice, int]]:
@@ -77,7 +78,7 @@ def _parts(selected: SparseWeight) -> list[tuple[slice, slice, int]]:
     Parts in which nothing is selected are left out.
     """
     weight, index = selected.parameter, selected.index
-    rows, per_row = _rows(weight), weight[0].numel()
+    rows, per_row = _rows(weight), weight.shape[1:].numel()
     starts = torch.arange(0, len(weight) + rows, rows, device=index.device) * per_row
     starts.clamp_(max=weight.numel())
     bounds = torch.searchsorted(index, starts.to(index.dtype))
@@ -125,8 +126,9 @@ class _Convolution(torch.autograd.Function):
         )
         found = []
         for channels, entries, before in ctx.parts:
+            some = _rows_of(weight, channels)
             dense = _backward(
-                gradient[:, channels], input, weight[channels], ctx.geometry, [False, True, False]
+                gradient[:, channels], input, some, ctx.geometry, [False, True, False]
             )[1]
             found.append(ctx.selected.gather_part(dense, entries, before))
         leaf = ctx.selected.leaf
@@ -139,6 +141,14 @@ class _Convolution(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _rows_of(weight: Tensor, channels: slice) -> Tensor:
+    """Return a part of the kernel whose numbers do not matter."""
+    if not isinstance(weight, Quantised):
+        return weight[channels]
+    count = len(range(*channels.indices(len(weight))))
+    return torch.empty(count, *weight.shape[1:], dtype=weight.dtype, device=weight.device)
 
 
 def _backward(gradient, input, weight, geometry, wanted, bias_shape=None) -> tuple:

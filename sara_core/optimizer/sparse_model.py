@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..delta.delta_file import DeltaEntry
+from ..weights.quantised import Quantised
 from ..weights.shards import is_sharded, reshard, total
 from .convolution import InParts, is_large
 from .sparse_weight import SparseWeight
@@ -65,6 +66,7 @@ class SparseModel:
             self._hooks.append(weight.parameter.register_post_accumulate_grad_hook(hook))
             if arrived is not None:  # of weights made in parts, only the leaf gets a gradient
                 self._hooks.append(weight.leaf.register_post_accumulate_grad_hook(arrived))
+        self._let_quantised_act()
         by_parameter = {weight.parameter: weight for weight in self.active}
         self._hooks += [
             InParts(convolution, by_parameter[convolution.weight])
@@ -73,6 +75,12 @@ class SparseModel:
         ]
         for parameter in self.parameters.values():
             setattr(parameter, OWNER, weakref.ref(self))
+
+    def _let_quantised_act(self) -> None:
+        for parameter in self.parameters.values():
+            if isinstance(parameter, Quantised):
+                weights = (*self.frozen, *self.active)
+                parameter.source.learned = [w for w in weights if w.parameter is parameter]
 
     def share(self, arrived: Callable[..., None]) -> None:
         """Have other processes train the same module: say when gradients come, leave them to SaRA.

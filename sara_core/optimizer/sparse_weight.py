@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from ..weights import at_positions
 from ..weights.at_positions import index_dtype
+from ..weights.quantised import Quantised
 from ..weights.shards import Shard, held, refuse_other_division, total
 
 GAP_DTYPES = (torch.uint8, torch.int16, torch.int32)
@@ -16,7 +17,9 @@ class SparseWeight:
     The parameter itself goes on holding all its weights; nothing dense is kept here. Per selected
     weight: the gap to the position before (one byte where weights lie densely), base value (the
     parameter's dtype), and the trained value in float32 where the parameter's own dtype is coarser.
-    A float32 parameter holds the trained values itself, until `restore_` or `keep` copies them.
+    A float32 parameter holds the trained values itself, until `restore_` or `keep` copies them. Of a
+    `Quantised` parameter no base value is kept, as what it is stored as doesn't change: it acts with the
+    trained values that are kept here.
 
     Args:
         name: Parameter name.
@@ -24,7 +27,8 @@ class SparseWeight:
             `restore_`. If it is divided over processes, everything else is about the part held here,
             and each process makes one of these.
         index: Shape `(k,)`, sorted flat row-major positions.
-        base: Shape `(k,)`, base values in the parameter's dtype; read from it if left out.
+        base: Shape `(k,)`, base values in the parameter's dtype; read from it if left out, and of no
+            account if it is quantised.
         values: Shape `(k,)`, trained values, float32 (float64 for a float64 parameter), not yet in the
             parameter; what it holds if left out.
         shard: Where the part lies; found out if left out.
@@ -33,6 +37,7 @@ class SparseWeight:
         leaf: Shape `(k,)`; its `grad` is the gradient of the trained values. What it holds itself
             does not matter. A DTensor over all parts where the parameter is one.
         num_whole: Number of selected weights in all parts.
+        acting: What a quantised parameter acts with in place of its base values, `(k,)`; None for those.
     """
 
     def __init__(
@@ -49,10 +54,15 @@ class SparseWeight:
         self.shard = Shard(parameter) if shard is None else shard
         self.num_whole = int(total(parameter, torch.tensor(len(index))))
         self._gaps = _gaps(index)
-        self.base = self.gather(held(parameter)) if base is None else base
+        self.is_quantised = isinstance(parameter, Quantised)
+        self.acting: Tensor | None = None
         self.dtype = torch.promote_types(torch.float32, parameter.dtype)
+        self._base = None
+        if not self.is_quantised:
+            self._base = self.gather(held(parameter)) if base is None else base
+        self._is_apart = self.is_quantised or parameter.dtype != self.dtype
         self._values = values
-        if values is None and parameter.dtype != self.dtype:
+        if values is None and self._is_apart:
             self._values = self.gather(held(parameter)).to(self.dtype)
         nothing = torch.zeros((), dtype=self.dtype, device=self._gaps.device)
         self.leaf = nn.Parameter(self._spread(nothing.expand(len(self._gaps))))
@@ -64,6 +74,13 @@ class SparseWeight:
     def index(self) -> Tensor:
         """Sorted flat positions, `(k,)`, int32 (int64 for 2**31 weights or more); computed on each use."""
         return torch.cumsum(self._gaps, 0, dtype=index_dtype(self.parameter.numel()))
+
+    @property
+    def base(self) -> Tensor:
+        """Base values, `(k,)`, in the parameter's dtype."""
+        if self._base is not None:
+            return self._base
+        return self.gather(self.parameter.unlearned())  # type: ignore[attr-defined]
 
     @property
     def gradient(self) -> Tensor | None:
@@ -160,7 +177,7 @@ class SparseWeight:
     def write_(self, values: Tensor, index: Tensor) -> None:
         """Put trained values into the parameter, rounded to its dtype, given `index`."""
         self._put(values, index)
-        self._values = None if self.parameter.dtype == self.dtype else values
+        self._values = values if self._is_apart else None
 
     @torch.no_grad()
     def restore_(self) -> None:
@@ -168,6 +185,9 @@ class SparseWeight:
 
         They are put back even if there is no memory to keep the trained ones, which raises.
         """
+        if self.is_quantised:
+            self.acting = None
+            return
         try:
             self.keep()
         finally:
@@ -186,14 +206,20 @@ class SparseWeight:
 
     def _put(self, values: Tensor, index: Tensor, accumulate: bool = False) -> None:
         self._refuse_other_parameter()
-        values = values.detach().to(self.base.dtype)
+        if self.is_quantised:
+            self.acting = values
+            return
+        values = values.detach().to(self.parameter.dtype)
         at_positions.write_(held(self.parameter.data), index, values, accumulate)
 
     def _refuse_other_parameter(self) -> None:
-        if self.parameter.dtype != self.base.dtype or self.parameter.device != self.base.device:
+        base = self._base
+        if base is None:
+            return
+        if self.parameter.dtype != base.dtype or self.parameter.device != base.device:
             raise RuntimeError(
                 f"parameter {self.name!r} is now {self.parameter.dtype} on "
-                f"{self.parameter.device}, but was {self.base.dtype} on {self.base.device} when "
+                f"{self.parameter.device}, but was {base.dtype} on {base.device} when "
                 "SaraAdamW was made. Convert or move the model first, then make the optimizer"
             )
 
@@ -214,9 +240,9 @@ class SparseWeight:
     def part(self, marked: Tensor) -> "SparseWeight":
         """Copy the entries marked, bool `(k,)`, with their gradient."""
         values = None if self._values is None else self._values[marked]
-        part = SparseWeight(
-            self.name, self.parameter, self.index[marked], self.base[marked], values, self.shard
-        )
+        base = None if self._base is None else self._base[marked]
+        part = SparseWeight(self.name, self.parameter, self.index[marked], base, values, self.shard)
+        part.acting = None if self.acting is None else part.trained
         if (gradient := self.gradient) is not None:
             part.gradient = gradient[marked]
         return part

@@ -170,7 +170,7 @@ def _batches(weights: list[SparseWeight]) -> Iterator[list[SparseWeight]]:
     batch: list[SparseWeight] = []
     size = 0
     for weight in weights:
-        limit = BATCH_ON_CPU if weight.base.device.type == "cpu" else BATCH
+        limit = BATCH_ON_CPU if weight.leaf.device.type == "cpu" else BATCH
         if batch and size + len(weight) > limit:
             yield batch
             batch, size = [], 0

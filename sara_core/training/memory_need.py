@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
+from ..weights.quantised import Quantised
+
 
 class LiveBytes(TorchDispatchMode):
     """Counts, while it is on, the bytes of the tensors that operations make, until they are gone.
@@ -31,6 +33,8 @@ class LiveBytes(TorchDispatchMode):
         self._known: dict[int, weakref.ref] = {}  # storages by identity, to hear of their end
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if Quantised in types:  # what is done with their numbers comes by itself
+            return NotImplemented
         kwargs = kwargs or {}
         for tensor in tree_leaves((args, kwargs)):
             self._note(tensor, 0)  # there before, and so is what views of it share

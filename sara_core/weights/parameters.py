@@ -6,6 +6,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
+from .quantised import Quantised
 from .shards import held
 
 TRAINABLE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -95,7 +96,7 @@ def _refuse_overlapping(parameters: Mapping[str, Tensor]) -> None:
     spans = []
     for name, parameter in parameters.items():
         p = held(parameter)
-        if p.numel() and p.device.type != "meta":
+        if p.numel() and p.device.type != "meta" and not isinstance(p, Quantised):
             extent = sum((n - 1) * s for n, s in zip(p.shape, p.stride(), strict=True)) + 1
             begin = p.data_ptr()
             spans.append((str(p.device), begin, begin + extent * p.element_size(), name))

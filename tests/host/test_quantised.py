@@ -1,5 +1,6 @@
 """8-bit bases: trained on the numbers they stand for, and deltas applied without being rounded away."""
 
+import gc
 import json
 
 import comfy.sd as comfy_sd
@@ -111,6 +112,73 @@ def test_training_on_an_8_bit_base_is_what_is_applied(sara, form, monkeypatch):
     assert change > 0
     assert (found - trained["output"]).norm() < 1e-3 * change + 1e-6 * base.norm()
     assert delta.fits_base(sara.host.base_weights(patcher))
+
+
+@pytest.mark.parametrize("form", ["e4m3fn", "e5m2", "scaled", "mixed"])
+def test_the_delta_is_that_of_training_the_numbers(sara, form):
+    """Same threshold, same gradients: a model loaded in float32 with the numbers the 8-bit one stands for."""
+    small = load(form)
+    base = sara.host.base_weights(small)
+    buffers = dict(small.model.diffusion_model.named_buffers())
+    state = {name: w.detach().float() for name, w in (*base.items(), *buffers.items())}
+    with torch.inference_mode():
+        wide = comfy_sd.load_diffusion_model_state_dict({**zoo.weights_of(FAMILY), **state}, {})
+    options = {"zeros": "train", "training_dtype": "fp32", "gradient_checkpointing": True}
+    expected, losses = delta_of(sara, wide, **options)
+    found, losses_too = delta_of(sara, small, **options)
+    assert losses == pytest.approx(losses_too, rel=1e-6)
+    assert found.entries.keys() == expected.entries.keys()
+    for name, entry in expected.entries.items():
+        assert torch.equal(found.entries[name].index, entry.index), name
+        torch.testing.assert_close(found.entries[name].values, entry.values, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", ["e4m3fn", "scaled", "mixed"])
+def test_training_holds_no_layer_in_numbers_between_its_uses(sara, form):
+    patcher = load(form)
+    model = patcher.model.diffusion_model
+    shapes = {
+        tuple(p.shape)
+        for p in model.parameters()
+        if sara.host.is_quantised(p) and p.dim() == 2 and p.numel() >= 10_000
+    }
+    assert len(shapes) > 3
+    held = []
+
+    def look(*_):
+        gc.collect()
+        everything = (t for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter))
+        numbers = [t for t in everything if t.dtype == torch.float32 and t.dim() == 2]
+        held.append([tuple(t.shape) for t in numbers if {tuple(t.shape), tuple(t.shape)[::-1]} & shapes])  # fmt: skip
+
+    hook = model.final_layer.register_forward_hook(look)
+    delta_of(sara, patcher, steps=1)
+    hook.remove()
+    assert held
+    assert not any(held), held
+
+
+@pytest.mark.parametrize("ending", ["cancel", "error"])
+def test_stored_weights_survive_every_ending(sara, monkeypatch, ending):
+    import comfy.model_management as management
+
+    patcher = load("scaled")
+    before, held = raw_bits(patcher), dict(patcher.model.diffusion_model.named_parameters())
+    raised = management.InterruptProcessingException if ending == "cancel" else ValueError
+    step = sara.core.SaraAdamW.step
+
+    def fail(optimizer, closure=None):
+        step(optimizer, closure)
+        if optimizer.num_steps == 2:
+            raise raised()
+
+    monkeypatch.setattr(sara.core.SaraAdamW, "step", fail)
+    with pytest.raises(raised):
+        delta_of(sara, patcher)
+    for name, parameter in patcher.model.diffusion_model.named_parameters():
+        assert parameter is held[name] or not sara.host.is_quantised(held[name]), name
+    for name, value in raw_bits(patcher).items():
+        assert torch.equal(value, before[name]), name
 
 
 def raw_bits(patcher):
