@@ -13,7 +13,7 @@ import torch
 from ...sara_core.training.inference_tensors import make_trackable
 from ...sara_core.weights.quantised import Quantised, numbers_on_use
 from .model_calls import ModelCalls
-from .weights import converter, is_dynamic, is_quantised, patchable_names
+from .weights import converter, is_dynamic, is_quantised, patchable_names, scale_of
 
 logger = logging.getLogger("comfyui-sara")
 
@@ -89,7 +89,7 @@ def _plain_copies() -> Iterator[None]:
 @contextlib.contextmanager
 def _numbers_on_use(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """Have 8-bit weights act as numbers for a while, in layers that then compute with numbers."""
-    converters, replaced = {}, []
+    converters, scales, replaced = {}, {}, []
 
     def replace(module, name, value):
         replaced.append((module, name, vars(module).get(name)))
@@ -98,10 +98,15 @@ def _numbers_on_use(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[None
     for path, module in model.named_modules():
         for name, weight in module._parameters.items():
             if weight is not None and is_quantised(weight):
-                convert = functools.partial(converter(module, name), inplace=False)
-                converters[f"{path}.{name}" if path else name] = convert
+                full_name = f"{path}.{name}" if path else name
+                scale = scale_of(module, name)
+                if scale is None:
+                    convert = functools.partial(converter(module, name), inplace=False)
+                else:
+                    convert, scales[full_name] = torch.detach, scale.detach()
+                converters[full_name] = convert
     try:
-        with numbers_on_use(model, converters, dtype):
+        with numbers_on_use(model, converters, dtype, scales):
             for module in model.modules():
                 if not any(isinstance(p, Quantised) for p in module._parameters.values()):
                     continue

@@ -93,10 +93,15 @@ def patched_weights(patcher) -> BaseWeights:
 
 def converter(module: torch.nn.Module, kind: str) -> Callable[..., Tensor]:
     """Return what turns a layer's stored weight into numbers."""
-    scale = getattr(module, "scale_weight", None)
-    if kind == "weight" and scale is not None:
+    scale = scale_of(module, kind)
+    if scale is not None:
         return lambda weight, **_: weight.float() * scale.to(weight.device)
     return getattr(module, f"convert_{kind}", _as_it_is)
+
+
+def scale_of(module: torch.nn.Module, kind: str) -> Tensor | None:
+    """Return what the stored numbers of a layer's weight are to be multiplied with, if there is such."""
+    return getattr(module, "scale_weight", None) if kind == "weight" else None
 
 
 def _as_it_is(weight: Tensor, **_) -> Tensor:

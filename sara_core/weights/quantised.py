@@ -6,8 +6,10 @@ held in numbers at any time, in forward and backward pass.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -15,8 +17,15 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from .at_positions import write_
+from .codes import reader
 
 aten = torch.ops.aten
+WITH_RESULTS_OF_THEIR_OWN = (  # where most of the time goes; they return nothing that shares their input
+    aten.mm.default,
+    aten.addmm.default,
+    aten.convolution.default,
+    aten.convolution_backward.default,
+)
 
 
 class Learned(Protocol):
@@ -29,31 +38,55 @@ class Learned(Protocol):
         """Flat positions, `(k,)`."""
 
 
+class Scratch:
+    """Memory of the largest weight's numbers on a processor, which takes its time to hand out new memory."""
+
+    def __init__(self) -> None:
+        self._bytes = torch.empty(0, dtype=torch.uint8)
+
+    def empty(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return uninitialised memory, the same each time."""
+        size = shape.numel() * dtype.itemsize
+        if size > len(self._bytes):
+            self._bytes = torch.empty(size, dtype=torch.uint8, device=device)
+        return self._bytes[:size].view(dtype).view(shape)
+
+
 @dataclass(eq=False)
 class Source:
     """What a weight's numbers are made of.
 
     Args:
         stored: Any type of tensor. Never changed.
-        convert: Returns its numbers, of its shape, where it is.
+        convert: Returns its numbers, of its shape, where it is; or codes of eight bits as they are.
+        scale: What the numbers are multiplied with, one for all.
+        scratch: Where the numbers of one weight at a time are.
         learned: What replaces some of them, while `acting` is not None.
     """
 
     stored: Tensor
     convert: Callable[[Tensor], Tensor]
+    scale: Tensor | None = None
+    scratch: Scratch = field(default_factory=Scratch)
     learned: Sequence[Learned] = field(default_factory=tuple)
+    _read: Callable[[Tensor, Tensor | None, Tensor], Tensor] | None = None
 
-    def numbers(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Make the numbers as they are at present; they are the caller's to change."""
-        stored = self.stored.to(device)
-        with torch.no_grad():
-            numbers = self.convert(stored).detach().to(dtype)
-            if numbers.data_ptr() == stored.data_ptr():
-                numbers = numbers.clone()
-            for part in self.learned:
-                if part.acting is not None:
-                    write_(numbers, part.index.to(device), part.acting.to(device, dtype))
-        return numbers
+    @torch.no_grad()
+    def numbers(self, out: Tensor) -> Tensor:
+        """Write the numbers as they are at present into `out`, which is returned."""
+        made = self.convert(self.stored.to(out.device))
+        if made.dtype.itemsize == 1 and made.device.type == "cpu":
+            if self._read is None:
+                self._read = reader(made)
+            self._read(made, self.scale, out)
+        elif self.scale is None:
+            out.copy_(made)
+        else:
+            out.copy_(made.float() * self.scale.to(made.device))
+        for part in self.learned:
+            if part.acting is not None:
+                write_(out, part.index.to(out.device), part.acting.to(out.device, out.dtype))
+        return out
 
 
 class Quantised(Tensor):
@@ -73,23 +106,31 @@ class Quantised(Tensor):
     @staticmethod
     def __new__(cls, source, dtype, device=None, is_transposed=False):
         """Make one without any memory of its own."""
-        shape = source.stored.shape[::-1] if is_transposed else source.stored.shape
+        shape, strides = source.stored.shape, None
+        if is_transposed:  # autograd makes the gradient in the same order
+            shape, strides = shape[::-1], (1, shape[1])
         device = source.stored.device if device is None else device
-        made = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+        made = Tensor._make_wrapper_subclass(cls, shape, strides, dtype=dtype, device=device)
         made.source, made.is_transposed = source, is_transposed
         return made
 
     def __repr__(self, *, tensor_contents=None):
         return f"Quantised({tuple(self.shape)}, {self.source.stored.dtype}, as {self.dtype})"
 
-    def numbers(self) -> Tensor:
-        """Make the numbers."""
-        made = self.source.numbers(self.dtype, self.device)
+    def numbers(self, passing: bool = False) -> Tensor:
+        """Make the numbers.
+
+        Args:
+            passing: They are needed until the next are made, and no longer.
+        """
+        shape, scratch = self.source.stored.shape, self.source.scratch
+        make = scratch.empty if passing and self.device.type == "cpu" else torch.empty
+        made = self.source.numbers(make(shape, dtype=self.dtype, device=self.device))
         return made.t() if self.is_transposed else made
 
     def unlearned(self) -> "Quantised":
         """Return the weight as it is stored, whatever has been learned."""
-        source = Source(self.source.stored, self.source.convert)
+        source = dataclasses.replace(self.source, learned=())
         return Quantised(source, self.dtype, self.device, self.is_transposed)
 
     def _other(self, dtype=None, device=None, turned=False) -> "Quantised":
@@ -108,15 +149,10 @@ class Quantised(Tensor):
             return args[0]._other(**kwargs)
         if function._schema.is_mutable:
             _refuse_writing(function, args, kwargs)
-        made: dict[int, Tensor] = {}
-        given = tree_map_only(Quantised, lambda own: _once(own, made), (args, kwargs))
+        passing = function in WITH_RESULTS_OF_THEIR_OWN
+        passing &= sum(isinstance(given, Quantised) for given in args) == 1
+        given = tree_map_only(Quantised, lambda weight: weight.numbers(passing), (args, kwargs))
         return function(*given[0], **given[1])
-
-
-def _once(weight: Quantised, made: dict[int, Tensor]) -> Tensor:
-    if id(weight) not in made:
-        made[id(weight)] = weight.numbers()
-    return made[id(weight)]
 
 
 def _refuse_writing(function, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -138,18 +174,21 @@ def stored_bytes(weight: Tensor) -> int:
 @contextlib.contextmanager
 def numbers_on_use(
     module: nn.Module,
-    converters: dict[str, Callable[[Tensor], Tensor]],
+    converters: Mapping[str, Callable[[Tensor], Tensor]],
     dtype: torch.dtype,
+    scales: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> Iterator[None]:
     """Have some of a module's parameters act as numbers for a while; the very same are put back.
 
     Args:
         module: The model.
-        converters: What makes numbers of a parameter, by its name.
+        converters: What makes numbers of a parameter, by its name; see `Source`.
         dtype: Of the numbers.
+        scales: What the numbers of some of them are multiplied with.
     """
     replaced: list[tuple[dict, str, nn.Parameter]] = []
     made: dict[int, nn.Parameter] = {}  # shared parameters stay shared
+    scratch = Scratch()
     try:
         for path, part in module.named_modules():
             for name, stored in list(part._parameters.items()):
@@ -157,7 +196,8 @@ def numbers_on_use(
                 if stored is None or full_name not in converters:
                     continue
                 if id(stored) not in made:
-                    source = Source(stored.detach(), converters[full_name])
+                    scale = scales.get(full_name)
+                    source = Source(stored.detach(), converters[full_name], scale, scratch)
                     made[id(stored)] = nn.Parameter(Quantised(source, dtype), requires_grad=False)
                 replaced.append((part._parameters, name, stored))
                 part._parameters[name] = made[id(stored)]

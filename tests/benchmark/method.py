@@ -23,20 +23,22 @@ sys.path.append(str(ROOT))
 import comfy.ops  # noqa: E402
 import torch  # noqa: E402
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel  # noqa: E402
+from torch import Tensor  # noqa: E402
 
 SIZES = {  # model_channels, channel_mult: SD1.5's own, and the same network made small
     "full": (320, (1, 2, 4, 4)),
     "quick": (64, (1, 2, 4, 4)),
 }
 STD = 0.02  # of the random weights
+STEP_OF_8_BITS = torch.tensor(5 * STD / 448)  # the largest float8_e4m3fn is 448
 ON_THE_WAY = contextlib.ExitStack()  # what stays on for the whole process
 
 
 def make_unet(size, dtype=torch.float32, offloaded=False):
     """SD1.5's UNet as ComfyUI builds it, with random weights.
 
-    In half precision it computes in float32, as ComfyUI does where the processor is slow in halves:
-    each layer casts its weight when it is used. Offloaded, each layer copies its weight when it is used,
+    In half precision and in eight bits it computes in float32, as ComfyUI does where the processor is slow
+    in halves: each layer casts its weight when it is used. Offloaded, each layer copies its weight when it is used,
     as from main memory to a graphics card.
     """
     operations = comfy.ops.disable_weight_init
@@ -60,8 +62,11 @@ def make_unet(size, dtype=torch.float32, offloaded=False):
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in net.named_parameters():
-            if parameter.dim() > 1:
+            if parameter.dim() > 1 and dtype.itemsize > 1:
                 parameter.normal_(0, STD, generator=generator)
+            elif parameter.dim() > 1:
+                numbers = torch.empty(parameter.shape).normal_(0, STD, generator=generator)
+                parameter.copy_(numbers / STEP_OF_8_BITS)
             else:
                 parameter.fill_(1.0 if name.endswith("weight") else 0.0)
     return net
@@ -98,11 +103,18 @@ def sara(net, options):
     from sara_core import SaraAdamW
     from sara_core.training import weight_casts
     from sara_core.training.gradient_checkpointing import checkpointed
+    from sara_core.weights.quantised import numbers_on_use
 
     ON_THE_WAY.enter_context(weight_casts.recomputed())  # as the trainer does
+    if net.dtype.itemsize == 1:
+        net.dtype = torch.float32  # what ComfyUI casts the time embedding to
+        converters = {name: Tensor.detach for name, _ in net.named_parameters()}
+        scales = {name: STEP_OF_8_BITS for name, p in net.named_parameters() if p.dim() > 1}
+        ON_THE_WAY.enter_context(numbers_on_use(net, converters, torch.float32, scales))
+        net.requires_grad_(True)
     optimizer = SaraAdamW(
         net, fraction=options["fraction"], lr=1e-4, low_rank_weight=options.get("low_rank", 5e-4),
-        moments=options.get("moments", "fp32"),
+        moments=options.get("moments", "fp32"), zeros=options.get("zeros", "auto"),
     )  # fmt: skip
     if options.get("checkpointing"):
         ON_THE_WAY.enter_context(checkpointed(net, True))

@@ -41,6 +41,11 @@ ROWS = [  # name, method, options
     ("sara-bfloat16", "sara", {"fraction": 0.1, "dtype": "bfloat16"}),
     ("sara-float16-checkpointing", "sara",
      {"fraction": 0.1, "dtype": "float16", "checkpointing": True}),
+    ("sara-float8", "sara", {"fraction": 0.1, "dtype": "float8_e4m3fn", "zeros": "train"}),
+    ("sara-float8-moments-8bit", "sara",
+     {"fraction": 0.1, "dtype": "float8_e4m3fn", "zeros": "train", "moments": "8bit"}),
+    ("sara-float8-checkpointing", "sara",
+     {"fraction": 0.1, "dtype": "float8_e4m3fn", "zeros": "train", "checkpointing": True}),
     ("floor-frozen-offloaded", "floor-frozen", {"offloaded": True}),
     ("sara-offloaded", "sara", {"fraction": 0.1, "offloaded": True}),
     ("sara-offloaded-checkpointing", "sara",
@@ -87,7 +92,10 @@ def medians(steps):
 def measure(name, method, options, size, num_steps, num_warm_up):
     """Measure one row beside the floor. Returns it, with the floor's medians of the same time."""
     one = Process(method, size, options)
-    floor = Process(FLOOR, size, {k: v for k, v in options.items() if k in ("batch_size", "dtype")})
+    in_floor = (
+        ("batch_size", "dtype") if "float8" not in options.get("dtype", "") else ("batch_size",)
+    )
+    floor = Process(FLOOR, size, {k: v for k, v in options.items() if k in in_floor})
     ours, floors = [], []
     for _ in range(num_warm_up + num_steps):
         for process, steps in ((one, ours), (floor, floors)):

@@ -16,6 +16,7 @@ from sara_core.optimizer import convolution
 from sara_core.training.gradient_checkpointing import checkpointed
 from sara_core.training.in_place_changes import changes_allowed
 from sara_core.training.weight_casts import recomputed
+from sara_core.weights import codes
 from sara_core.weights.quantised import Quantised, numbers_on_use, stored_bytes
 
 from ..helpers import Net, loss_of, sample
@@ -202,9 +203,11 @@ class Large(TorchDispatchMode):
 
 @pytest.mark.parametrize("way", ["plain", "recomputed", "checkpointed", "in place"])
 def test_at_most_one_layer_is_held_in_numbers(way, monkeypatch):
-    monkeypatch.setattr(convolution, "PART_ON_CPU", 1 << 11)
-    small, converters, wide = stored_and_wide("scaled float8", net=Deep())
+    monkeypatch.setattr(convolution, "PART_ON_CPU", 1 << 10)
+    monkeypatch.setattr(codes, "CHUNK", 256)
+    small, converters, wide = stored_and_wide("float8_e4m3fn", net=Deep())
     del wide
+    converters = dict.fromkeys(converters, torch.detach)
     with numbers_on_use(small, converters, torch.float32):
         require_gradients(small)
         optimizer = SaraAdamW(small, **{**OPTIONS, "low_rank_weight": 0})
@@ -215,31 +218,41 @@ def test_at_most_one_layer_is_held_in_numbers(way, monkeypatch):
         checkpointing = checkpointed(small, way in ("checkpointed", "in place"), way == "in place")
         with checkpointing, within(), Large(layer // 2) as large:
             loss = small(x).square().sum()
-            assert large.now == 0
+            assert large.now <= layer  # room for one, whichever it is
             loss.backward()
         # the numbers of one layer, and its gradient
         assert layer <= large.peak <= 2 * layer
         gc.collect()
-        assert large.now == 0
+        assert large.now <= layer
         optimizer.step()
 
 
-def test_frozen_weights_are_not_held_in_numbers_either():
+def test_frozen_weights_are_not_held_in_numbers_either(monkeypatch):
+    monkeypatch.setattr(codes, "CHUNK", 256)
     small, converters, wide = stored_and_wide("float8_e5m2", net=Deep())
     reference = SaraAdamW(wide, include="blocks.0", **OPTIONS)
     x = torch.randn(2, 64)
+    converters = dict.fromkeys(converters, torch.detach)
     with numbers_on_use(small, converters, torch.float32):
         require_gradients(small)
         optimizer = SaraAdamW(small, include="blocks.0", **OPTIONS)
         with Large(64 * 64 * 2) as large:
             loss = small(x).square().sum()
-            assert large.now == 0
+            assert large.now <= 64 * 64 * 4
             loss.backward()
         assert large.peak <= 2 * 64 * 64 * 4
         optimizer.step()
         wide(x).square().sum().backward()
         reference.step()
         assert_same_delta(optimizer.delta(), reference.delta())
+
+
+def test_two_weights_in_one_operation_have_numbers_of_their_own():
+    net = nn.Module()
+    net.one, net.two = (nn.Parameter(torch.randn(5, 5).to(torch.float8_e5m2)) for _ in range(2))
+    expected = net.one.float() @ net.two.float()
+    with numbers_on_use(net, {"one": as_float, "two": as_float}, torch.float32), torch.no_grad():
+        assert torch.equal(net.one @ net.two, expected)
 
 
 def test_shared_weights_stay_shared():
