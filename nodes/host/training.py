@@ -13,7 +13,7 @@ import torch
 from ...sara_core.training.inference_tensors import make_trackable
 from ...sara_core.weights.quantised import Quantised, numbers_on_use
 from .model_calls import ModelCalls
-from .weights import converter, is_dynamic, is_quantised, patchable_names, scale_of
+from .weights import computes_in, converter, is_dynamic, is_widened, patchable_names, scale_of
 
 logger = logging.getLogger("comfyui-sara")
 
@@ -25,9 +25,9 @@ def trainable(
     """Load a MODEL so that gradients can be taken through it, and yield the way to call it.
 
     ComfyUI loads weights in inference mode, where autograd cannot save them; each is replaced by
-    an equal ordinary tensor, one at a time; 8-bit weights stay, and numbers are made of them when they are
-    used. Afterwards requires_grad and the train mode are as
-    before; putting weights back is the trainer's part.
+    an equal ordinary tensor, one at a time. Weights that are computed with in a wider dtype, as 8-bit ones
+    are, stay, and numbers are made of them when they are used. Afterwards requires_grad and the train
+    mode are as before; putting weights back is the trainer's part.
 
     Args:
         patcher: The MODEL, with the patches it is to be trained with.
@@ -45,7 +45,7 @@ def trainable(
         patcher.unpin_all_weights()  # they are about to be replaced
     model = patcher.model.diffusion_model
     had_flag = getattr(comfy.model_management, "in_training", None)
-    compute_dtype = patcher.model.manual_cast_dtype or torch.float32
+    compute_dtype = computes_in(patcher)
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
@@ -88,7 +88,7 @@ def _plain_copies() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _numbers_on_use(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Have 8-bit weights act as numbers for a while, in layers that then compute with numbers."""
+    """Have weights that layers compute with in a wider dtype act as numbers of that dtype for a while."""
     converters, scales, replaced = {}, {}, []
 
     def replace(module, name, value):
@@ -97,7 +97,7 @@ def _numbers_on_use(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[None
 
     for path, module in model.named_modules():
         for name, weight in module._parameters.items():
-            if weight is not None and is_quantised(weight):
+            if weight is not None and is_widened(module, weight, dtype):
                 full_name = f"{path}.{name}" if path else name
                 scale = scale_of(module, name)
                 if scale is None:
@@ -141,5 +141,4 @@ def _ordinary_clone(patcher):
 
 def needs_loss_scaling(patcher, dtype: torch.dtype | None) -> bool:
     """Tell whether gradients will be float16, which loses small ones without loss scaling."""
-    model = patcher.model
-    return torch.float16 in (dtype, model.get_dtype(), model.manual_cast_dtype)
+    return torch.float16 in (dtype, computes_in(patcher))

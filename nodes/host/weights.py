@@ -123,19 +123,32 @@ def zero_rule(patcher, zeros: str) -> str:
     return "train" if zeros == "auto" and mostly else zeros
 
 
+def computes_in(patcher) -> torch.dtype:
+    """Return the dtype that a MODEL computes in; of 8-bit ones that say nothing, float32."""
+    model = patcher.model
+    own = model.get_dtype()
+    return model.manual_cast_dtype or (own if own.itemsize > 1 else torch.float32)
+
+
 def bytes_per_trained_weight(patcher) -> int:
     """Return what training takes for each trained weight; docs/cost.md says what it is made of."""
-    model = patcher.model
-    dtype = model.get_dtype()
-    if dtype.itemsize == 1:  # trained as numbers of the dtype it computes in
-        dtype = model.manual_cast_dtype or torch.float32
-    return 17 if dtype == torch.float32 else 19
+    own = patcher.model.get_dtype()
+    is_half = own.itemsize == 2 and computes_in(patcher).itemsize == 2
+    return 19 if is_half else 17
 
 
 def is_quantised(weight: Tensor) -> bool:
     """Tell whether a weight is stored in 8 bits or packed."""
     is_float8 = weight.is_floating_point() and weight.element_size() == 1
     return is_float8 or isinstance(weight, QuantizedTensor)
+
+
+def is_widened(module: torch.nn.Module, weight: Tensor, dtype: torch.dtype) -> bool:
+    """Tell whether a layer turns its weight into numbers of a wider dtype when it computes in `dtype`."""
+    if is_quantised(weight):
+        return True
+    casts = getattr(module, CASTS, False) and weight.is_floating_point()
+    return casts and weight.dtype.itemsize < dtype.itemsize
 
 
 def patchable_names(model: torch.nn.Module) -> set[str]:

@@ -11,14 +11,15 @@ from . import zoo
 from .builders import settings, train
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+DTYPES = {"e4m3fn": E4M3, "e5m2": E5M2, "half": torch.float16, "bfloat16": torch.bfloat16}
 FAMILY = "SD3"
 
 
 def load(form):
     """Load the same miniature in some weight format."""
     state, options, metadata = zoo.weights_of(FAMILY), {}, None
-    if form in ("e4m3fn", "e5m2"):
-        options = {"dtype": {"e4m3fn": E4M3, "e5m2": E5M2}[form]}
+    if form in DTYPES:
+        options = {"dtype": DTYPES[form]}
     if form in ("scaled", "mixed"):
         names = [n for n, w in state.items() if n.endswith("weight") and w.dim() == 2]
         for name in names:
@@ -114,10 +115,11 @@ def test_training_on_an_8_bit_base_is_what_is_applied(sara, form, monkeypatch):
     assert delta.fits_base(sara.host.base_weights(patcher))
 
 
-@pytest.mark.parametrize("form", ["e4m3fn", "e5m2", "scaled", "mixed"])
+@pytest.mark.parametrize("form", ["e4m3fn", "e5m2", "scaled", "mixed", "half", "bfloat16"])
 def test_the_delta_is_that_of_training_the_numbers(sara, form):
     """Same threshold, same gradients: a model loaded in float32 with the numbers the 8-bit one stands for."""
     small = load(form)
+    assert form not in DTYPES or small.model.get_dtype() == DTYPES[form]
     base = sara.host.base_weights(small)
     buffers = dict(small.model.diffusion_model.named_buffers())
     state = {name: w.detach().float() for name, w in (*base.items(), *buffers.items())}
