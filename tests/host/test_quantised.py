@@ -3,6 +3,7 @@
 import gc
 import json
 
+import comfy.quant_ops as quant_ops
 import comfy.sd as comfy_sd
 import pytest
 import torch
@@ -15,9 +16,28 @@ DTYPES = {"e4m3fn": E4M3, "e5m2": E5M2, "half": torch.float16, "bfloat16": torch
 FAMILY = "SD3"
 
 
+PACKED = ("mxfp8", "nvfp4", "int8_tensorwise")  # since 0.33
+
+
+def packed(state, form):
+    """Turn all matrices into a format of ComfyUI's that is stored with scales of blocks, or skip the test."""
+    algorithm = quant_ops.QUANT_ALGOS.get(form)
+    if algorithm is None:
+        pytest.skip(f"this ComfyUI has no {form}")
+    layout = algorithm["comfy_tensor_layout"]
+    config = torch.tensor(list(json.dumps({"format": form}).encode()), dtype=torch.uint8)
+    for name in [n for n, w in state.items() if n.endswith("weight") and w.dim() == 2]:
+        weight = quant_ops.QuantizedTensor.from_float(state.pop(name).bfloat16(), layout)
+        state |= weight.state_dict(name)
+        state[name.removesuffix("weight") + "comfy_quant"] = config
+    return state
+
+
 def load(form):
     """Load the same miniature in some weight format."""
     state, options, metadata = zoo.weights_of(FAMILY), {}, None
+    if form in PACKED:
+        state = packed(state, form)
     if form in DTYPES:
         options = {"dtype": DTYPES[form]}
     if form in ("scaled", "mixed"):
@@ -54,7 +74,7 @@ def delta_of(sara, patcher, **options):
     return train(sara, patcher, latents, captions, settings(sara, **options))
 
 
-@pytest.mark.parametrize("form", ["e4m3fn", "e5m2", "scaled", "mixed"])
+@pytest.mark.parametrize("form", ["e4m3fn", "e5m2", "scaled", "mixed", *PACKED])
 def test_a_delta_keeps_its_effect_on_an_8_bit_base(sara, form):
     full, small = load("float32"), load(form)
     delta, _ = delta_of(sara, full)
@@ -83,7 +103,7 @@ def test_patched_in_a_small_delta_would_be_lost(sara, monkeypatch):
     assert (patched - change).norm() > 0.5 * change.norm()
 
 
-@pytest.mark.parametrize("form", ["e4m3fn", "e5m2", "scaled", "mixed"])
+@pytest.mark.parametrize("form", ["e4m3fn", "e5m2", "scaled", "mixed", *PACKED])
 def test_training_on_an_8_bit_base_is_what_is_applied(sara, form, monkeypatch):
     patcher = load(form)
     base, before = output(patcher), raw_bits(patcher)
@@ -115,7 +135,7 @@ def test_training_on_an_8_bit_base_is_what_is_applied(sara, form, monkeypatch):
     assert delta.fits_base(sara.host.base_weights(patcher))
 
 
-@pytest.mark.parametrize("form", ["e4m3fn", "e5m2", "scaled", "mixed", "half", "bfloat16"])
+@pytest.mark.parametrize("form", ["e4m3fn", "e5m2", "scaled", "mixed", "half", "bfloat16", *PACKED])
 def test_the_delta_is_that_of_training_the_numbers(sara, form):
     """Same threshold, same gradients: a model loaded in float32 with the numbers the 8-bit one stands for."""
     small = load(form)
@@ -135,7 +155,7 @@ def test_the_delta_is_that_of_training_the_numbers(sara, form):
         torch.testing.assert_close(found.entries[name].values, entry.values, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("form", ["e4m3fn", "scaled", "mixed"])
+@pytest.mark.parametrize("form", ["e4m3fn", "scaled", "mixed", *PACKED])
 def test_training_holds_no_layer_in_numbers_between_its_uses(sara, form):
     patcher = load(form)
     model = patcher.model.diffusion_model
@@ -165,6 +185,7 @@ def test_stored_weights_survive_every_ending(sara, monkeypatch, ending):
     import comfy.model_management as management
 
     patcher = load("scaled")
+    output(patcher)  # as it is loaded, 0.33 replaces some
     before, held = raw_bits(patcher), dict(patcher.model.diffusion_model.named_parameters())
     raised = management.InterruptProcessingException if ending == "cancel" else ValueError
     step = sara.core.SaraAdamW.step
