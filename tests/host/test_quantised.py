@@ -20,13 +20,17 @@ PACKED = ("mxfp8", "nvfp4", "int8_tensorwise")  # since 0.33
 
 
 def packed(state, form):
-    """Turn all matrices into a format of ComfyUI's that is stored with scales of blocks, or skip the test."""
+    """Turn all matrices of the blocks into a packed format of ComfyUI's, or skip the test.
+
+    ComfyUI reads the sizes of other layers from what is stored.
+    """
     algorithm = quant_ops.QUANT_ALGOS.get(form)
     if algorithm is None:
         pytest.skip(f"this ComfyUI has no {form}")
     layout = algorithm["comfy_tensor_layout"]
     config = torch.tensor(list(json.dumps({"format": form}).encode()), dtype=torch.uint8)
-    for name in [n for n, w in state.items() if n.endswith("weight") and w.dim() == 2]:
+    blocks = [n for n, w in state.items() if "joint_blocks" in n and w.dim() == 2]
+    for name in blocks:
         weight = quant_ops.QuantizedTensor.from_float(state.pop(name).bfloat16(), layout)
         state |= weight.state_dict(name)
         state[name.removesuffix("weight") + "comfy_quant"] = config
