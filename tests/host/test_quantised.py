@@ -37,9 +37,9 @@ def packed(state, form):
     return state
 
 
-def load(form):
+def load(form, family=FAMILY):
     """Load the same miniature in some weight format."""
-    state, options, metadata = zoo.weights_of(FAMILY), {}, None
+    state, options, metadata = zoo.weights_of(family), {}, None
     if form in PACKED:
         state = packed(state, form)
     if form in DTYPES:
@@ -72,8 +72,8 @@ def output(patcher):
         return zoo_nodes.output_of(patcher.model, *zoo.examples(FAMILY))
 
 
-def delta_of(sara, patcher, **options):
-    latents, captions = zoo.examples(FAMILY)
+def delta_of(sara, patcher, family=FAMILY, **options):
+    latents, captions = zoo.examples(family)
     options = {"steps": 3, "learning_rate": 2e-3, "fraction": 0.1, **options}
     return train(sara, patcher, latents, captions, settings(sara, **options))
 
@@ -139,24 +139,39 @@ def test_training_on_an_8_bit_base_is_what_is_applied(sara, form, monkeypatch):
     assert delta.fits_base(sara.host.base_weights(patcher))
 
 
-@pytest.mark.parametrize("form", ["e4m3fn", "e5m2", "scaled", "mixed", "half", "bfloat16", *PACKED])
-def test_the_delta_is_that_of_training_the_numbers(sara, form):
-    """Same threshold, same gradients: a model loaded in float32 with the numbers the 8-bit one stands for."""
-    small = load(form)
+def assert_trained_as_the_numbers(sara, form, family, **options):
+    """Same threshold, same gradients: a model loaded in float32 with the numbers the small one stands for."""
+    small = load(form, family)
     assert form not in DTYPES or small.model.get_dtype() == DTYPES[form]
     base = sara.host.base_weights(small)
     buffers = dict(small.model.diffusion_model.named_buffers())
     state = {name: w.detach().float() for name, w in (*base.items(), *buffers.items())}
     with torch.inference_mode():
-        wide = comfy_sd.load_diffusion_model_state_dict({**zoo.weights_of(FAMILY), **state}, {})
-    options = {"zeros": "train", "training_dtype": "fp32", "gradient_checkpointing": True}
-    expected, losses = delta_of(sara, wide, **options)
-    found, losses_too = delta_of(sara, small, **options)
+        state = {**zoo.weights_of(family), **state}
+        wide = comfy_sd.load_diffusion_model_state_dict(state, {"dtype": torch.float32})
+    assert type(wide.model) is type(small.model)
+    options = {"zeros": "train", "training_dtype": "fp32", **options}
+    expected, losses = delta_of(sara, wide, family, **options)
+    found, losses_too = delta_of(sara, small, family, **options)
     assert losses == pytest.approx(losses_too, rel=1e-6)
     assert found.entries.keys() == expected.entries.keys()
     for name, entry in expected.entries.items():
         assert torch.equal(found.entries[name].index, entry.index), name
         torch.testing.assert_close(found.entries[name].values, entry.values, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", ["e4m3fn", "e5m2", "scaled", "mixed", "half", "bfloat16", *PACKED])
+def test_the_delta_is_that_of_training_the_numbers(sara, form):
+    assert_trained_as_the_numbers(sara, form, FAMILY, gradient_checkpointing=True)
+
+
+SAME_NETWORK = ("SDXL v", "SDXL EDM", "SDXL refiner", "SD2.1 v", "SD3.5")  # as another family's
+SMALL = [name for name, f in zoo.FAMILIES.items() if not f.large and name not in SAME_NETWORK]
+
+
+@pytest.mark.parametrize("family", SMALL)
+def test_every_family_trains_in_float8_as_its_numbers_do(sara, family):
+    assert_trained_as_the_numbers(sara, "e4m3fn", family, steps=2)
 
 
 @pytest.mark.parametrize("form", ["e4m3fn", "scaled", "mixed", *PACKED])
