@@ -19,6 +19,7 @@ from .weights import (
     architecture,
     base_weights,
     is_dynamic,
+    is_ggml,
     is_quantised,
     patchable_names,
     patched_weights,
@@ -185,7 +186,8 @@ def _is_added_when_used(patcher, weight: Tensor) -> bool:
     """Tell whether a delta is added to a weight when it is used, instead of being patched in."""
     # 0.33 loads small layers of dynamic models whole and leaves their functions out.
     left_out = is_dynamic(patcher) and weight.nbytes <= SMALL_LAYER
-    return is_quantised(weight) and not left_out
+    # ComfyUI-GGUF itself patches when it uses a weight, and has no place for functions.
+    return is_quantised(weight) and not left_out and not is_ggml(weight)
 
 
 def _refuse_other_shapes(patcher, delta: SparseDelta, weights: BaseWeights) -> None:

@@ -13,7 +13,15 @@ import torch
 from ...sara_core.training.inference_tensors import make_trackable
 from ...sara_core.weights.quantised import Quantised, numbers_on_use
 from .model_calls import ModelCalls
-from .weights import computes_in, converter, is_dynamic, is_widened, patchable_names, scale_of
+from .weights import (
+    computes_in,
+    converter,
+    is_dynamic,
+    is_ggml,
+    is_widened,
+    patchable_names,
+    scale_of,
+)
 
 logger = logging.getLogger("comfyui-sara")
 
@@ -101,7 +109,8 @@ def _numbers_on_use(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[None
                 full_name = f"{path}.{name}" if path else name
                 scale = scale_of(module, name)
                 if scale is None:
-                    convert = functools.partial(converter(module, name), inplace=False)
+                    options = {"with_patches": True} if is_ggml(weight) else {"inplace": False}
+                    convert = functools.partial(converter(module, name), **options)
                 else:
                     convert, scales[full_name] = torch.detach, scale.detach()
                 converters[full_name] = convert

@@ -93,6 +93,8 @@ def patched_weights(patcher) -> BaseWeights:
 
 def converter(module: torch.nn.Module, kind: str) -> Callable[..., Tensor]:
     """Return what turns a layer's stored weight into numbers."""
+    if is_ggml(getattr(module, kind)):
+        return functools.partial(_dequantised, module)
     scale = scale_of(module, kind)
     if scale is not None:
         return lambda weight, **_: weight.float() * scale.to(weight.device)
@@ -102,6 +104,20 @@ def converter(module: torch.nn.Module, kind: str) -> Callable[..., Tensor]:
 def scale_of(module: torch.nn.Module, kind: str) -> Tensor | None:
     """Return what the stored numbers of a layer's weight are to be multiplied with, if there is such."""
     return getattr(module, "scale_weight", None) if kind == "weight" else None
+
+
+def _dequantised(
+    module: torch.nn.Module, weight: Tensor, with_patches: bool = False, **_
+) -> Tensor:
+    """Return the numbers of a GGUF file's weight, which holds the patches it gets with them."""
+    if weight.is_floating_point():
+        return weight.as_subclass(Tensor)
+    held, weight.patches = weight.patches, weight.patches if with_patches else []
+    try:
+        with torch._C.DisableTorchFunctionSubclass():  # or all that is made would be of its kind
+            return module.get_weight(weight, torch.float32).as_subclass(Tensor)
+    finally:
+        weight.patches = held
 
 
 def _as_it_is(weight: Tensor, **_) -> Tensor:
@@ -140,12 +156,18 @@ def bytes_per_trained_weight(patcher) -> int:
 def is_quantised(weight: Tensor) -> bool:
     """Tell whether a weight is stored in 8 bits or packed."""
     is_float8 = weight.is_floating_point() and weight.element_size() == 1
-    return is_float8 or isinstance(weight, QuantizedTensor)
+    is_packed = is_ggml(weight) and not weight.is_floating_point()
+    return is_float8 or is_packed or isinstance(weight, QuantizedTensor)
+
+
+def is_ggml(weight: Tensor | None) -> bool:
+    """Tell whether a weight is of the kind in which ComfyUI-GGUF holds those of its files."""
+    return hasattr(weight, "tensor_type") and hasattr(weight, "tensor_shape")
 
 
 def is_widened(module: torch.nn.Module, weight: Tensor, dtype: torch.dtype) -> bool:
     """Tell whether a layer turns its weight into numbers of a wider dtype when it computes in `dtype`."""
-    if is_quantised(weight):
+    if is_quantised(weight) or is_ggml(weight):
         return True
     casts = getattr(module, CASTS, False) and weight.is_floating_point()
     return casts and weight.dtype.itemsize < dtype.itemsize

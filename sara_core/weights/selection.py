@@ -133,6 +133,12 @@ def solve_cutoff(
             f"{' that are not exactly zero' if skip else ''}; ask for fewer"
         )
     k = total - live + budget
+    if not skip and k < num_zeros:  # none of the zeros can be told from the others
+        logger.warning(
+            "%d weights are exactly zero, more than the %d that are to train; all of them train",
+            num_zeros, budget,
+        )  # fmt: skip
+        k = num_zeros
     if k < total:
         threshold = kth_magnitude(parameters, histogram, k)
     else:
@@ -153,7 +159,8 @@ def select(
 
     Exactly one of `threshold`, `fraction` and `num_trainable` is given. For a budget the threshold
     is the smallest magnitude left out, so the count is met exactly; only equal magnitudes at that
-    border (common in bfloat16) can make the selection smaller, never larger.
+    border (common in bfloat16) can make the selection smaller; larger only where more weights are exactly
+    zero than are to train and zeros train, as in a base of four bits.
 
     Exact zeros are ordinary small weights to the paper, but a padded or pruned base has so many
     that they would take the whole budget, and zeros behind dead inputs never get a gradient.

@@ -143,6 +143,11 @@ def assert_trained_as_the_numbers(sara, form, family, **options):
     """Same threshold, same gradients: a model loaded in float32 with the numbers the small one stands for."""
     small = load(form, family)
     assert form not in DTYPES or small.model.get_dtype() == DTYPES[form]
+    assert_trained_as(sara, small, family, **options)
+
+
+def assert_trained_as(sara, small, family, **options):
+    """Train a MODEL and one with its numbers in float32, and compare."""
     base = sara.host.base_weights(small)
     buffers = dict(small.model.diffusion_model.named_buffers())
     state = {name: w.detach().float() for name, w in (*base.items(), *buffers.items())}

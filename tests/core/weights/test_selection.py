@@ -89,6 +89,16 @@ def test_few_zeros_train_and_many_are_passed_by(caplog):
     assert torch.equal(direct.index["w"], many.index["w"])
 
 
+def test_zeros_that_train_all_train_where_fewer_are_asked_for(caplog):
+    weight = torch.tensor([0.0, 0.5, 0.0, -0.25, 0.0, 1.0])
+    found = select({"w": weight}, num_trainable=2, zeros="train")
+    assert (found.threshold, found.index["w"].tolist()) == (0.25, [0, 2, 4])
+    assert "3 weights are exactly zero, more than the 2" in caplog.text
+    assert select({"w": weight}, num_trainable=3, zeros="train").index["w"].tolist() == [0, 2, 4]
+    assert select({"w": weight}, num_trainable=4, zeros="train").index["w"].tolist() == [0, 2, 3, 4]
+    assert select({"w": torch.zeros(3)}, num_trainable=1, zeros="train").num_selected == 3
+
+
 def test_zeros_can_be_forced_either_way():
     weight = torch.tensor([[0.0, 0.0, 0.0, 0.1, 0.2, 1.0]])
     assert select({"w": weight}, threshold=0.5, zeros="train").num_selected == 5
