@@ -58,7 +58,7 @@ def trainable(
         torch.inference_mode(False),
         torch.enable_grad(),
         _plain_copies(),
-        _numbers_on_use(model, compute_dtype),
+        _numbers_on_use(model, compute_dtype, patcher.load_device),
     ):
         make_trackable(model)
         flags = {name: p.requires_grad for name, p in model.named_parameters()}
@@ -95,8 +95,14 @@ def _plain_copies() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _numbers_on_use(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Have weights that layers compute with in a wider dtype act as numbers of that dtype for a while."""
+def _numbers_on_use(
+    model: torch.nn.Module, dtype: torch.dtype, device: torch.device
+) -> Iterator[None]:
+    """Have weights that layers compute with in a wider dtype act as numbers of that dtype for a while.
+
+    Those that were left in main memory are sent to the device as they are stored, and what is trained of
+    them is on the device.
+    """
     converters, scales, replaced = {}, {}, []
 
     def replace(module, name, value):
@@ -115,7 +121,7 @@ def _numbers_on_use(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[None
                     convert, scales[full_name] = torch.detach, scale.detach()
                 converters[full_name] = convert
     try:
-        with numbers_on_use(model, converters, dtype, scales):
+        with numbers_on_use(model, converters, dtype, scales, device):
             for module in model.modules():
                 if not any(isinstance(p, Quantised) for p in module._parameters.values()):
                     continue

@@ -9,7 +9,7 @@ from ...sara_core.training.memory_need import MemoryNeed
 from ...sara_core.training.out_of_memory import is_out_of_memory
 from ...sara_core.training.run_settings import RunSettings
 from ...sara_core.training.trainer import TrainingRun
-from ...sara_core.weights.quantised import stored_bytes
+from ...sara_core.weights.quantised import bytes_on
 from .. import host
 from .ending import MEMORY_ADVICE
 from .reporter import Reporter
@@ -51,7 +51,7 @@ def measure(
         It, or None if not even one picture fits.
     """
     optimizer, device = training.optimizer, calls.device
-    base = sum(stored_bytes(p) for p in calls.model.parameters() if p.device == device)
+    base = sum(bytes_on(device, p) for p in calls.model.parameters())
     count = sum(leaf.numel() for leaf in optimizer.parameters() if leaf.device == device)
     to_come = GRADIENT + (0 if optimizer.state else BYTES[settings.moments])
     saved = BYTES["fp32"] - BYTES[settings.moments]

@@ -74,7 +74,8 @@ class Source:
     @torch.no_grad()
     def numbers(self, out: Tensor) -> Tensor:
         """Write the numbers as they are at present into `out`, which is returned."""
-        made = self.convert(self.stored.to(out.device))
+        stored = self.stored.to(out.device, non_blocking=out.device.type != "cpu")
+        made = self.convert(stored)
         if made.dtype.itemsize == 1 and made.device.type == "cpu":
             if self._read is None:
                 self._read = reader(made)
@@ -166,9 +167,10 @@ def _refuse_writing(function, args: tuple, kwargs: dict[str, Any]) -> None:
                 )
 
 
-def stored_bytes(weight: Tensor) -> int:
-    """Return how many bytes a weight takes."""
-    return weight.source.stored.nbytes if isinstance(weight, Quantised) else weight.nbytes
+def bytes_on(device: torch.device, weight: Tensor) -> int:
+    """Return how many bytes a weight takes on a device, however it is stored."""
+    stored = weight.source.stored if isinstance(weight, Quantised) else weight
+    return stored.nbytes if stored.device == device else 0
 
 
 @contextlib.contextmanager
@@ -177,6 +179,7 @@ def numbers_on_use(
     converters: Mapping[str, Callable[[Tensor], Tensor]],
     dtype: torch.dtype,
     scales: Mapping[str, Tensor] = MappingProxyType({}),
+    device: torch.device | None = None,
 ) -> Iterator[None]:
     """Have some of a module's parameters act as numbers for a while; the very same are put back.
 
@@ -185,6 +188,8 @@ def numbers_on_use(
         converters: What makes numbers of a parameter, by its name; see `Source`.
         dtype: Of the numbers.
         scales: What the numbers of some of them are multiplied with.
+        device: Where numbers are made and trained values are kept; by default where each weight is stored. What
+            is stored elsewhere is sent there whenever it is used.
     """
     replaced: list[tuple[dict, str, nn.Parameter]] = []
     made: dict[int, nn.Parameter] = {}  # shared parameters stay shared
@@ -198,7 +203,9 @@ def numbers_on_use(
                 if id(stored) not in made:
                     scale = scales.get(full_name)
                     source = Source(stored.detach(), converters[full_name], scale, scratch)
-                    made[id(stored)] = nn.Parameter(Quantised(source, dtype), requires_grad=False)
+                    made[id(stored)] = nn.Parameter(
+                        Quantised(source, dtype, device), requires_grad=False
+                    )
                 replaced.append((part._parameters, name, stored))
                 part._parameters[name] = made[id(stored)]
         yield

@@ -4,6 +4,7 @@ import copy
 import gc
 import weakref
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,8 +17,8 @@ from sara_core.optimizer import convolution
 from sara_core.training.gradient_checkpointing import checkpointed
 from sara_core.training.in_place_changes import changes_allowed
 from sara_core.training.weight_casts import recomputed
-from sara_core.weights import codes
-from sara_core.weights.quantised import Quantised, numbers_on_use, stored_bytes
+from sara_core.weights import at_positions, codes
+from sara_core.weights.quantised import Quantised, bytes_on, numbers_on_use
 
 from ..helpers import Net, loss_of, sample
 
@@ -212,7 +213,8 @@ def test_at_most_one_layer_is_held_in_numbers(way, monkeypatch):
         require_gradients(small)
         optimizer = SaraAdamW(small, **{**OPTIONS, "low_rank_weight": 0})
         layer = 64 * 64 * 4
-        assert sum(map(stored_bytes, small.parameters())) < 2 * 8 * layer / 4
+        held = sum(bytes_on(torch.device("cpu"), p) for p in small.parameters())
+        assert held < 2 * 8 * layer / 4
         x = torch.randn(2, 64)
         within = {"recomputed": recomputed, "in place": changes_allowed}.get(way, nullcontext)
         checkpointing = checkpointed(small, way in ("checkpointed", "in place"), way == "in place")
@@ -225,6 +227,31 @@ def test_at_most_one_layer_is_held_in_numbers(way, monkeypatch):
         gc.collect()
         assert large.now <= layer
         optimizer.step()
+
+
+def test_what_is_stored_elsewhere_is_sent_where_it_is_used():
+    """The device is one without memory, which tells of every tensor that is on another."""
+    small, converters, _ = stored_and_wide("float8_e4m3fn", net=Deep())
+    device = torch.device("meta")
+    for name, parameter in list(small.named_parameters()):
+        if name not in converters:
+            owner, _, kind = name.rpartition(".")
+            there = torch.empty_like(parameter, dtype=torch.bfloat16, device=device)
+            setattr(small.get_submodule(owner), kind, nn.Parameter(there))
+    scales = dict.fromkeys(converters, torch.tensor(0.5))
+    converters = dict.fromkeys(converters, torch.detach)
+    with numbers_on_use(small, converters, torch.bfloat16, scales, device):
+        require_gradients(small)
+        assert sum(bytes_on(device, p) for p in small.parameters()) == sum(
+            p.nbytes for name, p in small.named_parameters() if name not in converters
+        )
+        weight = small.blocks[0][0].weight
+        index = torch.arange(0, 4096, 100, device=device)
+        weight.source.learned = [SimpleNamespace(index=index, acting=index.float())]
+        small(torch.randn(2, 64, dtype=torch.bfloat16, device=device)).sum().backward()
+        assert (weight.grad.device, weight.grad.dtype) == (device, torch.bfloat16)
+        assert at_positions.read(weight, index).device == device
+        assert weight.source.stored.device.type == "cpu"
 
 
 def test_frozen_weights_are_not_held_in_numbers_either(monkeypatch):
