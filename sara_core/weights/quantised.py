@@ -48,7 +48,8 @@ class Scratch:
         """Return uninitialised memory, the same each time."""
         size = shape.numel() * dtype.itemsize
         if size > len(self._bytes):
-            self._bytes = torch.empty(size, dtype=torch.uint8, device=device)
+            with torch.inference_mode(False):  # or it could not be written to outside of it
+                self._bytes = torch.empty(size, dtype=torch.uint8, device=device)
         return self._bytes[:size].view(dtype).view(shape)
 
 

@@ -106,10 +106,11 @@ def sara(net, options):
     from sara_core.weights.quantised import numbers_on_use
 
     ON_THE_WAY.enter_context(weight_casts.recomputed())  # as the trainer does
-    if net.dtype.itemsize == 1:
+    if net.dtype.itemsize < 4:
+        matrices = [n for n, p in net.named_parameters() if p.dim() > 1 and p.dtype.itemsize == 1]
         net.dtype = torch.float32  # what ComfyUI casts the time embedding to
         converters = {name: Tensor.detach for name, _ in net.named_parameters()}
-        scales = {name: STEP_OF_8_BITS for name, p in net.named_parameters() if p.dim() > 1}
+        scales = dict.fromkeys(matrices, STEP_OF_8_BITS)
         ON_THE_WAY.enter_context(numbers_on_use(net, converters, torch.float32, scales))
         net.requires_grad_(True)
     optimizer = SaraAdamW(

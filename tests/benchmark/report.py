@@ -13,7 +13,7 @@ NOTES = """
 - **peft-shira** and **peft-supertuning** (`select_top=False`, the smallest weights) train linear layers only; peft-shira at rank 8, which is fewer weights.
 - **peft-lora**: rank 8 on all linear and convolution layers.
 - **...-moments-8bit**: AdamW's moments in eight bits; torchao, imported for their map, takes up to 170 MB of its own.
-- **...-float16**, **...-bfloat16**: weights in half precision that are cast to float32 when they are used, as ComfyUI does on this processor. **...-offloaded**: float32 weights that are copied when they are used, as from main memory to a graphics card; here the copies are in the same memory. floor-frozen holds the casts and copies of all layers until the backward pass, as ordinary training does; SaRA's trainer makes them again, so that it can need less than that floor. *Bytes per trained weight* are above floor-frozen of the same weights.
+- **...-float16**, **...-bfloat16**, **...-float8**: weights in 16 or 8 bits (e4m3fn with a scale) of which float32 numbers are made when they are used, as ComfyUI does on this processor; the floor beside float8 is float32's. **...-offloaded**: float32 weights that are copied when they are used, as from main memory to a graphics card; here the copies are in the same memory. floor-frozen holds the casts and copies of all layers until the backward pass, as ordinary training does; SaRA's trainer makes them again, so that it can need less than that floor. *Bytes per trained weight* are above floor-frozen of the same weights.
 """.strip()  # noqa: E501
 
 
@@ -33,6 +33,7 @@ def checks(data):
     found = []
     if {"floor-frozen", FLOOR, "sara"} <= rows.keys():
         found += checks_of_steps(rows, data.get("around"))
+        found += checks_of_eight_bits(rows, data.get("around"))
     if data.get("around"):
         found += checks_around(data["around"])
         seconds = data["around"]["large_low_rank_seconds"]
@@ -77,6 +78,32 @@ def checks_of_steps(rows, around):
             f"dense backward floor alone is {1 / official:.2f} x",
             sara["step_ratio"] <= 0.5 * official,
         ))  # fmt: skip
+    return found
+
+
+def checks_of_eight_bits(rows, around):
+    """Check memory and time of a base that stays in eight bits."""
+    found, frozen = [], rows["floor-frozen"]
+    for name, per_weight in (("sara-float8", 17), ("sara-float8-moments-8bit", 11)):
+        if name not in rows or not around:
+            continue
+        row = rows[name]
+        others = frozen["peak_bytes"] - 4 * row["parameters"]
+        least = (
+            others + row["parameters"] + around["largest_layer_bytes"] + per_weight * row["trained"]
+        )
+        times = row["step_ratio"] / rows["sara"]["step_ratio"]
+        found += [
+            (
+                f"{name}: memory at most that of activations, weights in 8 bits, one layer and "
+                f"{per_weight} bytes per trained weight, 5 % over: {row['peak_bytes'] / least - 1:+.1%}",
+                row["peak_bytes"] <= 1.05 * least,
+            ),
+            (
+                f"{name}: a step at most 1.5 x that of the same model in float32: {times:.2f} x",
+                times <= 1.5,
+            ),
+        ]
     return found
 
 

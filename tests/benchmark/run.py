@@ -114,6 +114,13 @@ def measure(name, method, options, size, num_steps, num_warm_up):
     return row
 
 
+def merged(rows, old):
+    """Return rows with those of an old report that were not measured anew, in the order of `ROWS`."""
+    names = [row[0] for row in ROWS]
+    every = {row["method"]: row for row in (*old, *rows)}
+    return sorted(every.values(), key=lambda row: (*names, row["method"]).index(row["method"]))
+
+
 def measure_around(size):
     """Return what `around.py` measures."""
     command = [sys.executable, "-m", "tests.benchmark.around", size]
@@ -126,7 +133,9 @@ def main():
     parser.add_argument("--quick", action="store_true", help="a small model, some minutes in all")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--warm-up", type=int, default=2)
-    parser.add_argument("--only", help="names of rows, separated by commas")
+    parser.add_argument(
+        "--only", help="names of rows, separated by commas; with --out, the others stay as they are"
+    )
     parser.add_argument("--out", type=Path, help="default: docs/benchmark, or nothing with --quick")
     options = parser.parse_args()
     options.size = "quick" if options.quick else "full"
@@ -144,15 +153,18 @@ def main():
         rows.append(row)
         print(table([row])[-1], flush=True)
     print("\n".join(table(rows)))
+    written = out and out.with_suffix(".json")
+    old = json.loads(written.read_text()) if options.only and written and written.is_file() else {}
     data = {"machine": machine(), "size": options.size, "steps": options.steps,
-            "warm_up": options.warm_up, "rows": rows,
-            "around": measure_around(options.size)}  # fmt: skip
+            "warm_up": options.warm_up, "rows": merged(rows, old.get("rows", [])),
+            "around": old.get("around") or measure_around(options.size)}  # fmt: skip
     for text, holds in [] if options.quick else checks(data):
         print(f"{'holds' if holds else 'DOES NOT HOLD'}: {text}")
     if out:
         if out.with_suffix(".json").is_file():  # what `--executor` and `--processes` measured stays
             old = json.loads(out.with_suffix(".json").read_text())
-            rows += [row for row in old["rows"] if "comfyui" in row]
+            if not options.only:
+                rows += [row for row in old["rows"] if "comfyui" in row]
             data["processes"] = old.get("processes", [])
         write(data, out)
 

@@ -311,6 +311,20 @@ def test_shared_weights_stay_shared():
     assert net.table.weight is net.out.weight is stored
 
 
+def test_a_preview_may_come_before_the_first_step():
+    small, converters, wide = stored_and_wide("scaled float8")
+    reference = SaraAdamW(wide, **OPTIONS)
+    with numbers_on_use(small, converters, torch.float32):
+        require_gradients(small)
+        optimizer = SaraAdamW(small, **OPTIONS)
+        for seed in range(2):
+            with torch.inference_mode():
+                assert torch.equal(small(*sample(9)), wide(*sample(9)))
+            learn(optimizer, small, 1, first=seed)
+            learn(reference, wide, 1, first=seed)
+        assert_same_delta(optimizer.delta(), reference.delta())
+
+
 def test_a_quantised_weight_refuses_to_be_written():
     small, converters, _ = stored_and_wide("float8_e4m3fn")
     with numbers_on_use(small, converters, torch.float32):
