@@ -4,7 +4,7 @@ import contextlib
 import functools
 import logging
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import comfy.model_management
 import comfy.ops
@@ -14,6 +14,7 @@ from ...sara_core.training.inference_tensors import make_trackable
 from ...sara_core.weights.quantised import Quantised, numbers_on_use
 from .model_calls import ModelCalls
 from .weights import (
+    REAL_SCALE,
     computes_in,
     converter,
     is_dynamic,
@@ -103,37 +104,54 @@ def _numbers_on_use(
     Those that were left in main memory are sent to the device as they are stored, and what is trained of
     them is on the device.
     """
-    converters, scales, replaced = {}, {}, []
+    converters, scales = _converters(model, dtype)
+    with numbers_on_use(model, converters, dtype, scales, device), contextlib.ExitStack() as stack:
+        for module in model.modules():
+            if isinstance(module._parameters.get("weight"), Quantised):
+                stack.enter_context(_computing_with_numbers(module))
+        yield
 
-    def replace(module, name, value):
-        replaced.append((module, name, vars(module).get(name)))
-        setattr(module, name, value)
 
+def _converters(model: torch.nn.Module, dtype: torch.dtype) -> tuple[dict, dict]:
+    """Return what makes numbers of the weights that layers widen, and their scales, by parameter name."""
+    converters: dict[str, Callable] = {}
+    scales = {}
     for path, module in model.named_modules():
         for name, weight in module._parameters.items():
-            if weight is not None and is_widened(module, weight, dtype):
-                full_name = f"{path}.{name}" if path else name
-                scale = scale_of(module, name)
-                if scale is None:
-                    options = {"with_patches": True} if is_ggml(weight) else {"inplace": False}
-                    convert = functools.partial(converter(module, name), **options)
-                else:
-                    convert, scales[full_name] = torch.detach, scale.detach()
-                converters[full_name] = convert
+            if weight is None or not is_widened(module, weight, dtype):
+                continue
+            full_name = f"{path}.{name}" if path else name
+            scale = scale_of(module, name)
+            if scale is not None:
+                converters[full_name], scales[full_name] = torch.detach, scale.detach()
+                continue
+            options = {"with_patches": True} if is_ggml(weight) else {"inplace": False}
+            converters[full_name] = functools.partial(converter(module, name, weight), **options)
+    return converters, scales
+
+
+@contextlib.contextmanager
+def _computing_with_numbers(module: torch.nn.Module) -> Iterator[None]:
+    """Have a layer of packed or scaled weights take its weight for the numbers that it is by now."""
+    held, parameters = vars(module).copy(), module._parameters.copy()
+    if getattr(module, "scale_weight", None) is not None:
+        forward = comfy.ops.manual_cast.Linear.forward_comfy_cast_weights
+        module.forward_comfy_cast_weights = types.MethodType(forward, module)
+        setattr(module, REAL_SCALE, module.scale_weight.detach())
+        ones = torch.ones_like(module.scale_weight)
+        module._parameters["scale_weight"] = torch.nn.Parameter(ones, requires_grad=False)
+    if "_full_precision_mm" in held:
+        module._full_precision_mm = True
     try:
-        with numbers_on_use(model, converters, dtype, scales, device):
-            for module in model.modules():
-                if not any(isinstance(p, Quantised) for p in module._parameters.values()):
-                    continue
-                if getattr(module, "scale_weight", None) is not None:  # the numbers have it in them
-                    forward = comfy.ops.manual_cast.Linear.forward_comfy_cast_weights
-                    replace(module, "forward_comfy_cast_weights", types.MethodType(forward, module))
-                if "_full_precision_mm" in vars(module):
-                    replace(module, "_full_precision_mm", True)
-            yield
+        yield
     finally:
-        for module, name, value in replaced:
-            delattr(module, name) if value is None else setattr(module, name, value)
+        for name in ("forward_comfy_cast_weights", REAL_SCALE, "_full_precision_mm"):
+            if name in held:
+                setattr(module, name, held[name])
+            else:
+                vars(module).pop(name, None)
+        if "scale_weight" in parameters:
+            module._parameters["scale_weight"] = parameters["scale_weight"]
 
 
 def _ordinary_clone(patcher):
@@ -156,4 +174,6 @@ def _ordinary_clone(patcher):
 
 def needs_loss_scaling(patcher, dtype: torch.dtype | None) -> bool:
     """Tell whether gradients will be float16, which loses small ones without loss scaling."""
-    return torch.float16 in (dtype, computes_in(patcher))
+    own, compute = patcher.model.get_dtype(), computes_in(patcher)
+    is_widened_first = compute.itemsize > own.itemsize  # its gradients are float32's
+    return torch.float16 in (dtype, compute, None if is_widened_first else own)

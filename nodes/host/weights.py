@@ -12,9 +12,12 @@ import torch
 from comfy.quant_ops import QuantizedTensor
 from torch import Tensor
 
+from ...sara_core.weights.quantised import Quantised
+
 # Moved in 0.33.
 string_to_seed = getattr(comfy.utils, "string_to_seed", None) or comfy.model_patcher.string_to_seed
 PREFIX = "diffusion_model."
+REAL_SCALE = "sara_scale"  # of a scaled layer whose weight acts as numbers for a while
 CASTS = "comfy_cast_weights"  # layers that turn their weight into another dtype when it is used
 
 
@@ -71,8 +74,9 @@ def base_weights(patcher) -> BaseWeights:
                 stored[name] = hooked[0]
             else:
                 stored[name] = parameter if backup is None else backup.weight
-            module = model.get_submodule(owner)
-            convert[name] = converter(module, kind)
+            if isinstance(stored[name], Quantised):  # while it trains
+                stored[name] = stored[name].source.stored
+            convert[name] = converter(model.get_submodule(owner), kind, stored[name])
     return BaseWeights(stored, convert)
 
 
@@ -91,9 +95,9 @@ def patched_weights(patcher) -> BaseWeights:
     return weights.patched({name: functools.partial(patch, key) for name, key in keys.items()})
 
 
-def converter(module: torch.nn.Module, kind: str) -> Callable[..., Tensor]:
-    """Return what turns a layer's stored weight into numbers."""
-    if is_ggml(getattr(module, kind)):
+def converter(module: torch.nn.Module, kind: str, stored: Tensor) -> Callable[..., Tensor]:
+    """Return what turns a layer's stored weight into numbers, during training as well."""
+    if is_ggml(stored):
         return functools.partial(_dequantised, module)
     scale = scale_of(module, kind)
     if scale is not None:
@@ -103,7 +107,9 @@ def converter(module: torch.nn.Module, kind: str) -> Callable[..., Tensor]:
 
 def scale_of(module: torch.nn.Module, kind: str) -> Tensor | None:
     """Return what the stored numbers of a layer's weight are to be multiplied with, if there is such."""
-    return getattr(module, "scale_weight", None) if kind == "weight" else None
+    if kind != "weight":
+        return None
+    return getattr(module, REAL_SCALE, getattr(module, "scale_weight", None))
 
 
 def _dequantised(
@@ -148,9 +154,10 @@ def computes_in(patcher) -> torch.dtype:
 
 def bytes_per_trained_weight(patcher) -> int:
     """Return what training takes for each trained weight; docs/cost.md says what it is made of."""
-    own = patcher.model.get_dtype()
-    is_half = own.itemsize == 2 and computes_in(patcher).itemsize == 2
-    return 19 if is_half else 17
+    model = patcher.model
+    is_half = model.get_dtype().itemsize == 2 and computes_in(patcher).itemsize == 2
+    stays_stored = any(is_quantised(weight) for weight in model.diffusion_model.parameters())
+    return 19 if is_half and not stays_stored else 17
 
 
 def is_quantised(weight: Tensor) -> bool:

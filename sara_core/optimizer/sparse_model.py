@@ -39,6 +39,7 @@ class SparseModel:
         self.frozen: list[SparseWeight] = []
         self._requires_grad = {name: p.requires_grad for name, p in self.parameters.items()}
         self._hooks: list = []
+        self._acting: list[SparseWeight] = []
         self.attach()
 
     @property
@@ -77,10 +78,19 @@ class SparseModel:
             setattr(parameter, OWNER, weakref.ref(self))
 
     def _let_quantised_act(self) -> None:
-        for parameter in self.parameters.values():
-            if isinstance(parameter, Quantised):
-                weights = (*self.frozen, *self.active)
-                parameter.source.learned = [w for w in weights if w.parameter is parameter]
+        """Have quantised parameters act with what has been learned of them."""
+        quantised = [p for p in self.parameters.values() if isinstance(p, Quantised)]
+        known = {id(weight) for weight in self._acting}
+        for parameter in quantised:
+            foreign = [w for w in parameter.source.learned if id(w) not in known]
+            if any(weight.acting is not None for weight in foreign):
+                raise RuntimeError(
+                    "the model acts with what another SaraAdamW has learned, beside weights that are "
+                    "stored in few bits; call that one's restore(), and go on from its delta"
+                )
+        self._acting = [*self.frozen, *self.active]
+        for parameter in quantised:
+            parameter.source.learned = [w for w in self._acting if w.parameter is parameter]
 
     def share(self, arrived: Callable[..., None]) -> None:
         """Have other processes train the same module: say when gradients come, leave them to SaRA.

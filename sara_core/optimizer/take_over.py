@@ -8,6 +8,7 @@ from torch import Tensor
 from ..delta.sparse_delta import SparseDelta
 from ..weights import at_positions
 from ..weights.fingerprint import is_same_base
+from ..weights.quantised import Quantised
 from ..weights.shards import Shard, held, reshard, total
 from .sparse_model import SparseModel
 from .sparse_weight import SparseWeight
@@ -121,7 +122,7 @@ def _holds(model: SparseModel, record: Mapping) -> bool:
     parameter = model.parameters[record["name"]]
     own, index = Shard(parameter).in_part(record["index"])
     found = at_positions.read(held(parameter), index.to(parameter.device)).cpu()
-    candidates = (record["base"], record["values"].to(found.dtype))
+    candidates = (record["base"].to(found.dtype), record["values"].to(found.dtype))
     others = [int(not torch.equal(found, values[own].cpu())) for values in candidates]
     return not all(total(parameter, torch.tensor(others)).tolist())
 
@@ -135,7 +136,7 @@ def _refuse_unfitting(model: SparseModel, records: Sequence[Mapping]) -> None:
             faults.append(f"{name} is missing")
         elif tuple(parameter.shape) != shape:
             faults.append(f"{name} is {tuple(parameter.shape)}, saved {shape}")
-        elif parameter.dtype != record["base"].dtype:
+        elif parameter.dtype != record["base"].dtype and not isinstance(parameter, Quantised):
             faults.append(f"{name} is {parameter.dtype}, saved {record['base'].dtype}")
         elif not _is_sound(record, parameter.numel()):
             faults.append(f"{name} has positions or values that do not belong together")

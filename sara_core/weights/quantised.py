@@ -7,6 +7,7 @@ held in numbers at any time, in forward and backward pass.
 
 import contextlib
 import dataclasses
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -19,6 +20,7 @@ from torch.utils._pytree import tree_map_only
 from .at_positions import write_
 from .codes import reader
 
+CHUNK = 1 << 23  # numbers that are scaled in one go
 aten = torch.ops.aten
 WITH_RESULTS_OF_THEIR_OWN = (  # where most of the time goes; they return nothing that shares their input
     aten.mm.default,
@@ -38,8 +40,11 @@ class Learned(Protocol):
         """Flat positions, `(k,)`."""
 
 
-class Scratch:
-    """Memory of the largest weight's numbers on a processor, which takes its time to hand out new memory."""
+class Scratch(threading.local):
+    """Memory of the largest weight's numbers on a processor, which takes its time to hand out new memory.
+
+    Each thread has its own.
+    """
 
     def __init__(self) -> None:
         self._bytes = torch.empty(0, dtype=torch.uint8)
@@ -70,7 +75,9 @@ class Source:
     scale: Tensor | None = None
     scratch: Scratch = field(default_factory=Scratch)
     learned: Sequence[Learned] = field(default_factory=tuple)
-    _read: Callable[[Tensor, Tensor | None, Tensor], Tensor] | None = None
+    _read: Callable[[Tensor, Tensor | None, Tensor], Tensor] | None = field(
+        default=None, init=False
+    )
 
     @torch.no_grad()
     def numbers(self, out: Tensor) -> Tensor:
@@ -84,7 +91,10 @@ class Source:
         elif self.scale is None:
             out.copy_(made)
         else:
-            out.copy_(made.float() * self.scale.to(made.device))
+            scale = self.scale.to(made.device)
+            parts = zip(made.reshape(-1).split(CHUNK), out.view(-1).split(CHUNK), strict=True)
+            for part, numbers in parts:
+                numbers.copy_(part.float() * scale)
         for part in self.learned:
             if part.acting is not None:
                 write_(out, part.index.to(out.device), part.acting.to(out.device, out.dtype))
@@ -148,7 +158,9 @@ class Quantised(Tensor):
         if function is aten.t.default:
             return args[0]._other(turned=True)
         if function is aten._to_copy.default and not kwargs.keys() - {"dtype", "device"}:
-            return args[0]._other(**kwargs)
+            dtype = kwargs.get("dtype", args[0].dtype)
+            if dtype == args[0].dtype or dtype.itemsize < args[0].dtype.itemsize:
+                return args[0]._other(**kwargs)
         if function._schema.is_mutable:
             _refuse_writing(function, args, kwargs)
         passing = function in WITH_RESULTS_OF_THEIR_OWN
@@ -163,8 +175,8 @@ def _refuse_writing(function, args: tuple, kwargs: dict[str, Any]) -> None:
             given = args[i] if i < len(args) else kwargs.get(argument.name)
             if isinstance(given, Quantised):
                 raise RuntimeError(
-                    f"{function} would change a weight that is stored in {given.source.stored.dtype} and "
-                    "stays as it is; load the model in a dtype of 16 or 32 bits to change its weights"
+                    f"{function} would change a weight that SaRA keeps as it is stored while it trains; "
+                    "change it before or after the training"
                 )
 
 
@@ -193,7 +205,7 @@ def numbers_on_use(
             is stored elsewhere is sent there whenever it is used.
     """
     replaced: list[tuple[dict, str, nn.Parameter]] = []
-    made: dict[int, nn.Parameter] = {}  # shared parameters stay shared
+    made: dict[int, Any] = {}  # shared parameters stay shared
     scratch = Scratch()
     try:
         for path, part in module.named_modules():
@@ -213,3 +225,5 @@ def numbers_on_use(
     finally:
         for parameters, name, stored in replaced:
             parameters[name] = stored
+        for parameter in made.values():  # which would keep one another, and what is stored
+            parameter.source.learned = ()

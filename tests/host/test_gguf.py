@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from . import zoo
-from .test_quantised import FAMILY, assert_trained_as, delta_of, output
+from .test_quantised import FAMILY, assert_trained_as, delta_of, output, with_patch
 
 PACK = os.environ.get("COMFYUI_GGUF")
 FORMS = ["Q8_0", "Q4_0", "Q5_1", "BF16"]
@@ -71,6 +71,22 @@ def test_a_gguf_model_trains_as_the_numbers_it_stands_for(sara, pack, tmp_path, 
     assert_trained_as(sara, patcher, FAMILY)
     assert_same_bits(patcher, before)
     assert torch.equal(output(patcher), base)
+
+
+def test_a_lora_that_a_gguf_model_carries_is_part_of_what_trains(sara, pack, tmp_path):
+    patcher = load(pack, tmp_path, "Q8_0")
+    plain = delta_of(sara, patcher)[1]
+    patched = with_patch(patcher)
+    weights = sara.host.patched_weights(patched)
+    state = {name: weights[name].detach().float().clone() for name in weights}
+    with torch.inference_mode():
+        state = {**zoo.weights_of(FAMILY), **state}
+        wide = comfy_sd.load_diffusion_model_state_dict(state, {"dtype": torch.float32})
+    delta, losses = delta_of(sara, patched)
+    assert losses[0] == pytest.approx(delta_of(sara, wide)[1][0], rel=1e-5)
+    assert losses[0] != plain[0]
+    assert delta.fits_base(weights)
+    assert delta_of(sara, patcher)[1] == plain
 
 
 @pytest.mark.parametrize("form", FORMS)

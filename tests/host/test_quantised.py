@@ -170,6 +170,70 @@ def test_the_delta_is_that_of_training_the_numbers(sara, form):
     assert_trained_as_the_numbers(sara, form, FAMILY, gradient_checkpointing=True)
 
 
+LAYER = "joint_blocks.0.x_block.mlp.fc1.weight"
+
+
+def with_patch(patcher):
+    """Return the MODEL with a change of one layer, as a LoRA's."""
+    patched = patcher.clone()
+    change = torch.randn(512, 128, generator=torch.Generator().manual_seed(1)) * 0.01
+    assert patched.add_patches({f"diffusion_model.{LAYER}": ("diff", (change,))}, 1.0)
+    return patched
+
+
+@pytest.mark.parametrize("offloading", [False, True])
+@pytest.mark.parametrize("form", ["e4m3fn", "scaled", "mixed", "half"])
+def test_a_lora_that_the_model_carries_is_part_of_what_trains(sara, form, offloading):
+    small = with_patch(load(form))
+    weights = sara.host.patched_weights(small)
+    state = {name: weights[name].detach().float().clone() for name in weights}
+    buffers = small.model.diffusion_model.named_buffers()
+    state |= {name: buffer.float() for name, buffer in buffers}
+    with torch.inference_mode():
+        state = {**zoo.weights_of(FAMILY), **state}
+        wide = comfy_sd.load_diffusion_model_state_dict(state, {"dtype": torch.float32})
+    options = {"zeros": "train", "training_dtype": "fp32", "offloading": offloading}
+    _, expected = delta_of(sara, wide, **options)
+    delta, losses = delta_of(sara, small, **options)
+    assert losses[0] == pytest.approx(expected[0], rel=1e-3)
+    assert delta.fits_base(sara.host.patched_weights(small))
+
+
+@pytest.mark.parametrize("form", ["e4m3fn", "scaled", "mixed"])
+def test_training_goes_on_from_a_delta_that_the_model_carries(sara, form):
+    small = load(form)
+    first, losses = delta_of(sara, small, learning_rate=2e-3)
+    carrying = sara.host.apply_delta(small, first, 1.0)
+    _, again = delta_of(sara, carrying, learning_rate=2e-3)
+    assert again[0] != losses[0]
+    assert again[0] == pytest.approx(losses[0], rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("own", "compute", "scaled"),
+    [
+        (torch.float16, "auto", False),  # float32, on a processor
+        (torch.float16, "fp32", False),
+        (torch.float16, "bf16", True),  # the gradient of a float16 weight is float16
+        (torch.float16, "fp16", True),
+        (torch.bfloat16, "auto", False),
+        (torch.bfloat16, "bf16", False),
+        (torch.float32, "fp16", True),
+        (E4M3, "auto", False),
+        (E4M3, "fp16", True),
+    ],
+)
+def test_the_loss_is_scaled_where_gradients_are_float16(sara, own, compute, scaled):
+    with torch.inference_mode():
+        state = zoo.weights_of(FAMILY)
+        patcher = comfy_sd.load_diffusion_model_state_dict(state, {"dtype": own})
+    dtype = sara.settings.COMPUTE_DTYPES[compute]
+    with sara.host.trainable(patcher, dtype) as calls:
+        assert sara.host.needs_loss_scaling(patcher, dtype) == scaled
+        layer = calls.model.diffusion_model.get_submodule(LAYER.removesuffix(".weight"))
+        assert layer.weight.requires_grad
+
+
 SAME_NETWORK = ("SDXL v", "SDXL EDM", "SDXL refiner", "SD2.1 v", "SD3.5")  # as another family's
 SMALL = [name for name, f in zoo.FAMILIES.items() if not f.large and name not in SAME_NETWORK]
 
