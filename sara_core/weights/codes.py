@@ -1,4 +1,4 @@
-"""Numbers of eight-bit codes, up to five times as fast as torch makes them on a processor."""
+"""Decoding of eight-bit codes, up to five times as fast as torch does it on a processor."""
 
 from collections.abc import Callable
 
@@ -26,7 +26,7 @@ def _has_nan(codes: Tensor) -> bool:
 def look_up(codes: Tensor, scale: Tensor | None, out: Tensor) -> Tensor:
     """Write the numbers that codes of one byte each stand for.
 
-    The 256 numbers are made by torch itself, so that NaN and infinity are what they are.
+    The 256 numbers are made by torch itself, so NaN and infinity come out right.
 
     Args:
         codes: Any shape and dtype of one byte, on the CPU.

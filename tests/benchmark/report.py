@@ -84,15 +84,16 @@ def checks_of_steps(rows, around):
 def checks_of_eight_bits(rows, around):
     """Check memory and time of a base that stays in eight bits."""
     found, frozen = [], rows["floor-frozen"]
-    for name, per_weight in (("sara-float8", 17), ("sara-float8-moments-8bit", 11)):
-        if name not in rows or not around:
+    compared = (("sara-float8", "sara", 17), ("sara-float8-moments-8bit", "sara-moments-8bit", 11))
+    for name, in_float32, per_weight in compared:
+        if name not in rows or in_float32 not in rows or not around:
             continue
         row = rows[name]
         others = frozen["peak_bytes"] - 4 * row["parameters"]
         least = (
             others + row["parameters"] + around["largest_layer_bytes"] + per_weight * row["trained"]
         )
-        times = row["step_ratio"] / rows["sara"]["step_ratio"]
+        times = row["step_ratio"] / rows[in_float32]["step_ratio"]
         found += [
             (
                 f"{name}: memory at most that of activations, weights in 8 bits, one layer and "
