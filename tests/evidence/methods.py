@@ -5,6 +5,7 @@ from unittest import mock
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from sara_core import SaraAdamW
 from sara_core.optimizer import sara_adamw
@@ -13,15 +14,17 @@ from sara_core.weights.selection import Selection
 WORDS, UNUSED = 768, 0.25  # columns that the text fills, and the size of weights behind the others
 
 
-def sara(model, rate, fraction=0.1, low_rank_weight=5e-4, **options):
+def sara(model, rate, fraction=0.1, low_rank_weight=5e-4, kind=SaraAdamW, **options):
     """SaRA; `rate=None` takes the paper's rule."""
-    return SaraAdamW(
+    return kind(
         model, fraction=fraction, lr=rate, low_rank_weight=low_rank_weight, max_grad_norm=1.0,
         **options,
     )  # fmt: skip
 
 
-def masked(model, rate, chosen, fraction=0.1, among=0.3, gradients=None, **options):
+def masked(
+    model, rate, chosen, fraction=0.1, among=0.3, gradients=None, by_layer_size=False, **options
+):
     """The same optimizer with weights chosen otherwise, and without progressive adjustment unless asked for.
 
     Weights whose input is always zero are left out: emoji64 has such, of a size that SaRA does not select
@@ -32,28 +35,53 @@ def masked(model, rate, chosen, fraction=0.1, among=0.3, gradients=None, **optio
         rate: Learning rate.
         chosen: `random`; `largest`; `layer`, the smallest of each layer; `gradient`, those with the largest
             gradient; `small gradient`, those of the smallest with the largest gradient; `rows`, whole rows
-            with the smallest weights.
+            with the smallest weights; `smallest`.
         fraction: Share that trains.
         among: Share that counts as the smallest.
         gradients: Mean size of each weight's gradient by parameter name, where it is gone by.
+        by_layer_size: Take a rate for each layer that goes with the spread of its weights.
         options: Of `sara`.
     """
 
-    def choose(parameters, **rule):
-        size = torch.cat([p.detach().abs().flatten() for p in parameters.values()])
-        limit = size.kthvalue(round(among * len(size))).values if "small" in chosen else None
-        keys = {
-            name: _keys(p, chosen, number, gradients and gradients[name], limit)
-            for number, (name, p) in enumerate(parameters.items())
-        }
-        count = round(fraction * len(size))
-        cut = torch.cat(list(keys.values())).kthvalue(count).values
-        index = {name: (key <= cut).nonzero()[:, 0].int() for name, key in keys.items()}
-        index = {name: positions for name, positions in index.items() if len(positions)}
-        return Selection(float(limit or 1.0), index, len(size), 0, False)
+    limit = None
 
+    def choose(parameters, **rule):
+        nonlocal limit
+        index, limit = _positions(parameters, chosen, fraction, among, gradients)
+        return Selection(
+            float(limit or 1.0), index, sum(p.numel() for p in parameters.values()), 0, False
+        )
+
+    kind = _ByLayerSize if by_layer_size else SaraAdamW
     with mock.patch.object(sara_adamw, "select", choose):
-        return sara(model, rate, fraction, **options)
+        return sara(model, rate, fraction, kind=kind, **options)
+
+
+class _ByLayerSize(SaraAdamW):
+    """Moves the weights of a layer by a rate that goes with the spread of all its weights."""
+
+    @torch.no_grad()
+    def step(self):
+        weights = self._weights.active
+        before = [weight.trained.clone() for weight in weights]
+        super().step()
+        sizes = torch.stack([weight.parameter.detach().std() for weight in weights])
+        factors = sizes / sizes.square().mean().sqrt()
+        for weight, old, factor in zip(weights, before, factors, strict=True):
+            weight.write_(torch.lerp(old, weight.trained, factor), weight.index)
+
+
+def _positions(parameters, chosen, fraction, among=0.3, gradients=None):
+    """Choose weights; returns their flat positions by name, and the size of the largest small one."""
+    size = torch.cat([p.detach().abs().flatten() for p in parameters.values()])
+    limit = size.kthvalue(round(among * len(size))).values if "small" in chosen else None
+    keys = {
+        name: _keys(p, chosen, number, gradients and gradients[name], limit)
+        for number, (name, p) in enumerate(parameters.items())
+    }
+    cut = torch.cat(list(keys.values())).kthvalue(round(fraction * len(size))).values
+    index = {name: (key <= cut).nonzero()[:, 0].int() for name, key in keys.items()}
+    return {name: positions for name, positions in index.items() if len(positions)}, limit
 
 
 def _keys(parameter, chosen, number, gradient, limit):
@@ -61,8 +89,8 @@ def _keys(parameter, chosen, number, gradient, limit):
     size = parameter.detach().abs()
     if chosen == "random":
         key = torch.rand(parameter.shape, generator=torch.Generator().manual_seed(number))
-    elif chosen == "largest":
-        key = -size
+    elif chosen in ("largest", "smallest"):
+        key = -size if chosen == "largest" else size.clone()
     elif chosen == "layer":
         key = size.flatten().argsort().argsort().view_as(size) / size.numel()
     elif chosen == "rows":
@@ -76,6 +104,37 @@ def _keys(parameter, chosen, number, gradient, limit):
         unused = parameter.detach()[:, WORDS:].abs() == UNUSED
         key[:, WORDS:][unused] = torch.inf
     return key.flatten()
+
+
+def low_rank_on_mask(model, rate, rank=8, chosen="layer", fraction=0.1, seed=0):
+    """Train a product of two thin matrices for each layer, of which only the chosen weights take part."""
+    chosen_from = {n: p for n, p in model.named_parameters() if p.dim() > 1}
+    index, _ = _positions(chosen_from, chosen, fraction)
+    model.requires_grad_(False)
+    generator, trained = torch.Generator().manual_seed(seed), []
+    for path, module in list(model.named_modules()):
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and f"{path}.weight" in index:
+            part = _OnMask(module.weight, index[f"{path}.weight"], rank, generator)
+            parametrize.register_parametrization(module, "weight", part)
+            trained += [part.out, part.inner]
+    return _adamw(trained, rate)
+
+
+class _OnMask(nn.Module):
+    """Adds (out @ inner) * mask to a weight; begins as LoRA does."""
+
+    def __init__(self, weight, positions, rank, generator):
+        super().__init__()
+        mask = torch.zeros(weight.numel())
+        mask[positions.long()] = 1.0
+        self.register_buffer("mask", mask.view_as(weight), persistent=False)
+        columns = weight[0].numel()
+        bound = columns**-0.5
+        inner = torch.empty(rank, columns).uniform_(-bound, bound, generator=generator)
+        self.inner, self.out = nn.Parameter(inner), nn.Parameter(torch.zeros(len(weight), rank))
+
+    def forward(self, weight):
+        return weight + self.mask * (self.out @ self.inner).view_as(weight)
 
 
 def full(model, rate):
@@ -123,7 +182,10 @@ def _adamw(parameters, rate):
     return _ClippedAdamW(parameters, rate, weight_decay=0.0)
 
 
-METHODS = {"sara": sara, "masked": masked, "full": full, "lora": lora, "shira": shira}
+METHODS = {
+    "sara": sara, "masked": masked, "low rank on mask": low_rank_on_mask, "full": full, "lora": lora,
+    "shira": shira,
+}  # fmt: skip
 
 
 class Average:
@@ -165,6 +227,9 @@ def learned_weights(model, names):
     for layer in layers.values():
         if hasattr(layer, "merge"):
             layer.merge()
+    for module in model.modules():
+        if parametrize.is_parametrized(module, "weight"):
+            parametrize.remove_parametrizations(module, "weight")
     state = model.state_dict()
     for name in names:
         layer, _, part = name.rpartition(".")

@@ -77,9 +77,45 @@ def parts(base, rates=(2.5e-4, 5e-4), seeds=(0, 1), **changes):
     ]
 
 
+IDEAS = {  # method, options, rates
+    "smallest of each layer": ("masked", {"chosen": "layer"}, (6e-5, 1.25e-4, 2.5e-4, 5e-4)),
+    "the same, rates by layer": (
+        "masked", {"chosen": "layer", "by_layer_size": True}, (6e-5, 1.25e-4, 2.5e-4, 5e-4),
+    ),
+    "random, rates by layer": (
+        "masked", {"chosen": "random", "by_layer_size": True}, (6e-5, 1.25e-4, 2.5e-4, 5e-4),
+    ),
+    "rank 8 on the smallest of each layer": (
+        "low rank on mask", {"rank": 8, "chosen": "layer"}, (2e-4, 5e-4, 1e-3, 2e-3),
+    ),
+    "rank 32 on the smallest of each layer": (
+        "low rank on mask", {"rank": 32, "chosen": "layer"}, (1e-4, 2e-4, 5e-4, 1e-3),
+    ),
+    "smallest 30 % of each layer": (
+        "masked", {"chosen": "layer", "fraction": 0.3}, (3e-5, 6e-5, 1.25e-4, 2.5e-4),
+    ),
+    "smallest 3 % of each layer": (
+        "masked", {"chosen": "layer", "fraction": 0.03}, (2.5e-4, 5e-4, 1e-3, 2e-3),
+    ),
+}  # fmt: skip
+
+
+def ideas(base, seeds=(0, 1), **changes):
+    """What could move SaRA's curve, each at its rates."""
+    common = {"base": base, **COMMON, **changes}
+    compared = ("base", "SaRA 10 %", "LoRA r8")
+    known = [p for p in methods(base, **changes) if p["name"] in compared and p["seed"] in seeds]
+    return known + [
+        {**common, "name": name, "method": method, "options": options, "rate": rate, "seed": seed}
+        for seed, (name, (method, options, rates)) in itertools.product(seeds, IDEAS.items())
+        for rate in rates
+    ]
+
+
 QUESTIONS = {  # title in the report: the plans of its runs
     "Methods at their best": lambda: methods("emoji64"),
     "SaRA with one part changed": lambda: parts("emoji64"),
+    "What could move SaRA's curve": lambda: ideas("emoji64"),
 }
 
 
