@@ -1,8 +1,8 @@
 """Weights that stay as they are stored, in eight bits or packed: numbers are made of them when they are used.
 
-Every operation makes the numbers anew and drops them when it is done. What autograd saves, for a linear
-layer or a convolution as well as within gradient checkpointing, is the stored weight, so at most one layer is
-held in numbers at any time, in forward and backward pass.
+Every operation makes the numbers anew and drops them when it is done. What autograd saves of a linear layer
+or a convolution, also within gradient checkpointing, is the stored weight, so that one layer at a time is held in
+numbers, in forward and backward pass. Results that share a weight's memory, as of `view`, are plain numbers.
 """
 
 import contextlib

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from . import zoo
-from .test_quantised import FAMILY, assert_trained_as, delta_of, output, with_patch
+from .quantised import FAMILY, assert_trained_as, delta_of, output, with_patch
 
 PACK = os.environ.get("COMFYUI_GGUF")
 FORMS = ["Q8_0", "Q4_0", "Q5_1", "BF16"]

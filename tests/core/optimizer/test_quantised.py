@@ -1,93 +1,25 @@
 """Weights that stay in eight bits are trained to the very same numbers as those they stand for."""
 
 import copy
-import gc
-import weakref
-from contextlib import nullcontext
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from sara_core import SaraAdamW
-from sara_core.optimizer import convolution
-from sara_core.training.gradient_checkpointing import checkpointed
-from sara_core.training.in_place_changes import changes_allowed
-from sara_core.training.weight_casts import recomputed
-from sara_core.weights import at_positions, codes
-from sara_core.weights.quantised import Quantised, bytes_on, numbers_on_use
+from sara_core.weights.quantised import Quantised, numbers_on_use
 
 from ..helpers import Net, loss_of, sample
-
-OPTIONS = {"fraction": 0.2, "lr": 1e-2, "zeros": "train", "low_rank_weight": 1e-2}
-
-
-def as_float(stored):
-    return stored.float()
-
-
-def scaled(dtype, largest):
-    def store(weight):
-        scale = weight.detach().abs().max() / largest
-        stored = weight.detach() / scale
-        stored = stored.round() if dtype == torch.int8 else stored
-        return stored.to(dtype), lambda stored: stored.float() * scale
-
-    return store
-
-
-FORMS = {
-    "float8_e4m3fn": lambda w: (w.detach().to(torch.float8_e4m3fn), as_float),
-    "float8_e5m2": lambda w: (w.detach().to(torch.float8_e5m2), as_float),
-    "scaled float8": scaled(torch.float8_e4m3fn, 448),
-    "scaled int8": scaled(torch.int8, 127),
-    "float16": lambda w: (w.detach().half(), lambda stored: stored),
-}
-
-
-def stored_and_wide(form, dtype=torch.float32, net=None):
-    """A model with its matrices stored in a form, what makes numbers of them, and one made of those."""
-    small = Net() if net is None else net
-    wide, converters = copy.deepcopy(small).to(dtype), {}
-    for path, module in small.named_modules():
-        for name, weight in list(module._parameters.items()):
-            if weight is None or weight.dim() < 2:
-                continue
-            stored, convert = FORMS[form](weight)
-            full_name = f"{path}.{name}" if path else name
-            converters[full_name] = convert
-            module._parameters[name] = nn.Parameter(stored, requires_grad=False)
-            wide.get_submodule(path)._parameters[name] = nn.Parameter(convert(stored).to(dtype))
-    for name, parameter in small.named_parameters():
-        if name not in converters:
-            parameter.data = parameter.data.to(dtype)
-    return small, converters, wide
-
-
-def bytes_of(net):
-    return {n: p.detach().clone().view(torch.uint8) for n, p in net.named_parameters()}
-
-
-def require_gradients(net):
-    for parameter in net.parameters():
-        parameter.requires_grad_(True)
-
-
-def learn(optimizer, net, steps, loss=loss_of, first=0):
-    for seed in range(first, first + steps):
-        loss(net, seed).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-def assert_same_delta(found, expected):
-    assert found.entries.keys() == expected.entries.keys()
-    for name, entry in expected.entries.items():
-        assert torch.equal(found.entries[name].index, entry.index), name
-        assert torch.equal(found.entries[name].values, entry.values), name
+from .stored import (
+    FORMS,
+    OPTIONS,
+    as_float,
+    assert_same_delta,
+    bytes_of,
+    learn,
+    require_gradients,
+    stored_and_wide,
+)
 
 
 @pytest.mark.parametrize("options", [{}, {"progressive_step": 3}, {"weight_decay": 0.5}, {"max_grad_norm": 0.01}])  # fmt: skip
@@ -153,125 +85,6 @@ def test_a_run_goes_on_exactly_and_its_state_is_that_of_the_numbers():
         other.start_from(whole.delta())
         x = sample(9)
         torch.testing.assert_close(small(*x), wide(*x), rtol=0, atol=1e-6)
-
-
-class Deep(nn.Module):
-    """Blocks of linear layers and a large convolution, whose weights outweigh everything else."""
-
-    def __init__(self, width=64, depth=4):
-        super().__init__()
-        torch.manual_seed(0)
-        self.blocks = nn.ModuleList(
-            nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width))
-            for _ in range(depth)
-        )
-        self.conv = nn.Conv1d(32, 32, 4)
-
-    def forward(self, x):
-        for block in self.blocks:
-            x = x + block(x)
-        return self.conv(x.view(-1, 32, 2).repeat(1, 1, 2))
-
-
-class Large(TorchDispatchMode):
-    """Counts the bytes of large tensors of numbers that are there at the same time."""
-
-    def __init__(self, least):
-        super().__init__()
-        self.least, self.now, self.peak = least, 0, 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if Quantised in types:
-            return NotImplemented
-        result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and tensor.nbytes >= self.least:
-                storage = tensor.untyped_storage()
-                if not getattr(storage, "is_counted", False):
-                    self.count(storage, storage.nbytes())
-        self.peak = max(self.peak, self.now)
-        return result
-
-    def count(self, storage, size):
-        storage.is_counted = True
-        self.now += size
-
-        def gone():
-            self.now -= size
-
-        weakref.finalize(storage, gone)
-
-
-@pytest.mark.parametrize("way", ["plain", "recomputed", "checkpointed", "in place"])
-def test_at_most_one_layer_is_held_in_numbers(way, monkeypatch):
-    monkeypatch.setattr(convolution, "PART_ON_CPU", 1 << 10)
-    monkeypatch.setattr(codes, "CHUNK", 256)
-    small, converters, wide = stored_and_wide("float8_e4m3fn", net=Deep())
-    del wide
-    converters = dict.fromkeys(converters, torch.detach)
-    with numbers_on_use(small, converters, torch.float32):
-        require_gradients(small)
-        optimizer = SaraAdamW(small, **{**OPTIONS, "low_rank_weight": 0})
-        layer = 64 * 64 * 4
-        held = sum(bytes_on(torch.device("cpu"), p) for p in small.parameters())
-        assert held < 2 * 8 * layer / 4
-        x = torch.randn(2, 64)
-        within = {"recomputed": recomputed, "in place": changes_allowed}.get(way, nullcontext)
-        checkpointing = checkpointed(small, way in ("checkpointed", "in place"), way == "in place")
-        with checkpointing, within(), Large(layer // 2) as large:
-            loss = small(x).square().sum()
-            assert large.now <= layer  # room for one, whichever it is
-            loss.backward()
-        # the numbers of one layer, and its gradient
-        assert layer <= large.peak <= 2 * layer
-        gc.collect()
-        assert large.now <= layer
-        optimizer.step()
-
-
-def test_what_is_stored_elsewhere_is_sent_where_it_is_used():
-    """The device is one without memory, which tells of every tensor that is on another."""
-    small, converters, _ = stored_and_wide("float8_e4m3fn", net=Deep())
-    device = torch.device("meta")
-    for name, parameter in list(small.named_parameters()):
-        if name not in converters:
-            owner, _, kind = name.rpartition(".")
-            there = torch.empty_like(parameter, dtype=torch.bfloat16, device=device)
-            setattr(small.get_submodule(owner), kind, nn.Parameter(there))
-    scales = dict.fromkeys(converters, torch.tensor(0.5))
-    converters = dict.fromkeys(converters, torch.detach)
-    with numbers_on_use(small, converters, torch.bfloat16, scales, device):
-        require_gradients(small)
-        assert sum(bytes_on(device, p) for p in small.parameters()) == sum(
-            p.nbytes for name, p in small.named_parameters() if name not in converters
-        )
-        weight = small.blocks[0][0].weight
-        index = torch.arange(0, 4096, 100, device=device)
-        weight.source.learned = [SimpleNamespace(index=index, acting=index.float())]
-        small(torch.randn(2, 64, dtype=torch.bfloat16, device=device)).sum().backward()
-        assert (weight.grad.device, weight.grad.dtype) == (device, torch.bfloat16)
-        assert at_positions.read(weight, index).device == device
-        assert weight.source.stored.device.type == "cpu"
-
-
-def test_frozen_weights_are_not_held_in_numbers_either(monkeypatch):
-    monkeypatch.setattr(codes, "CHUNK", 256)
-    small, converters, wide = stored_and_wide("float8_e5m2", net=Deep())
-    reference = SaraAdamW(wide, include="blocks.0", **OPTIONS)
-    x = torch.randn(2, 64)
-    converters = dict.fromkeys(converters, torch.detach)
-    with numbers_on_use(small, converters, torch.float32):
-        require_gradients(small)
-        optimizer = SaraAdamW(small, include="blocks.0", **OPTIONS)
-        with Large(64 * 64 * 2) as large:
-            loss = small(x).square().sum()
-            assert large.now <= 64 * 64 * 4
-            loss.backward()
-        assert large.peak <= 2 * 64 * 64 * 4
-        optimizer.step()
-        wide(x).square().sum().backward()
-        reference.step()
-        assert_same_delta(optimizer.delta(), reference.delta())
 
 
 def test_two_weights_in_one_operation_have_numbers_of_their_own():
@@ -354,25 +167,6 @@ def test_stored_weights_are_put_back_after_an_error():
     for name, parameter in small.named_parameters():
         assert parameter is parameters[name]
     assert all(torch.equal(value, before[name]) for name, value in bytes_of(small).items())
-
-
-def test_nothing_is_kept_after_training_without_the_collector():
-    small, converters, _ = stored_and_wide("float8_e4m3fn")
-    gc.collect()
-    gc.disable()
-    try:
-        with numbers_on_use(small, converters, torch.float32):
-            require_gradients(small)
-            optimizer = SaraAdamW(small, **OPTIONS)
-            learn(optimizer, small, 1)
-            acting = weakref.ref(small.first.weight)
-            learned = weakref.ref(optimizer._weights.active[0])
-            optimizer.restore()
-            del optimizer
-        assert acting() is None
-        assert learned() is None
-    finally:
-        gc.enable()
 
 
 def test_what_another_optimizer_has_left_in_the_model_is_not_lost_silently():
