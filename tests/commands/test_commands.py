@@ -111,7 +111,8 @@ def test_the_study_runs_each_method_and_writes_its_report(tmp_path):
     printed = run("evidence", "--quick", "--folder", tmp_path / "runs", "--out", tmp_path)
     assert f"written: {tmp_path / 'evidence.md'}" in printed
     runs = json.loads((tmp_path / "evidence.json").read_text())
-    assert {run["method"] for run in runs} == {"none", "sara", "masked", "full", "lora", "shira"}
+    methods = {"none", "sara", "masked", "full", "lora", "shira", "low rank on mask"}
+    assert {run["method"] for run in runs} == methods
     (base,) = (run["losses"]["0"] for run in runs if run["method"] == "none")
     for found in (run["losses"]["1.0"] for run in runs if run["method"] != "none"):
         assert found["new"] < base["new"]  # three steps teach a little
