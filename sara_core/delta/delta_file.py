@@ -4,23 +4,25 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from ..files.atomic import replace_atomically
+from ..files.tensor_stream import TensorStream, write_streamed
 from . import packed_positions
 
 FORMAT, VERSION = "sara-delta", "1"
-VALUE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+VALUE_DTYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
 MAX_DIMS = 8
+SIZE_LIMIT = 1 << 60  # of any number of weights or bytes
+HASH = "modelspec.hash_sha256"
 
 
 @dataclass(frozen=True)
@@ -58,45 +60,70 @@ def write_entries(
         OSError: The file cannot be written; nothing is left behind then.
     """
     if dtype not in VALUE_DTYPES:
-        raise ValueError(f"values cannot be saved as {dtype}; expected one of {VALUE_DTYPES}")
+        raise ValueError(f"values cannot be saved as {dtype}; expected one of {list(VALUE_DTYPES)}")
     entries = {name: entry for name, entry in entries.items() if len(entry.index)}
     if not entries:
         raise ValueError("the delta is empty: no weight was changed, so there is nothing to save")
-    counts = [len(entry.index) for entry in entries.values()]
-    values = torch.empty(sum(counts), dtype=dtype)
-    for part, entry in zip(values.split(counts), entries.values(), strict=True):
-        part.copy_(entry.values.detach())
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
+    text = {
+        **metadata,
+        "sara.format": FORMAT,
+        "sara.version": VERSION,
+        "sara.num_values": str(sum(len(entry.index) for entry in entries.values())),
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.implementation": "https://arxiv.org/abs/2409.06633",
+    }
+    text.setdefault("modelspec.title", Path(path).stem)
+    text.setdefault("modelspec.architecture", "unknown/sara")
+    largest = _header(
+        entries, [(packed_positions.MAX_WIDTH, SIZE_LIMIT)] * len(entries), dtype, text
+    )
+    with ThreadPoolExecutor(max(1, (os.cpu_count() or 2) - 1)) as threads:
         packing = threads.map(_pack_positions, entries.values())
-        digest = hashlib.sha256(_bytes(values))
-        blocks = []
-        for width, block in packing:
-            digest.update(block.data)
-            blocks.append((width, block))
-    table = [
-        [name, list(entry.shape), len(entry.index), width, len(packed)]
-        for (name, entry), (width, packed) in zip(entries.items(), blocks, strict=True)
+
+        def write(stream: TensorStream) -> dict:
+            for entry in entries.values():
+                stream.write(_bytes(_finite_values(entry, dtype)))
+            stream.flush()
+            sizes: list[tuple[int, int]] = []
+            for width, block in packing:
+                stream.write(block.data)
+                sizes.append((width, len(block)))
+            digest = "0x" + stream.digest.hexdigest()
+            return _header(entries, sizes, dtype, {**text, HASH: digest})
+
+        room = len(json.dumps(largest)) + len(HASH) + 100
+        write_streamed(Path(path), room, write)
+
+
+def _header(
+    entries: Mapping[str, DeltaEntry],
+    sizes: Sequence[tuple[int, int]],
+    dtype: torch.dtype,
+    text: Mapping[str, str],
+) -> dict:
+    """Return the header, given width and number of bytes of each entry's packed positions."""
+    table: list[list[Any]] = [
+        [name, list(entry.shape), len(entry.index), *size]
+        for (name, entry), size in zip(entries.items(), sizes, strict=True)
     ]
+    count, packed = sum(row[2] for row in table), sum(row[4] for row in table)
+    end = count * dtype.itemsize
+    parameters = json.dumps(table, separators=(",", ":"))
+    return {
+        "__metadata__": {**text, "sara.parameters": parameters},
+        "values": {"dtype": VALUE_DTYPES[dtype], "shape": [count], "data_offsets": [0, end]},
+        "positions": {"dtype": "U8", "shape": [packed], "data_offsets": [end, end + packed]},
+    }
+
+
+def _finite_values(entry: DeltaEntry, dtype: torch.dtype) -> Tensor:
+    values = entry.values.detach().to("cpu", dtype).contiguous()
     if not _all_finite(values):
         raise ValueError(
             f"the delta holds values that are NaN, infinite or too large for {dtype}: the training "
             "has diverged, or float32 is needed"
         )
-    packed = torch.from_numpy(np.concatenate([block for _, block in blocks]))
-    tensors = {"values": values, "positions": packed}
-    text = {
-        **metadata,
-        "sara.format": FORMAT,
-        "sara.version": VERSION,
-        "sara.num_values": str(len(values)),
-        "sara.parameters": json.dumps(table, separators=(",", ":")),
-        "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.implementation": "https://arxiv.org/abs/2409.06633",
-        "modelspec.hash_sha256": "0x" + digest.hexdigest(),
-    }
-    text.setdefault("modelspec.title", Path(path).stem)
-    text.setdefault("modelspec.architecture", "unknown/sara")
-    replace_atomically(Path(path), lambda temporary: save_file(tensors, temporary, text))
+    return values
 
 
 def read_entries(path: str | os.PathLike) -> tuple[dict[str, DeltaEntry], dict[str, str]]:
@@ -163,9 +190,9 @@ def _parse_table(metadata: Mapping[str, str]) -> list[tuple[str, tuple[int, ...]
             raise ValueError(f"its table names {str(name)[:80]!r} twice, too long or not by text")
         if len(shape) > MAX_DIMS:
             raise ValueError(f"{name!r} has {len(shape)} dimensions in its table")
-        if any(type(n) is not int or not 0 <= n < 1 << 60 for n in (*shape, *numbers)):
+        if any(type(n) is not int or not 0 <= n < SIZE_LIMIT for n in (*shape, *numbers)):
             raise ValueError(f"numbers of {name!r} in its table are not whole or out of range")
-        if not 0 < numbers[0] <= math.prod(shape) < 1 << 60:
+        if not 0 < numbers[0] <= math.prod(shape) < SIZE_LIMIT:
             raise ValueError(f"{name!r} of shape {shape} cannot have {numbers[0]} trained weights")
         names.add(name)
         table.append((name, tuple(shape), *numbers))
@@ -190,7 +217,7 @@ def _unpack(
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         unpacking = threads.map(_unpack_positions, table, blocks)
         values = values.clone()  # otherwise the file stays open, and cannot be replaced on Windows
-        _refuse_damage(values, packed, metadata.get("modelspec.hash_sha256"))
+        _refuse_damage(values, packed, metadata.get(HASH))
         indices = list(unpacking)
     parts = values.split([row[2] for row in table])
     return {

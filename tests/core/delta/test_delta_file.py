@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from sara_core import DeltaEntry, SparseDelta
 from sara_core.delta import packed_positions
+from sara_core.files.tensor_stream import TensorStream
 
 
 def random_delta(numel, density, seed=0, name="blocks.0.weight", columns=100):
@@ -136,12 +137,14 @@ def test_a_failed_save_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
     random_delta(500, 0.1).save(path)
     before = path.read_bytes()
 
-    def full(tensors, filename, metadata):
-        with open(filename, "wb") as file:
-            file.write(b"half")
-        raise OSError(28, "No space left on device")
+    write = TensorStream.write
 
-    monkeypatch.setattr("sara_core.delta.delta_file.save_file", full)
+    def full(stream, piece):
+        if stream.size:
+            raise OSError(28, "No space left on device")
+        write(stream, piece)
+
+    monkeypatch.setattr(TensorStream, "write", full)
     with pytest.raises(OSError, match="No space left"):
         random_delta(500, 0.2).save(path)
     assert path.read_bytes() == before
