@@ -14,10 +14,12 @@ from ...sara_core.training.inference_tensors import make_trackable
 from ...sara_core.weights.quantised import Quantised, numbers_on_use
 from .model_calls import ModelCalls
 from .weights import (
+    PREFIX,
     REAL_SCALE,
     computes_in,
     converter,
     is_dynamic,
+    is_elsewhere,
     is_ggml,
     is_widened,
     patchable_names,
@@ -29,7 +31,7 @@ logger = logging.getLogger("comfyui-sara")
 
 @contextlib.contextmanager
 def trainable(
-    patcher, dtype: torch.dtype | None, offloading: bool = False
+    patcher, dtype: torch.dtype | None, offloading: bool = False, trained_in: str = "device"
 ) -> Iterator["ModelCalls"]:
     """Load a MODEL so that gradients can be taken through it, and yield the way to call it.
 
@@ -41,8 +43,8 @@ def trainable(
     Args:
         patcher: The MODEL, with the patches it is to be trained with.
         dtype: To compute in; None leaves the model's own.
-        offloading: Leave what does not fit in a part of the device's memory in main memory, with all
-            that training needs of it; such layers copy their weight to the device when it is used.
+        offloading: Leave the weights in main memory; they are copied to the device when they are used.
+        trained_in: Where trained values and what the optimizer keeps of them are, one of `TRAINED_IN`.
     """
     patcher = _ordinary_clone(patcher)
     if dtype is not None:
@@ -51,16 +53,16 @@ def trainable(
         comfy.model_management.load_models_gpu(
             [patcher], memory_required=1e20, force_full_load=not offloading
         )
-        patcher.unpin_all_weights()  # they are about to be replaced
     model = patcher.model.diffusion_model
     had_flag = getattr(comfy.model_management, "in_training", None)
-    compute_dtype = computes_in(patcher)
+    learned_on = torch.device("cpu") if trained_in == "main memory" else None
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
         _plain_copies(),
-        _numbers_on_use(model, compute_dtype, patcher.load_device),
+        _numbers_on_use(model, computes_in(patcher), patcher.load_device, learned_on),
     ):
+        _unpin(patcher)
         make_trackable(model)
         flags = {name: p.requires_grad for name, p in model.named_parameters()}
         try:
@@ -95,32 +97,54 @@ def _plain_copies() -> Iterator[None]:
         comfy.model_management.NUM_STREAMS = num_streams
 
 
+def _unpin(patcher) -> None:
+    """Have ComfyUI let go of pinned memory of weights that are about to be replaced.
+
+    It pins those that wait in main memory so that copies need not wait; those that act as numbers stay.
+    """
+    for name, parameter in patcher.model.diffusion_model.named_parameters():
+        if not isinstance(parameter, Quantised):
+            patcher.unpin_weight(PREFIX + name)
+
+
 @contextlib.contextmanager
 def _numbers_on_use(
-    model: torch.nn.Module, dtype: torch.dtype, device: torch.device
+    model: torch.nn.Module,
+    dtype: torch.dtype,
+    device: torch.device,
+    learned_on: torch.device | None,
 ) -> Iterator[None]:
-    """Have weights that layers compute with in a wider dtype act as numbers of that dtype for a while.
+    """Have weights act as numbers for a while that are not what layers compute with, where they do.
 
-    Those that were left in main memory are sent to the device as they are stored, and what is trained of
-    them is on the device.
+    These are weights of a narrower dtype, those that wait in main memory, and all if what is trained of them
+    is to be elsewhere.
     """
-    converters, scales = _converters(model, dtype)
-    with numbers_on_use(model, converters, dtype, scales, device), contextlib.ExitStack() as stack:
+    converters, scales = _converters(model, dtype, device, learned_on is not None)
+    with (
+        numbers_on_use(model, converters, dtype, scales, device, learned_on),
+        contextlib.ExitStack() as stack,
+    ):
         for module in model.modules():
             if isinstance(module._parameters.get("weight"), Quantised):
                 stack.enter_context(_computing_with_numbers(module))
         yield
 
 
-def _converters(model: torch.nn.Module, dtype: torch.dtype) -> tuple[dict, dict]:
-    """Return what makes numbers of the weights that layers widen, and their scales, by parameter name."""
+def _converters(
+    model: torch.nn.Module, dtype: torch.dtype, device: torch.device, every: bool
+) -> tuple[dict, dict]:
+    """Return what makes numbers of weights that are not yet, and their scales, by parameter name."""
     converters: dict[str, Callable] = {}
     scales = {}
     for path, module in model.named_modules():
         for name, weight in module._parameters.items():
-            if weight is None or not is_widened(module, weight, dtype):
+            if weight is None:
                 continue
             full_name = f"{path}.{name}" if path else name
+            if not is_widened(module, weight, dtype):
+                if weight.is_floating_point() and (every or is_elsewhere(weight, device)):
+                    converters[full_name] = torch.detach
+                continue
             scale = scale_of(module, name)
             if scale is not None:
                 converters[full_name], scales[full_name] = torch.detach, scale.detach()

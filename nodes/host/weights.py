@@ -156,7 +156,8 @@ def bytes_per_trained_weight(patcher) -> int:
     """Return what training takes for each trained weight; docs/cost.md says what it is made of."""
     model = patcher.model
     is_half = model.get_dtype().itemsize == 2 and computes_in(patcher).itemsize == 2
-    stays_stored = any(is_quantised(weight) for weight in model.diffusion_model.parameters())
+    weights = model.diffusion_model.parameters()
+    stays_stored = any(is_quantised(w) or isinstance(w, Quantised) for w in weights)
     return 19 if is_half and not stays_stored else 17
 
 
@@ -178,6 +179,11 @@ def is_widened(module: torch.nn.Module, weight: Tensor, dtype: torch.dtype) -> b
         return True
     casts = getattr(module, CASTS, False) and weight.is_floating_point()
     return casts and weight.dtype.itemsize < dtype.itemsize
+
+
+def is_elsewhere(weight: Tensor, device: torch.device) -> bool:
+    """Tell whether a weight waits outside the device that the model computes on."""
+    return weight.device != device
 
 
 def patchable_names(model: torch.nn.Module) -> set[str]:

@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from ...sara_core.optimizer.adam_moments import KINDS
 from ...sara_core.training.objective import LOSSES
-from ...sara_core.training.run_settings import COMPUTE_DTYPES, LORA_FILES, SAVE_DTYPES, RunSettings
+from ...sara_core.training.run_settings import COMPUTE_DTYPES, LORA_FILES, SAVE_DTYPES, TRAINED_IN, RunSettings
 from ..inputs import strength_input
 
 SETTINGS = RunSettings()  # their defaults
@@ -67,8 +67,8 @@ def memory_inputs() -> list:
             "offloading",
             default=SETTINGS.offloading,
             optional=True,  # workflows in API form from before it was there
-            tooltip="Leaves most of the model in main memory and copies each layer to the graphics card "
-            "when it is used: for models that do not fit, and slower.",
+            tooltip="Leaves the model in main memory and copies each layer to the graphics card while the "
+            "one before it is computed: for models that do not fit, and slower.",
         ),
         io.Combo.Input(
             "moments",
@@ -78,6 +78,32 @@ def memory_inputs() -> list:
             optional=True,  # workflows in API form from before it was there
             tooltip="Precision of the optimizer's two moments. 8bit saves 6 of about 17 bytes per trained "
             "weight and follows fp32 closely; it needs the Python package torchao.",
+        ),
+    ]
+
+
+def offloading_inputs() -> list:
+    """Where weights and what is trained of them are."""
+    return [
+        io.Float.Input(
+            "weights_on_device",
+            default=SETTINGS.weights_on_device,
+            min=-1.0,
+            max=1000.0,
+            step=0.5,
+            optional=True,
+            tooltip="With offloading: gigabytes of the weights that stay on the graphics card. -1 keeps as "
+            "many as fit beside what the run needs, 0 as few as possible. Those that stay need not be "
+            "copied in each step.",
+        ),
+        io.Combo.Input(
+            "trained_in",
+            options=list(TRAINED_IN),
+            default=SETTINGS.trained_in,
+            optional=True,
+            tooltip="Where trained values and the optimizer's moments are kept. Main memory saves all of "
+            "their bytes on the graphics card, about 17 for each trained weight; the update is made by the "
+            "processor then, which is slower.",
         ),
     ]
 

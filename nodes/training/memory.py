@@ -9,30 +9,36 @@ from ...sara_core.training.memory_need import MemoryNeed
 from ...sara_core.training.out_of_memory import is_out_of_memory
 from ...sara_core.training.run_settings import RunSettings
 from ...sara_core.training.trainer import TrainingRun
-from ...sara_core.weights.quantised import bytes_on
+from ...sara_core.weights.quantised import bytes_on, keep_on_device
 from .. import host
 from .ending import MEMORY_ADVICE
 from .reporter import Reporter
 
 GRADIENT = 4  # bytes of a trained weight that come and go with each step
 GIB = 1024**3
+LEFT_FREE = GIB  # of what could hold weights: for previews, and for what is not seen of kernels
 
 
-def announce(calls: "host.ModelCalls", training: TrainingRun, reporter: Reporter) -> None:
+def announce(
+    calls: "host.ModelCalls", training: TrainingRun, reporter: Reporter
+) -> MemoryNeed | None:
     """Say what memory a run needs, and if that is more than there is, what would make it fit.
 
     Args:
         calls: The MODEL, loaded for training.
         training: The loop, before its first step or on a resumed run.
         reporter: Shows it.
+
+    Returns:
+        The need; None if it cannot be told, or not even one picture fits.
     """
     settings = reporter.folder.settings
     if not host.memory_in_use()[1]:  # it cannot be read
-        return
+        return None
     need = measure(calls, training, settings)
     if need is None:
         reporter.warn(f"memory: not even one picture fits. {MEMORY_ADVICE}")
-        return
+        return None
     reporter.chart.memory_need = {
         "base": need.base, "trained": need.trained, "activations": need.activations,
     }  # fmt: skip
@@ -40,6 +46,32 @@ def announce(calls: "host.ModelCalls", training: TrainingRun, reporter: Reporter
     if not need.fits:
         ways = "; ".join(remedies(need, settings, calls, training))
         reporter.warn(f"{in_words(need)}. This is more than there is. To need less: {ways}")
+    return need
+
+
+def keep_what_fits(
+    calls: "host.ModelCalls", settings: RunSettings, need: MemoryNeed | None
+) -> str:
+    """Have as many of the weights that wait in main memory stay on the device as are asked for, or fit.
+
+    Args:
+        calls: The MODEL, loaded for training with offloading.
+        settings: Of the run.
+        need: What it needs with none of them on the device; None keeps none unless so many are asked for.
+
+    Returns:
+        What was done, in words.
+    """
+    model = calls.model.diffusion_model
+    budget = settings.weights_on_device * GIB
+    if budget < 0:
+        budget = 0 if need is None else max(0, need.free - need.total - LEFT_FREE)
+    kept = keep_on_device(model, budget)
+    waiting = [p for p in model.parameters() if not bytes_on(p.device, p)]
+    return (
+        f"offloading: {_size(kept)} of the weights stay on the device, "
+        f"{_size(sum(p.source.stored.nbytes for p in waiting))} are sent when they are used"
+    )
 
 
 def measure(

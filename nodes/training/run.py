@@ -74,7 +74,9 @@ def run(
             reporter.warn("trained for {} prediction; the checkpoint is for {}".format(*foreign))
         training.look_for_in_place_changes()
         with _checkpointed(calls, settings, training):
-            memory.announce(calls, training, reporter)
+            need = memory.announce(calls, training, reporter)
+            if settings.offloading:
+                reporter.say(memory.keep_what_fits(calls, settings, need))
             Session(training, previews, reporter, saver).train(rates)
         path = saver.finish()
         if (line := worse_than_it_began(saver.losses)) is not None:
@@ -91,6 +93,9 @@ def follow(patcher, examples: Examples, settings: RunSettings, resume: bool) -> 
             training.load_state(training.processes.lead(lambda: {}))
         training.look_for_in_place_changes()
         with _checkpointed(calls, settings, training):
+            if settings.offloading:
+                need = memory.measure(calls, training, settings)
+                memory.keep_what_fits(calls, settings, need)
             for _ in training:
                 pass
         training.processes.agree(FINE)
@@ -112,7 +117,7 @@ def prepared(
     dropout = settings.caption_dropout if examples.empty is not None else 0.0
     config = dataclasses.replace(settings, zeros=zeros, caption_dropout=dropout)
     processes = host.processes()
-    with host.trainable(patcher, dtype, settings.offloading) as calls:
+    with host.trainable(patcher, dtype, settings.offloading, settings.trained_in) as calls:
         pictures = TrainingSet(calls, examples, settings.validation_split, settings.seed)
         _refuse_different(processes, lambda: identity(patcher, examples, pictures.validation))
         scaler = None

@@ -9,6 +9,7 @@ from .folded_widgets import (
     SETTINGS,
     loss_inputs,
     memory_inputs,
+    offloading_inputs,
     saving_inputs,
     validation_inputs,
 )
@@ -31,6 +32,7 @@ def training_inputs() -> list:
                 *saving_inputs(),
                 *weighting_inputs(),
                 *noise_inputs(),
+                *offloading_inputs(),
             ]
         ),
     ]
@@ -103,8 +105,8 @@ def main_inputs() -> list:
             default=NEW_RUN,
             tooltip="A cancelled or failed run to go on with, exactly where it stopped, or a finished "
             "one to give more_steps. Its own settings are used; of the widgets here only "
-            "gradient_checkpointing, offloading, save_every_steps, keep_checkpoints, keep_state, "
-            "lora_file, trigger_words, moments if it is 8bit, and those of previews count. Press R to refresh "
+            "gradient_checkpointing, offloading, weights_on_device, trained_in, save_every_steps, "
+            "keep_checkpoints, keep_state, lora_file, trigger_words, moments if it is 8bit, and those of previews count. Press R to refresh "
             "the list.",
         ),
         io.Int.Input(

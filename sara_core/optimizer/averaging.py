@@ -79,7 +79,8 @@ class Round:
         A weight without a gradient in any process has none afterwards.
         """
         for bucket, had, flat, _ in self._sent:
-            flat = flat.to(bucket[0].leaf.dtype)
+            leaf = bucket[0].leaf
+            flat = flat.to(leaf.device, leaf.dtype)
             *parts, flags = flat.split([*map(len, bucket), len(flat) - sum(map(len, bucket))])
             for weight, is_here, part, count in zip(bucket, had, parts, flags, strict=False):
                 if is_here or bool(count):
@@ -95,7 +96,8 @@ class Round:
         flat = torch.cat([*parts, flags.to(leaf.device, non_blocking=True)])
         for weight in bucket:  # so that a gradient is held once
             weight.gradient = None
-        flat = flat if self._dtype is None else flat.to(self._dtype)
+        # Sent from where the model computes, also if what is trained is kept in main memory.
+        flat = flat.to(bucket[0].parameter.device, self._dtype or flat.dtype)
         work = dist.all_reduce(flat, group=self._group, async_op=True)
         self._sent.append(Sent(bucket, had, flat, work))
 

@@ -226,8 +226,11 @@ def add_gradient_(
         weight, index = eligible[i], eligible[i].index
         values, own = weight.shard.whole(weight.read(index))
         positions, _ = weight.shard.whole(weight.shard.in_whole(index))
-        norm, gradient = nuclear_norm_gradient(values, positions, weight.parameter.shape)
+        device = weight.parameter.device  # where the numbers are, if trained values are not
+        norm, gradient = nuclear_norm_gradient(
+            values.to(device), positions.to(device), weight.parameter.shape
+        )
         if (sum_so_far := weight.gradient) is not None:
-            sum_so_far.add_(gradient[own], alpha=factor)
+            sum_so_far.add_(gradient[own].to(sum_so_far.device), alpha=factor)
         norms.append(norm * factor)
     return torch.stack(norms).sum() if norms else None

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from ..weights import at_positions
 from ..weights.at_positions import index_dtype
-from ..weights.quantised import Quantised
+from ..weights.quantised import Quantised, learned_on
 from ..weights.shards import Shard, held, refuse_other_division, total
 
 GAP_DTYPES = (torch.uint8, torch.int16, torch.int32)
@@ -53,7 +53,7 @@ class SparseWeight:
         self.parameter = parameter
         self.shard = Shard(parameter) if shard is None else shard
         self.num_whole = int(total(parameter, torch.tensor(len(index))))
-        self._gaps = _gaps(index)
+        self._gaps = _gaps(index.to(learned_on(parameter)))
         self.is_quantised = isinstance(parameter, Quantised)
         self.acting: Tensor | None = None
         self.dtype = torch.promote_types(torch.float32, parameter.dtype)
@@ -63,7 +63,7 @@ class SparseWeight:
         self._is_apart = self.is_quantised or parameter.dtype != self.dtype
         self._values = values
         if values is None and self._is_apart:
-            self._values = self.gather(held(parameter)).to(self.dtype)
+            self._values = self._own(self.gather(held(parameter)), self.dtype)
         nothing = torch.zeros((), dtype=self.dtype, device=self._gaps.device)
         self.leaf = nn.Parameter(self._spread(nothing.expand(len(self._gaps))))
 
@@ -80,7 +80,7 @@ class SparseWeight:
         """Base values, `(k,)`, in the parameter's dtype."""
         if self._base is not None:
             return self._base
-        return self.gather(self.parameter.unlearned())  # type: ignore[attr-defined]
+        return self._own(self.gather(self.parameter.unlearned()))  # type: ignore[attr-defined]
 
     @property
     def gradient(self) -> Tensor | None:
@@ -95,8 +95,15 @@ class SparseWeight:
         return self.shard.distributed(values, self.num_whole)
 
     def gather(self, dense: Tensor, index: Tensor | None = None) -> Tensor:
-        """Read the selected positions of a tensor of the parameter's shape. Returns `(k,)`."""
-        return at_positions.read(dense, self.index if index is None else index)
+        """Read the selected positions of a tensor of the parameter's shape, `(k,)`, on its device."""
+        index = self.index if index is None else index
+        if self.is_quantised:  # what is trained may be kept elsewhere
+            index = index.to(dense.device)
+        return at_positions.read(dense, index)
+
+    def _own(self, values: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Bring values to where those that are trained are kept."""
+        return values.to(self._gaps.device, dtype or values.dtype)
 
     def gather_part(self, dense: Tensor, entries: slice, before: int) -> Tensor:
         """Read some of the selected positions of a dense part of the parameter's shape.
@@ -138,13 +145,13 @@ class SparseWeight:
         gradient = held(gradient)
         if gradient.is_sparse:
             gradient = gradient.to_dense()
-        if gradient.device != self._gaps.device:
+        if gradient.device != self._gaps.device and not self.is_quantised:
             raise RuntimeError(
                 f"parameter {self.name!r} is on {gradient.device} but its selection on "
                 f"{self._gaps.device}: the model was moved after SaraAdamW was made. Move the "
                 "model first, then make the optimizer"
             )
-        gathered = self.gather(gradient).to(self.dtype)
+        gathered = self._own(self.gather(gradient), self.dtype)
         if (sum_so_far := self.gradient) is None:
             self.gradient = gathered
         else:

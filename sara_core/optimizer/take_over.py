@@ -8,7 +8,7 @@ from torch import Tensor
 from ..delta.sparse_delta import SparseDelta
 from ..weights import at_positions
 from ..weights.fingerprint import is_same_base
-from ..weights.quantised import Quantised
+from ..weights.quantised import Quantised, learned_on
 from ..weights.shards import Shard, held, reshard, total
 from .sparse_model import SparseModel
 from .sparse_weight import SparseWeight
@@ -55,7 +55,7 @@ def take_over_weights(
         shard = Shard(parameter)
         own, index_here = shard.in_part(record["index"])
         positions, base, values = (
-            saved.to(parameter.device, copy=True)
+            saved.to(learned_on(parameter), copy=True)
             for saved in (index_here, record["base"][own], record["values"][own])
         )
         weight = SparseWeight(record["name"], parameter, positions, base, values, shard)

@@ -20,6 +20,7 @@ COMPUTE_DTYPES = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
+TRAINED_IN = ("device", "main memory")
 LORA_FILES = ("none", EXACT, *RANKS)
 FREE = {"free": True}  # may be changed when a run is resumed, as it changes nothing that is learned
 
@@ -44,7 +45,10 @@ class RunSettings(TrainConfig):
         moments: See `SaraAdamW`.
         training_dtype: Precision to compute in, one of `COMPUTE_DTYPES`.
         gradient_checkpointing: Compute blocks again in backward, to save memory.
-        offloading: Leave most of the model in main memory.
+        offloading: Leave the weights in main memory; they are copied to the device when they are used.
+        weights_on_device: With offloading, GB of the weights that stay on the device; -1 takes as many as
+            fit beside what the run needs.
+        trained_in: Where trained values and what the optimizer keeps of them are, one of `TRAINED_IN`.
         allow_other_prediction: Train although the model is set to another prediction than that of
             its checkpoint.
         validation_split: Share of the pictures that is held out, in `[0, 1)`.
@@ -79,6 +83,8 @@ class RunSettings(TrainConfig):
     training_dtype: str = "auto"
     gradient_checkpointing: bool = field(default=True, metadata=FREE)
     offloading: bool = field(default=False, metadata=FREE)
+    weights_on_device: float = field(default=-1.0, metadata=FREE)
+    trained_in: str = field(default="device", metadata=FREE)
     allow_other_prediction: bool = False
     validation_split: float = 0.0
     validate_every_steps: int = 50
@@ -97,11 +103,12 @@ class RunSettings(TrainConfig):
         check_least(
             self, threshold=0, learning_rate=0, low_rank_weight=0, weight_decay=0,
             validate_every_steps=1, preview_every_steps=0, save_every_steps=0, keep_checkpoints=1,
+            weights_on_device=-1,
         )  # fmt: skip
         check_share(self, "fraction", "progressive", "validation_split")
         check_choice(
             self, zeros=ZEROS, moments=KINDS, training_dtype=COMPUTE_DTYPES, save_dtype=SAVE_DTYPES,
-            lora_file=LORA_FILES,
+            lora_file=LORA_FILES, trained_in=TRAINED_IN,
         )  # fmt: skip
 
     @property

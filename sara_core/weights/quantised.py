@@ -7,20 +7,18 @@ numbers, in forward and backward pass. Results that share a weight's memory, as 
 
 import contextlib
 import dataclasses
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from .at_positions import write_
-from .codes import reader
+from .copies_ahead import CopiesAhead
+from .stored import Scratch, Source
 
-CHUNK = 1 << 23  # numbers that are scaled in one go
+SMALL = 1 << 16  # weights up to which a parameter is not worth sending again and again
 aten = torch.ops.aten
 WITH_RESULTS_OF_THEIR_OWN = (  # where most of the time goes; they return nothing that shares their input
     aten.mm.default,
@@ -30,77 +28,6 @@ WITH_RESULTS_OF_THEIR_OWN = (  # where most of the time goes; they return nothin
 )
 
 
-class Learned(Protocol):
-    """Some weights of a parameter that are other numbers by now than what is stored."""
-
-    acting: Tensor | None
-
-    @property
-    def index(self) -> Tensor:
-        """Flat positions, `(k,)`."""
-
-
-class Scratch(threading.local):
-    """Memory of the largest weight's numbers on a processor, which takes its time to hand out new memory.
-
-    Each thread has its own.
-    """
-
-    def __init__(self) -> None:
-        self._bytes = torch.empty(0, dtype=torch.uint8)
-
-    def empty(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Return uninitialised memory, the same each time."""
-        size = shape.numel() * dtype.itemsize
-        if size > len(self._bytes):
-            with torch.inference_mode(False):  # or it could not be written to outside of it
-                self._bytes = torch.empty(size, dtype=torch.uint8, device=device)
-        return self._bytes[:size].view(dtype).view(shape)
-
-
-@dataclass(eq=False)
-class Source:
-    """What a weight's numbers are made of.
-
-    Args:
-        stored: Any type of tensor. Never changed.
-        convert: Returns its numbers, of its shape, where it is; or codes of eight bits as they are.
-        scale: What the numbers are multiplied with, one for all.
-        scratch: Where the numbers of one weight at a time are.
-        learned: What replaces some of them, while `acting` is not None.
-    """
-
-    stored: Tensor
-    convert: Callable[[Tensor], Tensor]
-    scale: Tensor | None = None
-    scratch: Scratch = field(default_factory=Scratch)
-    learned: Sequence[Learned] = field(default_factory=tuple)
-    _read: Callable[[Tensor, Tensor | None, Tensor], Tensor] | None = field(
-        default=None, init=False
-    )
-
-    @torch.no_grad()
-    def numbers(self, out: Tensor) -> Tensor:
-        """Write the numbers as they are at present into `out`, which is returned."""
-        stored = self.stored.to(out.device, non_blocking=out.device.type != "cpu")
-        made = self.convert(stored)
-        if made.dtype.itemsize == 1 and made.device.type == "cpu":
-            if self._read is None:
-                self._read = reader(made)
-            self._read(made, self.scale, out)
-        elif self.scale is None:
-            out.copy_(made)
-        else:
-            scale = self.scale.to(made.device)
-            parts = zip(made.reshape(-1).split(CHUNK), out.view(-1).split(CHUNK), strict=True)
-            for part, numbers in parts:
-                numbers.copy_(part.float() * scale)
-        for part in self.learned:
-            if part.acting is not None:
-                write_(out, part.index.to(out.device), part.acting.to(out.device, out.dtype))
-        return out
-
-
 class Quantised(Tensor):
     """Acts as a weight of numbers, in any operation; see the module.
 
@@ -108,15 +35,17 @@ class Quantised(Tensor):
         source: What they are made of.
         dtype: Of the numbers.
         device: Of the numbers; where the stored weight is, if left out.
+        learned_on: Device of what is trained; that of the numbers, if left out.
         is_transposed: Whether it is the transpose of a matrix.
     """
 
     source: Source
+    learned_on: torch.device
     is_transposed: bool
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
-    def __new__(cls, source, dtype, device=None, is_transposed=False):
+    def __new__(cls, source, dtype, device=None, learned_on=None, is_transposed=False):
         """Make one without any memory of its own."""
         shape, strides = source.stored.shape, None
         if is_transposed:  # autograd makes the gradient in the same order
@@ -124,6 +53,7 @@ class Quantised(Tensor):
         device = source.stored.device if device is None else device
         made = Tensor._make_wrapper_subclass(cls, shape, strides, dtype=dtype, device=device)
         made.source, made.is_transposed = source, is_transposed
+        made.learned_on = device if learned_on is None else learned_on
         return made
 
     def __repr__(self, *, tensor_contents=None):
@@ -135,19 +65,18 @@ class Quantised(Tensor):
         Args:
             passing: They are needed until the next are made, and no longer.
         """
-        shape, scratch = self.source.stored.shape, self.source.scratch
-        make = scratch.empty if passing and self.device.type == "cpu" else torch.empty
-        made = self.source.numbers(make(shape, dtype=self.dtype, device=self.device))
+        made = self.source.numbers(self.dtype, self.device, passing)
         return made.t() if self.is_transposed else made
 
     def unlearned(self) -> "Quantised":
         """Return the weight as it is stored, whatever has been learned."""
         source = dataclasses.replace(self.source, learned=())
-        return Quantised(source, self.dtype, self.device, self.is_transposed)
+        return Quantised(source, self.dtype, self.device, self.learned_on, self.is_transposed)
 
     def _other(self, dtype=None, device=None, turned=False) -> "Quantised":
         is_transposed = self.is_transposed != turned
-        return Quantised(self.source, dtype or self.dtype, device or self.device, is_transposed)
+        device = device or self.device
+        return Quantised(self.source, dtype or self.dtype, device, self.learned_on, is_transposed)
 
     @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
@@ -180,10 +109,44 @@ def _refuse_writing(function, args: tuple, kwargs: dict[str, Any]) -> None:
                 )
 
 
+def learned_on(weight: Tensor) -> torch.device:
+    """Return the device of what is trained of a weight."""
+    return weight.learned_on if isinstance(weight, Quantised) else weight.device
+
+
 def bytes_on(device: torch.device, weight: Tensor) -> int:
     """Return how many bytes a weight takes on a device, however it is stored."""
-    stored = weight.source.stored if isinstance(weight, Quantised) else weight
-    return stored.nbytes if stored.device == device else 0
+    held: list[Tensor | None] = [weight]
+    if isinstance(weight, Quantised):
+        held = [weight.source.stored, weight.source.resident]
+    return sum(tensor.nbytes for tensor in held if tensor is not None and tensor.device == device)
+
+
+def keep_on_device(module: nn.Module, budget: float) -> int:
+    """Have some of the weights that wait elsewhere stay where they are used, spread evenly over the model.
+
+    Copies of the others come while those are computed with.
+
+    Args:
+        module: With parameters that act as numbers.
+        budget: Bytes they may take in all, beside those that stay already.
+
+    Returns:
+        Bytes they take.
+    """
+    waiting = [
+        p for p in module.parameters()
+        if isinstance(p, Quantised) and not bytes_on(p.device, p)
+    ]  # fmt: skip
+    share = budget / max(1, sum(p.source.stored.nbytes for p in waiting))
+    kept = seen = 0
+    for parameter in waiting:
+        size = parameter.source.stored.nbytes
+        seen += size
+        if kept + size <= min(share * seen + 0.5 * size, budget):
+            parameter.source.keep_on(parameter.device)
+            kept += size
+    return kept
 
 
 @contextlib.contextmanager
@@ -193,20 +156,25 @@ def numbers_on_use(
     dtype: torch.dtype,
     scales: Mapping[str, Tensor] = MappingProxyType({}),
     device: torch.device | None = None,
+    learned_on: torch.device | None = None,
+    changes: Mapping[str, Sequence[Callable[[Tensor], Tensor]]] = MappingProxyType({}),
 ) -> Iterator[None]:
     """Have some of a module's parameters act as numbers for a while; the very same are put back.
 
     Args:
         module: The model.
         converters: What makes numbers of a parameter, by its name; see `Source`.
-        dtype: Of the numbers.
+        dtype: Of the numbers of what is stored in a narrower one.
         scales: What the numbers of some of them are multiplied with.
-        device: Where numbers are made and trained values are kept; by default where each weight is stored. What
-            is stored elsewhere is sent there whenever it is used.
+        device: Where numbers are made; by default where each weight is stored. What is stored elsewhere is sent
+            there whenever it is used, but for what is small.
+        learned_on: Where trained values are kept; by default where the numbers are made.
+        changes: What is done to the numbers of some of them, such as adding a LoRA.
     """
     replaced: list[tuple[dict, str, nn.Parameter]] = []
     made: dict[int, Any] = {}  # shared parameters stay shared
     scratch = Scratch()
+    copies = None if device is None else CopiesAhead(device)
     try:
         for path, part in module.named_modules():
             for name, stored in list(part._parameters.items()):
@@ -214,11 +182,20 @@ def numbers_on_use(
                 if stored is None or full_name not in converters:
                     continue
                 if id(stored) not in made:
-                    scale = scales.get(full_name)
-                    source = Source(stored.detach(), converters[full_name], scale, scratch)
-                    made[id(stored)] = nn.Parameter(
-                        Quantised(source, dtype, device), requires_grad=False
+                    source = Source(
+                        stored.detach(),
+                        converters[full_name],
+                        scales.get(full_name),
+                        scratch,
+                        copies,
+                        changes.get(full_name, ()),
                     )
+                    if device is not None and stored.numel() <= SMALL:
+                        source.keep_on(device)
+                    is_wide = stored.is_floating_point() and stored.dtype.itemsize >= dtype.itemsize
+                    own = stored.dtype if is_wide else dtype
+                    acting = Quantised(source, own, device, learned_on)
+                    made[id(stored)] = nn.Parameter(acting, requires_grad=False)
                 replaced.append((part._parameters, name, stored))
                 part._parameters[name] = made[id(stored)]
         yield
@@ -227,3 +204,5 @@ def numbers_on_use(
             parameters[name] = stored
         for parameter in made.values():  # which would keep one another, and what is stored
             parameter.source.learned = ()
+        if copies is not None:
+            copies.forget()

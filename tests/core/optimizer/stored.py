@@ -25,6 +25,7 @@ def scaled(dtype, largest):
 
 
 FORMS = {
+    "float32": lambda w: (w.detach().clone(), torch.detach),
     "float8_e4m3fn": lambda w: (w.detach().to(torch.float8_e4m3fn), as_float),
     "float8_e5m2": lambda w: (w.detach().to(torch.float8_e5m2), as_float),
     "scaled float8": scaled(torch.float8_e4m3fn, 448),
@@ -45,7 +46,9 @@ def stored_and_wide(form, dtype=torch.float32, net=None):
             full_name = f"{path}.{name}" if path else name
             converters[full_name] = convert
             module._parameters[name] = nn.Parameter(stored, requires_grad=False)
-            wide.get_submodule(path)._parameters[name] = nn.Parameter(convert(stored).to(dtype))
+            wide.get_submodule(path)._parameters[name] = nn.Parameter(
+                convert(stored).to(dtype, copy=True)
+            )
     for name, parameter in small.named_parameters():
         if name not in converters:
             parameter.data = parameter.data.to(dtype)

@@ -52,6 +52,28 @@ def test_the_delta_is_that_of_training_the_numbers(form, options):
         assert torch.equal(value, before[name]), name
 
 
+@pytest.mark.parametrize("form", ["scaled float8", "float32"])
+def test_what_a_layer_adds_to_its_weight_is_part_of_the_numbers(form):
+    small, converters, wide = stored_and_wide(form)
+    added = {name: torch.randn_like(wide.get_parameter(name)) / 50 for name in converters}
+    for name, change in added.items():
+        wide.get_parameter(name).data += change
+    reference = SaraAdamW(wide, **OPTIONS)
+    learn(reference, wide, 3)
+    changes = {name: [change.__radd__] for name, change in added.items()}
+    with numbers_on_use(small, converters, torch.float32, changes=changes):
+        require_gradients(small)
+        optimizer = SaraAdamW(small, **OPTIONS)
+        learn(optimizer, small, 3)
+        assert optimizer.fingerprint == reference.fingerprint
+        assert_same_delta(optimizer.delta(), reference.delta())
+        x = sample(9)
+        assert torch.equal(small(*x), wide(*x))
+        optimizer.restore()
+        reference.restore()
+        assert torch.equal(small(*x), wide(*x))
+
+
 def test_training_in_bfloat16_is_that_of_the_numbers_in_bfloat16():
     small, converters, wide = stored_and_wide("scaled float8", torch.bfloat16)
     reference = SaraAdamW(wide, **OPTIONS)
