@@ -19,12 +19,13 @@ from .weights import (
     computes_in,
     converter,
     is_dynamic,
-    is_elsewhere,
     is_ggml,
     is_widened,
     patchable_names,
     scale_of,
 )
+
+FUNCTIONS = ("weight_function", "bias_function")  # of a layer, on its weights when they are used
 
 logger = logging.getLogger("comfyui-sara")
 
@@ -49,7 +50,8 @@ def trainable(
     patcher = _ordinary_clone(patcher)
     if dtype is not None:
         patcher.set_model_compute_dtype(dtype)
-    with torch.inference_mode():  # moved outside it, weights would look ordinary and not be
+    # Moved outside of inference mode, weights would look ordinary and not be.
+    with torch.inference_mode(), _little_on_device():
         comfy.model_management.load_models_gpu(
             [patcher], memory_required=1e20, force_full_load=not offloading
         )
@@ -59,7 +61,6 @@ def trainable(
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
-        _plain_copies(),
         _numbers_on_use(model, computes_in(patcher), patcher.load_device, learned_on),
     ):
         _unpin(patcher)
@@ -83,18 +84,17 @@ def trainable(
 
 
 @contextlib.contextmanager
-def _plain_copies() -> Iterator[None]:
-    """Have weights that wait outside the device copied there without streams of their own.
+def _little_on_device() -> Iterator[None]:
+    """Have ComfyUI load none of a model beside what it must, where it is to be offloaded.
 
-    Since 0.33 those streams copy into buffers that are used again for the next layer, which autograd
-    must not keep.
+    It fills a share of the free memory of cards other than Nvidia's, of which the run knows nothing.
     """
-    num_streams = comfy.model_management.NUM_STREAMS
-    comfy.model_management.NUM_STREAMS = 0
+    ratio = comfy.model_management.MIN_WEIGHT_MEMORY_RATIO
+    comfy.model_management.MIN_WEIGHT_MEMORY_RATIO = 0.0
     try:
         yield
     finally:
-        comfy.model_management.NUM_STREAMS = num_streams
+        comfy.model_management.MIN_WEIGHT_MEMORY_RATIO = ratio
 
 
 def _unpin(patcher) -> None:
@@ -120,12 +120,13 @@ def _numbers_on_use(
     is to be elsewhere.
     """
     converters, scales = _converters(model, dtype, device, learned_on is not None)
+    changes = _changes(model, converters)
     with (
-        numbers_on_use(model, converters, dtype, scales, device, learned_on),
+        numbers_on_use(model, converters, dtype, scales, device, learned_on, changes),
         contextlib.ExitStack() as stack,
     ):
         for module in model.modules():
-            if isinstance(module._parameters.get("weight"), Quantised):
+            if any(isinstance(weight, Quantised) for weight in module._parameters.values()):
                 stack.enter_context(_computing_with_numbers(module))
         yield
 
@@ -142,7 +143,7 @@ def _converters(
                 continue
             full_name = f"{path}.{name}" if path else name
             if not is_widened(module, weight, dtype):
-                if weight.is_floating_point() and (every or is_elsewhere(weight, device)):
+                if weight.is_floating_point() and (every or weight.device != device):
                     converters[full_name] = torch.detach
                 continue
             scale = scale_of(module, name)
@@ -154,9 +155,21 @@ def _converters(
     return converters, scales
 
 
+def _changes(model: torch.nn.Module, converters: dict) -> dict[str, list[Callable]]:
+    """Return what layers add to their weights when they use them: LoRAs and deltas that the MODEL carries.
+
+    Added by the layers themselves, autograd would keep the sums.
+    """
+    found = {}
+    for name in converters:
+        path, _, kind = name.rpartition(".")
+        found[name] = list(getattr(model.get_submodule(path), f"{kind}_function", ()))
+    return found
+
+
 @contextlib.contextmanager
 def _computing_with_numbers(module: torch.nn.Module) -> Iterator[None]:
-    """Have a layer of packed or scaled weights take its weight for the numbers that it is by now."""
+    """Have a layer take its weights for the numbers that they are by now, with all that it adds to them."""
     held, parameters = vars(module).copy(), module._parameters.copy()
     if getattr(module, "scale_weight", None) is not None:
         forward = comfy.ops.manual_cast.Linear.forward_comfy_cast_weights
@@ -166,10 +179,13 @@ def _computing_with_numbers(module: torch.nn.Module) -> Iterator[None]:
         module._parameters["scale_weight"] = torch.nn.Parameter(ones, requires_grad=False)
     if "_full_precision_mm" in held:
         module._full_precision_mm = True
+    for function in FUNCTIONS:
+        if isinstance(module._parameters.get(function.removesuffix("_function")), Quantised):
+            setattr(module, function, [])
     try:
         yield
     finally:
-        for name in ("forward_comfy_cast_weights", REAL_SCALE, "_full_precision_mm"):
+        for name in ("forward_comfy_cast_weights", REAL_SCALE, "_full_precision_mm", *FUNCTIONS):
             if name in held:
                 setattr(module, name, held[name])
             else:

@@ -181,11 +181,6 @@ def is_widened(module: torch.nn.Module, weight: Tensor, dtype: torch.dtype) -> b
     return casts and weight.dtype.itemsize < dtype.itemsize
 
 
-def is_elsewhere(weight: Tensor, device: torch.device) -> bool:
-    """Tell whether a weight waits outside the device that the model computes on."""
-    return weight.device != device
-
-
 def patchable_names(model: torch.nn.Module) -> set[str]:
     """Name the parameters ComfyUI patches: not those beside which a module has further modules.
 

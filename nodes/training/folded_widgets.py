@@ -4,7 +4,13 @@ from comfy_api.latest import io
 
 from ...sara_core.optimizer.adam_moments import KINDS
 from ...sara_core.training.objective import LOSSES
-from ...sara_core.training.run_settings import COMPUTE_DTYPES, LORA_FILES, SAVE_DTYPES, TRAINED_IN, RunSettings
+from ...sara_core.training.run_settings import (
+    COMPUTE_DTYPES,
+    LORA_FILES,
+    SAVE_DTYPES,
+    TRAINED_IN,
+    RunSettings,
+)
 from ..inputs import strength_input
 
 SETTINGS = RunSettings()  # their defaults

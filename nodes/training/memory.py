@@ -49,9 +49,7 @@ def announce(
     return need
 
 
-def keep_what_fits(
-    calls: "host.ModelCalls", settings: RunSettings, need: MemoryNeed | None
-) -> str:
+def keep_what_fits(calls: "host.ModelCalls", settings: RunSettings, need: MemoryNeed | None) -> str:
     """Have as many of the weights that wait in main memory stay on the device as are asked for, or fit.
 
     Args:
@@ -66,11 +64,12 @@ def keep_what_fits(
     budget = settings.weights_on_device * GIB
     if budget < 0:
         budget = 0 if need is None else max(0, need.free - need.total - LEFT_FREE)
-    kept = keep_on_device(model, budget)
-    waiting = [p for p in model.parameters() if not bytes_on(p.device, p)]
+    keep_on_device(model, budget)
+    sizes = [(bytes_on(p.device, p), p) for p in model.parameters()]
+    sent = sum(p.source.stored.nbytes for size, p in sizes if not size)
     return (
-        f"offloading: {_size(kept)} of the weights stay on the device, "
-        f"{_size(sum(p.source.stored.nbytes for p in waiting))} are sent when they are used"
+        f"offloading: {_size(sum(size for size, _ in sizes))} of the weights stay on the device, "
+        f"{_size(sent)} are sent when they are used"
     )
 
 
@@ -150,7 +149,9 @@ def remedies(
     elif need.batch_size > 1:
         found.append(("set batch_size to 1", need.with_batch(1).total))
     if not settings.offloading:
-        found.append(("turn offloading on", need.activations))
+        found.append(("turn offloading on", need.total - need.base))
+    if settings.trained_in == "device":
+        found.append(("set trained_in to main memory", need.total - need.trained))
     if area := need.largest_area():
         found.append((f"make pictures {area**0.5:.0%} as wide and high", need.free))
     return [f"{what} (about {_size(total)})" for what, total in found]

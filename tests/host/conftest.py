@@ -92,10 +92,11 @@ def sara():
     from sara_pack.nodes.training import examples, folders, run, training_set
     from sara_pack.sara_core.optimizer import eight_bits, learning_rate
     from sara_pack.sara_core.training import run_folder, run_settings
+    from sara_pack.sara_core.weights import quantised
 
     return types.SimpleNamespace(
         host=host, output=output_folder, run=run, folders=folders, sets=training_set, examples=examples, core=sara_core, rate=learning_rate,
-        settings=run_settings, folder=run_folder, eight_bits=eight_bits,
+        settings=run_settings, folder=run_folder, eight_bits=eight_bits, quantised=quantised,
     )  # fmt: skip
 
 
