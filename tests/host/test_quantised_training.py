@@ -144,14 +144,18 @@ def test_training_holds_no_layer_in_numbers_between_its_uses(sara, form):
     assert not any(held), held
 
 
-@pytest.mark.parametrize("ending", ["cancel", "error"])
+@pytest.mark.parametrize("ending", ["cancel", "error", "out of memory"])
 def test_stored_weights_survive_every_ending(sara, monkeypatch, ending):
     import comfy.model_management as management
 
     patcher = load("scaled")
     output(patcher)  # as it is loaded, 0.33 replaces some
     before, held = raw_bits(patcher), dict(patcher.model.diffusion_model.named_parameters())
-    raised = management.InterruptProcessingException if ending == "cancel" else ValueError
+    kinds = {
+        "cancel": management.InterruptProcessingException,
+        "out of memory": torch.OutOfMemoryError,
+    }
+    raised = kinds.get(ending, ValueError)
     step = sara.core.SaraAdamW.step
 
     def fail(optimizer, closure=None):
