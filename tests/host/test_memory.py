@@ -7,7 +7,7 @@ import tempfile
 import pytest
 import torch
 
-from .builders import pairs, settings, train
+from .builders import assert_same_bits, bits, pairs, settings, train
 
 
 def test_training_needs_no_second_copy_of_the_weights(sd15, sara):
@@ -123,3 +123,17 @@ def test_memory_that_does_not_do_for_one_picture_is_said(sd15, sara, monkeypatch
     need, _, chart = needs(sara, sd15, monkeypatch, fail=fail)
     assert need is None
     assert "not even one picture fits. To need less memory" in chart["warnings"][0]
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bf16"])
+def test_on_a_processor_offloading_changes_nothing(sd15, sara, dtype):
+    latents, captions = pairs(2)
+    before = bits(sd15)
+    options = settings(sara, steps=2, batch_size=1, fraction=0.1, learning_rate=1e-3, training_dtype=dtype)  # fmt: skip
+    expected, _ = train(sara, sd15, latents, captions, options)
+    elsewhere = dataclasses.replace(options, offloading=True, trained_in="main memory")
+    found, _ = train(sara, sd15, latents, captions, elsewhere)
+    assert found.entries.keys() == expected.entries.keys()
+    for name, entry in expected.entries.items():
+        assert torch.equal(found.entries[name].values, entry.values), name
+    assert_same_bits(before, sd15)
