@@ -47,7 +47,7 @@ def learned_at(curve, grown):
     for (x0, y0), (x1, y1) in zip(curve[:-1], curve[1:], strict=True):
         if x0 <= grown <= x1:
             return y0 + (y1 - y0) * (grown - x0) / (x1 - x0)
-    return curve[-1][1] if grown > curve[-1][0] else None
+    return curve[-1][1] if grown >= curve[-1][0] else None
 
 
 def common_range(by_name):

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from .bases import BASES, OLD_STYLES
 from .measures import likeness, losses, pictures
@@ -17,6 +18,7 @@ from .methods import METHODS, Average, between, learned_weights, num_trained
 
 STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.25)
 CAPTION_DROPOUT = 0.1
+SHOWN = 10  # pictures of a run that are kept to be looked at
 
 
 def concepts_of(base, style, count, seed, most=None):
@@ -109,6 +111,19 @@ def run(base, plan):
     return facts, model, unseen
 
 
+def likenesses(base, model, style, unseen):
+    """How pictures of concepts that were not shown look beside real ones; and those in the new style."""
+    from ..emoji64.measure import Features
+
+    features = Features()
+    made = pictures(base, model, style, unseen)
+    found = {"new": likeness(base, features, made, style, unseen)}
+    for old in OLD_STYLES[:2]:
+        some = unseen[::2]
+        found[old] = likeness(base, features, pictures(base, model, old, some), old, some)
+    return found, made
+
+
 def main(source, out, plan):
     """Do it and write it."""
     torch.set_num_threads(1)
@@ -116,15 +131,10 @@ def main(source, out, plan):
     base = BASES[plan["base"]](source)
     facts, model, unseen = run(base, plan)
     if plan.get("likeness"):
-        from ..emoji64.measure import Features
-
-        features, model = Features(), model.eval()
-        made = pictures(base, model, plan["style"], unseen)
-        facts["likeness"] = {"new": likeness(base, features, made, plan["style"], unseen)}
-        for style in OLD_STYLES[:2]:
-            some = unseen[::2]
-            made = pictures(base, model, style, some)
-            facts["likeness"][style] = likeness(base, features, made, style, some)
+        facts["likeness"], made = likenesses(base, model.eval(), plan["style"], unseen)
+        row = (torch.cat([*made[:SHOWN]], 2).permute(1, 2, 0).clamp(0, 1) * 255).byte()
+        Image.fromarray(row.numpy()).save(Path(out).with_suffix(".png"))
+        facts["concepts_shown"] = [base.names[i] for i in unseen[:SHOWN]]
     part = Path(f"{out}.part")
     part.write_text(json.dumps(facts, indent=1))
     part.replace(out)

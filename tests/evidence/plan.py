@@ -112,17 +112,33 @@ def ideas(base, seeds=(0, 1), **changes):
     ]
 
 
+LOOKS = {  # rates at which about as much is forgotten
+    "SaRA 10 %": 2.5e-4, "random 10 %": 2.5e-4, "LoRA r8": 2e-4, "full": 2e-5,
+}  # fmt: skip
+
+
+def looks(base, seed=0, **changes):
+    """Pictures of some methods that forget about as much, of concepts that were not shown."""
+    common = {"base": base, **COMMON, **changes, "seed": seed, "likeness": True}
+    plans = [{**common, "name": "base", "method": "none", "options": {}, "rate": 0}]
+    for name, rate in LOOKS.items():
+        method, options, _ = GRIDS[name]
+        plans.append({**common, "name": name, "method": method, "options": options, "rate": rate})
+    return plans
+
+
 QUESTIONS = {  # title in the report: the plans of its runs
     "Methods at their best": lambda: methods("emoji64"),
     "SaRA with one part changed": lambda: parts("emoji64"),
     "What could move SaRA's curve": lambda: ideas("emoji64"),
+    "What it looks like": lambda: looks("emoji64"),
 }
 
 
 def quick(plans):
     """One short run of each method on few concepts, which says nothing but that it works."""
     first = {plan["method"]: plan for plan in reversed(plans)}
-    few = {"pictures": 8, "steps": 3, "strengths": [0.5, 1.0], "concepts": 24}
+    few = {"pictures": 8, "steps": 3, "strengths": [0.5, 1.0], "concepts": 24, "likeness": False}
     return [{**plan, **few} for plan in reversed(first.values())]
 
 

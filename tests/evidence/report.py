@@ -4,9 +4,11 @@ import json
 import statistics
 
 from . import curves
-from .plot import draw
+from .plot import draw, draw_rows
 
 SHARES = (0.1, 0.25, 0.5, 0.75, 1.0)  # of what all methods reach, where their losses are shown
+TITLE = "# What each method learns and forgets"
+BEGIN, END = "<!-- figures: made by python dev.py evidence -->", "<!-- end -->"
 RIVAL = "LoRA"  # names of what is compared with begin so
 
 
@@ -73,7 +75,7 @@ def section(title, runs, picture):
         f"{plan['base']}, {plan['pictures']} pictures in the style {plan['style']}, {plan['steps']} steps "
         f"of batch {plan['batch']}.",
         "",
-        f"![learned against forgotten]({picture})",
+        f"![beside LoRA at equal forgetting]({picture})",
         "",
         "Loss on concepts of the new style that were not shown, at equal forgetting (the growth of the loss "
         "on the base's styles); lower is better. Each method at its best rate and strength there, means "
@@ -88,25 +90,60 @@ def section(title, runs, picture):
     ]
 
 
-def write(questions, out):
+def looks_section(title, runs, picture):
+    """Lines on runs that made pictures."""
+    plan = runs[0]
+    styles = list(plan["likeness"])
+    head = " | ".join(f"{style}: distance | its concept" for style in styles)
+    lines = [
+        f"## {title}",
+        "",
+        f"{plan['base']}: *{', '.join(plan['concepts_shown'])}*, none of them shown in training, each model at a rate at "
+        "which about as much is forgotten.",
+        "",
+        f"![a row for each model]({picture})",
+        "",
+        "Kernel distance x 1000 to the real pictures of the style (lower is better), and the share of pictures whose "
+        "nearest real one is of the concept asked for:",
+        "",
+        f"| model | rate | {head} |",
+        "|---" * (2 + 2 * len(styles)) + "|",
+    ]
+    for run in runs:
+        found = [run["likeness"][style] for style in styles]
+        cells = " | ".join(f"{f['distance']:.0f} | {f['top-1']:.0%}" for f in found)
+        lines.append(f"| {run['name']} | {run['rate'] or ''} | {cells} |")
+    return [*lines, ""]
+
+
+def write(questions, out, rows=None):
     """Write evidence.json, evidence.md and a picture for each question into a folder.
+
+    What was written by hand stays: only what lies between the marks is made anew.
 
     Args:
         questions: Runs by title.
         out: The folder.
+        rows: Files of the pictures made by runs of a title, if they made any.
     """
+    rows = rows or {}
     (out / "images").mkdir(parents=True, exist_ok=True)
     runs = {json.dumps(run, sort_keys=True): run for runs in questions.values() for run in runs}
     (out / "evidence.json").write_text(json.dumps(list(runs.values()), indent=1) + "\n")
     text = [
-        "# What each method learns and forgets",
-        "",
         "Loss in the model's own prediction. Noise and order of the pictures are the same for all methods "
         "with one seed. Made by `python dev.py evidence`.",
         "",
     ]
-    for number, (title, runs) in enumerate(questions.items(), 1):
+    for number, (title, found) in enumerate(questions.items(), 1):
         picture = f"images/evidence_{number}.png"
-        draw(curves.points(runs)).save(out / picture)
-        text += section(title, runs, picture)
-    (out / "evidence.md").write_text("\n".join(text))
+        if title in rows:
+            draw_rows(rows[title], [run["name"] for run in found]).save(out / picture)
+            text += looks_section(title, found, picture)
+        else:
+            draw(curves.points(found), RIVAL).save(out / picture)
+            text += section(title, found, picture)
+    file = out / "evidence.md"
+    before = file.read_text() if file.is_file() else f"{TITLE}\n\n{BEGIN}\n{END}\n"
+    above, below = before.split(BEGIN)[0], before.split(END)[1]
+    file.write_text("\n".join([above + BEGIN, *text]) + END + below)

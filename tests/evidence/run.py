@@ -67,7 +67,13 @@ def main():
         sys.exit(f"no report: {len(missing)} of {len(files)} runs are not done, {missing[0]} first")
     runs = {name: json.loads(file.read_text()) for name, file in files.items()}
     out = options.out or options.folder
-    write({title: [runs[key(plan)] for plan in plans] for title, plans in asked.items()}, out)
+    rows = {
+        title: [options.folder / f"{key(plan)}.png" for plan in plans]
+        for title, plans in asked.items()
+        if plans[0].get("likeness")
+    }
+    questions = {title: [runs[key(plan)] for plan in plans] for title, plans in asked.items()}
+    write(questions, out, rows)
     print(f"written: {out / 'evidence.md'}")
 
 

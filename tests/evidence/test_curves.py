@@ -2,7 +2,7 @@
 
 import pytest
 
-from . import curves
+from . import curves, plot, report
 
 
 def run(name, seed, losses, method="sara"):
@@ -49,3 +49,41 @@ def test_the_interval_of_a_mean_lies_within_what_was_seen():
     low, high = curves.interval([1.0, 2.0, 3.0])
     assert 1.0 <= low < 2.0 < high <= 3.0
     assert curves.interval([2.0, 2.0]) == (2.0, 2.0)
+
+
+def test_losses_are_drawn_beside_the_best_rival_that_forgets_as_much():
+    lines = {
+        "LoRA r1": [(0.0, 1.0), (1.0, 0.5)],
+        "LoRA r2": [(0.5, 0.8), (1.0, 0.4)],
+        "ours": [(0.25, 0.7), (0.5, 0.9), (1.0, 0.3), (2.0, 0.2)],
+        "less than any": [(-1.0, 0.9)],
+    }
+    found = plot.beside(lines, "LoRA")
+    assert found["ours"] == [
+        (0.25, pytest.approx(100 * (0.7 / 0.875 - 1))),
+        (0.5, pytest.approx(100 * (0.9 / 0.75 - 1))),
+        (1.0, pytest.approx(100 * (0.3 / 0.4 - 1))),
+        (2.0, pytest.approx(100 * (0.2 / 0.4 - 1))),
+    ]
+    assert found["LoRA r1"] == [(0.0, 0.0), (1.0, pytest.approx(25.0))]
+    assert "less than any" not in found
+
+
+def test_the_report_leaves_what_was_written_by_hand(tmp_path):
+    losses = {"new": 0.5, "shown": 0.4, "twemoji": 0.1, "noto": 0.1, "fluent": 0.1}
+    common = {"base": "b", "style": "s", "pictures": 1, "steps": 1, "batch": 1, "seed": 0}
+    runs = [{**common, "method": "none", "name": "base", "losses": {"0": losses}}]
+    for name, new in (("LoRA r8", 0.3), ("SaRA", 0.2)):
+        learned = {**losses, "new": new, "noto": 0.4}
+        runs.append({**common, "method": "m", "name": name, "rate": 1e-3, "trained": 1e6, "losses": {"1.0": learned}})  # fmt: skip
+    file = tmp_path / "evidence.md"
+    report.write({"First": runs}, tmp_path)
+    text = file.read_text()
+    assert "| SaRA | 1.00 M | 0.001 | 1 | 0.2000 | 0.4000 | 0.1000 |" in text
+    file.write_text(text.replace(report.TITLE, "# Mine\n\nBy hand.") + "\nBelow.\n")
+    report.write({"Second": runs}, tmp_path)
+    text = file.read_text()
+    assert text.startswith("# Mine\n\nBy hand.\n\n" + report.BEGIN)
+    assert text.endswith(report.END + "\n\nBelow.\n")
+    assert "## Second" in text
+    assert "## First" not in text
