@@ -78,11 +78,14 @@ class SaraTrain(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, resume, moments=("fp32",)):
+    def validate_inputs(cls, resume, moments=("fp32",), lowest_noise=(0.0,), highest_noise=(1.0,)):
         # A run that was chosen to be resumed leaves the list when it ends, and stays chosen.
-        try:
-            if moments[0] is not None:  # None if it is linked
-                refuse_unusable(moments[0])  # before anything is encoded for it
+        bounds = lowest_noise[0], highest_noise[0]
+        try:  # what would else be refused after the pictures are encoded; None is linked
+            if moments[0] is not None:
+                refuse_unusable(moments[0])
+            if None not in bounds:
+                RunSettings(lowest_noise=bounds[0], highest_noise=bounds[1])
             if resume[0] not in (NEW_RUN, None):
                 if not isinstance(resume[0], str):
                     return f"resume is {resume[0]!r}; expected {NEW_RUN!r} or the name of a run"

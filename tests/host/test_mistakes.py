@@ -105,3 +105,15 @@ def test_previews_without_a_latent_have_the_models_own_size(sd15, sara):
     latent = sara.host.families.empty_latent(sd15, 8)
     assert latent.shape == (1, 4, 64, 64)
     assert torch.count_nonzero(latent) == 0
+
+
+def test_noise_levels_that_are_no_range_are_refused_before_anything_runs(sara):
+    from sara_pack.nodes.training.train import SaraTrain
+
+    def check(lowest, highest):
+        return SaraTrain.validate_inputs(["new run"], ["fp32"], [lowest], [highest])
+
+    assert check(0.2, 0.8) is True
+    assert check(None, 0.1) is True  # linked
+    assert "expected the lowest below the highest" in check(0.8, 0.2)
+    assert "highest_noise is 1.5" in check(0.0, 1.5)
