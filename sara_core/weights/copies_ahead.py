@@ -53,7 +53,9 @@ class CopiesAhead:
         return copy
 
     def forget(self) -> None:
-        """Let go of all tensors."""
+        """Let go of all tensors, which may then change again."""
+        if self._stream is not None:
+            self._stream.synchronize()
         self._following.clear()
         self._used.clear()
         self._last, self._begun = NOTHING, None

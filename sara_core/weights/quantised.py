@@ -174,6 +174,8 @@ def numbers_on_use(
     replaced: list[tuple[dict, str, nn.Parameter]] = []
     made: dict[int, Any] = {}  # shared parameters stay shared
     scratch = Scratch()
+    if device is not None:
+        device = torch.empty(0, device=device).device  # with its number, as tensors name it
     copies = None if device is None else CopiesAhead(device)
     try:
         for path, part in module.named_modules():

@@ -22,6 +22,9 @@ class Backend:
             def __init__(self, device=None, name="side"):
                 self.name = name
 
+            def synchronize(self):
+                backend.log.append(("host waits", self.name))
+
             def wait_event(self, event):
                 backend.log.append(("wait", event.of))
 
@@ -131,6 +134,7 @@ def test_nothing_is_held_once_forgotten(copying):
     backend, weights, copies = copying
     use(copying, "abcdabcd")
     copies.forget()
+    assert backend.log[-1] == ("host waits", "side")  # what is being copied must not change before
     assert copies._begun is None
     assert not copies._following
     assert not copies._used
