@@ -5,7 +5,10 @@ Needs ComfyUI on the path (`COMFYUI_PATH`), whose own network classes are used.
 
 from functools import cached_property, lru_cache
 
+import torch
+
 from ..emoji64 import model as mmdit
+from ..emoji64 import unet
 from ..emoji64.model import BASE_STYLES, Text, load_pictures
 
 SIDE = 8
@@ -101,5 +104,40 @@ class Emoji64(Base):
         return mmdit.sample(prompts, seed, steps=20, cfg=2.0, model=model)
 
 
-BASES = {base.name: base for base in (Emoji64,)}
+class Emoji64Unet(Base):
+    """Epsilon prediction with a UNet (SD1.5's)."""
+
+    name, channels = "emoji64-unet", 4
+
+    @cached_property
+    def vae(self):
+        """Its VAE."""
+        return unet.load_vae()
+
+    def encode(self, pixels):
+        """Latents of pictures, as the diffusion model takes them."""
+        return self.vae.encode(pixels) * unet.SCALE
+
+    def decode(self, latents):
+        """Pictures of latents."""
+        return self.vae.decode(latents / unet.SCALE)
+
+    def load(self):
+        """A fresh copy of the model in float32."""
+        return unet.load_denoiser().to(memory_format=torch.channels_last)
+
+    def predict(self, model, z, ids, noise, quantiles):
+        """The noise, and what it should be."""
+        t = (quantiles * 1000).long().clamp(max=999)
+        signal = unet.alphas()[t].view(-1, 1, 1, 1)
+        noisy = signal.sqrt() * z + (1 - signal).sqrt() * noise
+        context = unet.normed(self.text.hidden(ids))[:, :16]
+        return model(noisy, t, context=context), noise
+
+    def sample(self, model, prompts, seed):
+        """Latents of prompts."""
+        return unet.sample(prompts, seed, steps=20, cfg=3.0, model=model)
+
+
+BASES = {base.name: base for base in (Emoji64, Emoji64Unet)}
 OLD_STYLES = BASE_STYLES

@@ -132,6 +132,7 @@ QUESTIONS = {  # title in the report: the plans of its runs
     "SaRA with one part changed": lambda: parts("emoji64"),
     "What could move SaRA's curve": lambda: ideas("emoji64"),
     "What it looks like": lambda: looks("emoji64"),
+    "Methods at their best, on a UNet": lambda: methods("emoji64-unet"),
 }
 
 
