@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...sara_core.training.inference_tensors import trackable_copy
 from .schedules import noise_schedule
-from .weights import architecture
+from .weights import architecture, device_of
 
 # What latents are of, by the dimensions beside batch and channels.
 KINDS = {1: "sound, (1, C, length)", 2: "pictures, (1, C, h, w)", 3: "videos, (1, C, frames, h, w)"}
@@ -27,7 +27,7 @@ class ModelCalls:
     def __init__(self, patcher):
         self.patcher = patcher
         self.model = patcher.model
-        self.device = patcher.load_device
+        self.device = device_of(patcher)
         self.schedule = noise_schedule(patcher)
 
     def prepare_latent(self, latent: Tensor) -> Tensor:

@@ -6,9 +6,11 @@ import logging
 import types
 from collections.abc import Callable, Iterator
 
+import comfy.lora
 import comfy.model_management
 import comfy.ops
 import torch
+from comfy.model_patcher import LowVramPatch
 
 from ...sara_core.training.inference_tensors import make_trackable
 from ...sara_core.weights.quantised import Quantised, numbers_on_use
@@ -18,6 +20,7 @@ from .weights import (
     REAL_SCALE,
     computes_in,
     converter,
+    device_of,
     is_dynamic,
     is_ggml,
     is_widened,
@@ -61,7 +64,7 @@ def trainable(
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
-        _numbers_on_use(model, computes_in(patcher), patcher.load_device, learned_on),
+        _numbers_on_use(model, computes_in(patcher), device_of(patcher), learned_on),
     ):
         _unpin(patcher)
         make_trackable(model)
@@ -163,26 +166,38 @@ def _changes(model: torch.nn.Module, converters: dict) -> dict[str, list[Callabl
     found = {}
     for name in converters:
         path, _, kind = name.rpartition(".")
-        found[name] = list(getattr(model.get_submodule(path), f"{kind}_function", ()))
+        functions = getattr(model.get_submodule(path), f"{kind}_function", ())
+        found[name] = [
+            functools.partial(_patched, function)
+            if isinstance(function, LowVramPatch)
+            else function
+            for function in functions
+        ]
     return found
+
+
+def _patched(patch: LowVramPatch, weight: torch.Tensor) -> torch.Tensor:
+    """Add a patch as it is added to a model that is loaded whole: in float32, and rounded once."""
+    out = comfy.lora.calculate_weight(patch.patches[patch.key], weight.float(), patch.key)
+    return out.to(weight.dtype)
 
 
 @contextlib.contextmanager
 def _computing_with_numbers(module: torch.nn.Module) -> Iterator[None]:
     """Have a layer take its weights for the numbers that they are by now, with all that it adds to them."""
     held, parameters = vars(module).copy(), module._parameters.copy()
-    if getattr(module, "scale_weight", None) is not None:
-        forward = comfy.ops.manual_cast.Linear.forward_comfy_cast_weights
-        module.forward_comfy_cast_weights = types.MethodType(forward, module)
-        setattr(module, REAL_SCALE, module.scale_weight.detach())
-        ones = torch.ones_like(module.scale_weight)
-        module._parameters["scale_weight"] = torch.nn.Parameter(ones, requires_grad=False)
-    if "_full_precision_mm" in held:
-        module._full_precision_mm = True
-    for function in FUNCTIONS:
-        if isinstance(module._parameters.get(function.removesuffix("_function")), Quantised):
-            setattr(module, function, [])
     try:
+        if getattr(module, "scale_weight", None) is not None:
+            forward = comfy.ops.manual_cast.Linear.forward_comfy_cast_weights
+            module.forward_comfy_cast_weights = types.MethodType(forward, module)
+            setattr(module, REAL_SCALE, module.scale_weight.detach())
+            ones = torch.ones_like(module.scale_weight)
+            module._parameters["scale_weight"] = torch.nn.Parameter(ones, requires_grad=False)
+        if "_full_precision_mm" in held:
+            module._full_precision_mm = True
+        for function in FUNCTIONS:
+            if isinstance(module._parameters.get(function.removesuffix("_function")), Quantised):
+                setattr(module, function, [])
         yield
     finally:
         for name in ("forward_comfy_cast_weights", REAL_SCALE, "_full_precision_mm", *FUNCTIONS):

@@ -152,6 +152,11 @@ def computes_in(patcher) -> torch.dtype:
     return model.manual_cast_dtype or (own if own.itemsize > 1 else torch.float32)
 
 
+def device_of(patcher) -> torch.device:
+    """Return the device that a MODEL computes on, as tensors there name it: cuda:0, not cuda."""
+    return torch.empty(0, device=patcher.load_device).device
+
+
 def bytes_per_trained_weight(patcher) -> int:
     """Return what training takes for each trained weight; docs/cost.md says what it is made of."""
     model = patcher.model

@@ -123,6 +123,10 @@ def prepared(
         scaler = None
         if host.needs_loss_scaling(patcher, dtype):
             scaler = torch.amp.GradScaler(calls.device.type)
+            if (
+                settings.trained_in == "main memory"
+            ):  # where the scale has to be, to be read at once
+                scaler.scale(torch.zeros(()))
         optimizer = SaraAdamW(
             calls.model.diffusion_model,
             distributed=processes.size > 1,

@@ -97,8 +97,12 @@ class Round:
         for weight in bucket:  # so that a gradient is held once
             weight.gradient = None
         # Sent from where the model computes, also if what is trained is kept in main memory.
-        flat = flat.to(bucket[0].parameter.device, self._dtype or flat.dtype)
+        there = bucket[0].parameter.device
+        flat = flat.to(there, self._dtype or flat.dtype)
         work = dist.all_reduce(flat, group=self._group, async_op=True)
+        if there != leaf.device and not self._overlap:  # or all of them would be there at once
+            work.wait()
+            flat = flat.to(leaf.device)
         self._sent.append(Sent(bucket, had, flat, work))
 
 

@@ -1,5 +1,6 @@
 """Weights that wait in main memory, copied to a graphics card while what came before them is computed with."""
 
+import contextlib
 from collections import deque
 from typing import Any
 
@@ -49,7 +50,10 @@ class CopiesAhead:
         in_backward = torch._C._current_graph_task_id() != -1
         self._last = in_backward, self._last[-1], id(waiting)
         if (following := self._following.get(self._last)) is not None:
-            self._begun = self._begin(following)
+            with contextlib.suppress(
+                RuntimeError
+            ):  # such as no memory, which is met when it is asked for
+                self._begun = self._begin(following)
         return copy
 
     def forget(self) -> None:

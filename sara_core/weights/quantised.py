@@ -71,6 +71,7 @@ class Quantised(Tensor):
     def unlearned(self) -> "Quantised":
         """Return the weight as it is stored, whatever has been learned."""
         source = dataclasses.replace(self.source, learned=())
+        source.resident = self.source.resident
         return Quantised(source, self.dtype, self.device, self.learned_on, self.is_transposed)
 
     def _other(self, dtype=None, device=None, turned=False) -> "Quantised":
@@ -175,7 +176,7 @@ def numbers_on_use(
     made: dict[int, Any] = {}  # shared parameters stay shared
     scratch = Scratch()
     if device is not None:
-        device = torch.empty(0, device=device).device  # with its number, as tensors name it
+        device = torch.empty(0, device=device).device  # as tensors there name it
     copies = None if device is None else CopiesAhead(device)
     try:
         for path, part in module.named_modules():

@@ -110,15 +110,17 @@ def test_what_is_learned_is_what_is_learned_without(sara, second_device, caplog,
 
 @pytest.mark.parametrize(
     ("form", "offloading"),
-    [("float32", False), ("float32", True), ("half", True), ("scaled", True)],
+    [("float32", False), ("float32", True), ("half", True), ("scaled", True), ("mixed", True)],
 )
 def test_a_lora_that_the_model_carries_is_part_of_what_trains(
     sara, second_device, form, offloading
 ):
     expected, losses = learn(sara, with_patch(loaded(form, CPU)))
     found, losses_too = learn(sara, with_patch(loaded(form)), offloading=offloading)
-    assert losses == pytest.approx(losses_too, rel=1e-3)
-    if form == "float32":  # others are rounded where the patch is made once and for all
+    assert losses == pytest.approx(losses_too, rel=1e-2 if form == "mixed" else 1e-3)
+    if form in ("float32", "half"):  # others have the patch rounded to eight bits when fully loaded
+        assert found.metadata["sara.fingerprint"] == expected.metadata["sara.fingerprint"]
+    if form == "float32":
         assert_same_delta(found, expected)
 
 

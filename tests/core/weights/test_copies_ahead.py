@@ -130,6 +130,22 @@ def test_the_host_is_never_far_ahead_of_the_device(copying):
     assert waits == [0] * BEHIND + [1] * (8 - BEHIND)
 
 
+def test_a_copy_ahead_that_finds_no_memory_is_made_when_it_is_asked_for(copying, monkeypatch):
+    backend, weights, copies = copying
+    use(copying, "abcdabcd")
+    begin, failed = copies._begin, []
+
+    def fail(waiting):
+        if waiting is weights["b"] and not failed:
+            failed.append(waiting)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return begin(waiting)
+
+    monkeypatch.setattr(copies, "_begin", fail)
+    use(copying, "ab")  # b ahead of its use, and then again
+    assert failed
+
+
 def test_nothing_is_held_once_forgotten(copying):
     backend, weights, copies = copying
     use(copying, "abcdabcd")
