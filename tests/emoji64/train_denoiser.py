@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
+from . import BASE_STYLES
 from .model import (
-    BASE_STYLES,
     HIDDEN,
     WIDTH,
     Text,

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from ..assets.emoji64.assemble import widened_state
-from .model import BASE_STYLES, Text, Vae, load_pictures
+from . import BASE_STYLES
+from .model import Text, Vae, load_pictures
 from .unet import CHANNELS, SCALE, alphas, build, normed
 
 BATCH, PEAK_LR, SHORT = 16, 3e-4, 16

@@ -7,9 +7,9 @@ from functools import cached_property, lru_cache
 
 import torch
 
+from ..emoji64 import BASE_STYLES, unet
 from ..emoji64 import model as mmdit
-from ..emoji64 import unet
-from ..emoji64.model import BASE_STYLES, Text, load_pictures
+from ..emoji64.model import Text, load_pictures
 
 SIDE = 8
 

@@ -4,7 +4,7 @@ import random
 import statistics
 from collections import defaultdict
 
-from ..emoji64.pictures import BASE_STYLES
+from ..emoji64 import BASE_STYLES
 
 LEVELS = 21  # at which two curves are compared
 DRAWS = 10_000

@@ -20,12 +20,12 @@ GRIDS = {  # name: method, options, rates
 }
 
 
-def methods(base, **changes):
+def methods(base, grids=GRIDS, seeds=SEEDS, **changes):
     """Every method at its rates, with every seed."""
     common = {"base": base, **COMMON, **changes}
     plans = [{**common, "name": "base", "method": "none", "options": {}, "rate": 0, "seed": seed}
-             for seed in SEEDS]  # fmt: skip
-    for seed, (name, (method, options, rates)) in itertools.product(SEEDS, GRIDS.items()):
+             for seed in seeds]  # fmt: skip
+    for seed, (name, (method, options, rates)) in itertools.product(seeds, grids.items()):
         plans += [
             {
                 **common,
@@ -127,12 +127,21 @@ def looks(base, seed=0, **changes):
     return plans
 
 
+ON_UNET = {  # method, options, rates
+    "SaRA 10 %": ("sara", SARA, (2.5e-4, 5e-4, 1e-3)),
+    "smallest of each layer": ("masked", {"chosen": "layer"}, (2.5e-4, 5e-4, 1e-3)),
+    "random 10 %": ("masked", {"chosen": "random"}, (2.5e-4, 5e-4, 1e-3)),
+    "LoRA r8": ("lora", {"rank": 8}, (1e-4, 3e-4, 8e-4)),
+    "LoRA r20": ("lora", {"rank": 20}, (1e-4, 2e-4, 4e-4)),
+    "full": ("full", {}, (1e-5, 2e-5, 4e-5)),
+}
+
 QUESTIONS = {  # title in the report: the plans of its runs
     "Methods at their best": lambda: methods("emoji64"),
     "SaRA with one part changed": lambda: parts("emoji64"),
     "What could move SaRA's curve": lambda: ideas("emoji64"),
     "What it looks like": lambda: looks("emoji64"),
-    "Methods at their best, on a UNet": lambda: methods("emoji64-unet"),
+    "Methods at their best, on a UNet": lambda: methods("emoji64-unet", ON_UNET, seeds=(0, 1)),
 }
 
 
@@ -141,6 +150,15 @@ def quick(plans):
     first = {plan["method"]: plan for plan in reversed(plans)}
     few = {"pictures": 8, "steps": 3, "strengths": [0.5, 1.0], "concepts": 24, "likeness": False}
     return [{**plan, **few} for plan in reversed(first.values())]
+
+
+FOUND = ("losses", "trained", "seconds", "likeness", "concepts_shown")  # by a run, beside its plan
+
+
+def plan_of(run):
+    """The plan of a run that was done."""
+    plan = {name: value for name, value in run.items() if name not in FOUND}
+    return plan | ({"likeness": True} if "likeness" in run else {})
 
 
 def key(plan):

@@ -116,20 +116,20 @@ def looks_section(title, runs, picture):
     return [*lines, ""]
 
 
-def write(questions, out, rows=None):
+def write(questions, runs, out, rows=None):
     """Write evidence.json, evidence.md and a picture for each question into a folder.
 
     What was written by hand stays: only what lies between the marks is made anew.
 
     Args:
         questions: Runs by title.
+        runs: All that were done, also of questions that cannot be answered yet.
         out: The folder.
         rows: Files of the pictures made by runs of a title, if they made any.
     """
     rows = rows or {}
     (out / "images").mkdir(parents=True, exist_ok=True)
-    runs = {json.dumps(run, sort_keys=True): run for runs in questions.values() for run in runs}
-    (out / "evidence.json").write_text(json.dumps(list(runs.values()), indent=1) + "\n")
+    (out / "evidence.json").write_text(json.dumps(runs, indent=1) + "\n")
     text = [
         "Loss in the model's own prediction. Noise and order of the pictures are the same for all methods "
         "with one seed. Made by `python dev.py evidence`.",

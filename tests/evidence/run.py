@@ -1,8 +1,9 @@
 """Do the runs of the plan that are not done yet, each in a process of its own, at low priority.
 
 Run by `python dev.py evidence [QUESTION ...] [--part 0/2] [--quick] [--folder FOLDER]`. A run leaves one JSON
-file in the folder, by default in the cache; one that was interrupted begins anew. When all are done, the report is
-written beside them, or where `--out` says.
+file in the folder, by default in the cache; one that was interrupted begins anew, and one whose figures are in
+docs/evidence.json is not done again, unless `--anew` says so or pictures are wanted of it. When all are done, the
+report is written beside them, or where `--out` says.
 """
 
 import argparse
@@ -14,10 +15,11 @@ from pathlib import Path
 
 from ..emoji64 import pictures as emoji
 from ..harness.environment import CACHE
-from .plan import QUESTIONS, key, quick
+from .plan import QUESTIONS, key, plan_of, quick
 from .report import write
 
 ROOT = Path(__file__).resolve().parents[2]
+KNOWN = ROOT / "docs" / "evidence.json"
 
 
 def do(plan, pictures, folder):
@@ -29,6 +31,15 @@ def do(plan, pictures, folder):
         print(f"{out.name}{': failed' if done.returncode else ''}", flush=True)
 
 
+def recall(folder):
+    """Put the runs of docs/evidence.json into the folder."""
+    for run in json.loads(KNOWN.read_text()):
+        plan = plan_of(run)
+        file = folder / f"{key(plan)}.json"
+        if not (file.is_file() or plan.get("likeness")):
+            file.write_text(json.dumps(run, indent=1))
+
+
 def main():
     """Do them in their order."""
     parser = argparse.ArgumentParser()
@@ -38,12 +49,15 @@ def main():
     )
     parser.add_argument("--folder", type=Path, default=CACHE / "evidence")
     parser.add_argument("--out", type=Path, help="folder of the report")
+    parser.add_argument("--anew", action="store_true", help="also what docs/evidence.json holds")
     parser.add_argument("--part", default="0/1", help="every n-th run, from this one on")
     parser.add_argument(
         "--quick", action="store_true", help="a few steps of some: the machinery only"
     )
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
+    if not (options.anew or options.quick):
+        recall(options.folder)
     drawn = CACHE / "evidence-pictures" / "emoji64.npz"
     if not drawn.is_file():
         drawn.parent.mkdir(exist_ok=True)
@@ -60,12 +74,16 @@ def main():
     for plan in list(every.values())[first::step]:
         do(plan, drawn, options.folder)
     files = {name: options.folder / f"{name}.json" for name in every}
-    missing = [name for name, file in files.items() if not file.is_file()]
-    if missing and step > 1:
+    runs = {name: json.loads(file.read_text()) for name, file in files.items() if file.is_file()}
+    if len(runs) < len(files) and step > 1:
         return  # another part will write the report
-    if missing:
-        sys.exit(f"no report: {len(missing)} of {len(files)} runs are not done, {missing[0]} first")
-    runs = {name: json.loads(file.read_text()) for name, file in files.items()}
+    missing = {
+        title: sum(key(plan) not in runs for plan in plans) for title, plans in asked.items()
+    }
+    for title, count in missing.items():
+        if count:
+            print(f"left out of the report: {title} ({count} of {len(asked[title])} runs missing)")
+    asked = {title: plans for title, plans in asked.items() if not missing[title]}
     out = options.out or options.folder
     rows = {
         title: [options.folder / f"{key(plan)}.png" for plan in plans]
@@ -73,8 +91,10 @@ def main():
         if plans[0].get("likeness")
     }
     questions = {title: [runs[key(plan)] for plan in plans] for title, plans in asked.items()}
-    write(questions, out, rows)
+    write(questions, list(runs.values()), out, rows)
     print(f"written: {out / 'evidence.md'}")
+    if any(missing.values()):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -77,11 +77,11 @@ def test_the_report_leaves_what_was_written_by_hand(tmp_path):
         learned = {**losses, "new": new, "noto": 0.4}
         runs.append({**common, "method": "m", "name": name, "rate": 1e-3, "trained": 1e6, "losses": {"1.0": learned}})  # fmt: skip
     file = tmp_path / "evidence.md"
-    report.write({"First": runs}, tmp_path)
+    report.write({"First": runs}, runs, tmp_path)
     text = file.read_text()
     assert "| SaRA | 1.00 M | 0.001 | 1 | 0.2000 | 0.4000 | 0.1000 |" in text
     file.write_text(text.replace(report.TITLE, "# Mine\n\nBy hand.") + "\nBelow.\n")
-    report.write({"Second": runs}, tmp_path)
+    report.write({"Second": runs}, runs, tmp_path)
     text = file.read_text()
     assert text.startswith("# Mine\n\nBy hand.\n\n" + report.BEGIN)
     assert text.endswith(report.END + "\n\nBelow.\n")
