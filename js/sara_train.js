@@ -139,6 +139,54 @@ function showPreviews(chart, state) {
   if (hadNone && chart.previews.children.length) chart.fit();
 }
 
+// Buttons that ask the run to do something after its present step; they are there while it trains.
+function addWishes(box) {
+  const row = document.createElement("div");
+  row.className = "sara-wishes";
+  row.style.cssText = "display:none;gap:4px;padding:2px 4px;flex:none";
+  const answer = addText(box);
+  answer.style.display = "none";
+  const labels = {
+    save: [text("wish_save"), text("wish_save_help")],
+    preview: [text("wish_preview"), text("wish_preview_help")],
+    end: [text("wish_end"), text("wish_end_help")],
+  };
+  for (const [wish, [label, help]] of Object.entries(labels)) {
+    const button = document.createElement("button");
+    button.dataset.wish = wish;
+    button.textContent = label;
+    button.title = help;
+    button.style.cssText = "flex:1;font:11px sans-serif;cursor:pointer;padding:2px;border-radius:4px;" +
+      "color:var(--input-text,#ddd);background:var(--comfy-input-bg,#222);border:1px solid var(--border-color,#555)";
+    button.addEventListener("click", async (event) => {
+      event.stopPropagation();
+      button.disabled = true; // until the next step tells that it was heard
+      const query = new URLSearchParams({ run: row.dataset.run, wish });
+      let problem;
+      try {
+        const response = await api.fetchApi(`/sara/ask?${query}`, { method: "POST" });
+        ({ problem } = await response.json());
+      } catch (error) {
+        problem = String(error);
+      }
+      answer.textContent = problem ?? "";
+      answer.style.display = problem ? "block" : "none";
+    });
+    row.append(button);
+  }
+  box.append(row);
+  return row;
+}
+
+function showWishes(row, state) {
+  row.style.display = state.status === "training" ? "flex" : "none";
+  row.dataset.run = state.run;
+  for (const button of row.children) {
+    button.disabled = false;
+    button.style.display = button.dataset.wish !== "preview" || state.can_preview ? "block" : "none";
+  }
+}
+
 function show(node, state) {
   const chart = charts.get(node.widgets?.find((widget) => widget.name === "chart")?.element);
   if (!chart || !state) return;
@@ -146,6 +194,7 @@ function show(node, state) {
   chart.caption.textContent = describe(state);
   chart.warnings.textContent = (state.warnings ?? []).join("\n");
   chart.warnings.style.display = chart.warnings.textContent ? "block" : "none";
+  showWishes(chart.wishes, state);
   showPreviews(chart, state);
   chart.redraw();
 }
@@ -162,9 +211,10 @@ app.registerExtension({
     if (node.comfyClass !== "SaraTrain") return;
     const previews = document.createElement("div");
     const chart = addCanvasWidget(
-      node, "chart", 190,
+      node, "chart", 215,
       (context, width, height, colour) => draw(chart?.state, context, width, height, colour),
       () => (previews.children.length ? PREVIEWS_HEIGHT : 0));
+    chart.wishes = addWishes(chart.box);
     chart.warnings = addText(chart.box);
     chart.warnings.className = "sara-warnings";
     chart.warnings.style.color = ACCENT.validation;

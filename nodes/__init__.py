@@ -10,6 +10,7 @@ from .delta.load_save_apply import SaraApply, SaraLoadDelta, SaraMergeDeltas, Sa
 from .pictures import folder_look
 from .pictures.image_folder import SaraImageFolder
 from .sampling.sampling_nodes import SaraCompare, SaraLoadCheckpoints, SaraSamplingSettings
+from .training import wishes
 from .training.train import SaraTrain
 
 NODES = [
@@ -37,4 +38,5 @@ class SaraExtension(ComfyExtension):
         host.register_folders()  # here, as 0.3.75 does not call on_load
         host.add_route(page_state.PATH, page_state.everything)
         host.add_route(folder_look.PATH, folder_look.look)
+        host.add_route(wishes.PATH, wishes.ask, changes_something=True)
         return NODES

@@ -38,13 +38,22 @@ def send_event(name: str, data: dict) -> None:
     PromptServer.instance.send_sync(name, data)
 
 
-def add_route(path: str, answer: Callable[[Mapping[str, str]], Any]) -> None:
-    """Have the server answer GET requests for a path, as JSON, with what `answer` makes of the query."""
+def add_route(
+    path: str, answer: Callable[[Mapping[str, str]], Any], changes_something: bool = False
+) -> None:
+    """Have the server answer requests for a path, as JSON, with what `answer` makes of the query.
 
-    async def get(request):
+    Args:
+        path: Of the requests.
+        answer: Called in a thread of its own.
+        changes_something: It takes POST requests, and else GET.
+    """
+
+    async def handle(request):
         return web.json_response(await asyncio.to_thread(answer, request.query))
 
-    PromptServer.instance.routes.get(path)(get)
+    routes = PromptServer.instance.routes
+    (routes.post if changes_something else routes.get)(path)(handle)
 
 
 def memory_in_use() -> tuple[int, int]:

@@ -1,10 +1,12 @@
 """Say how to sample, compare deltas by what they make, and load all checkpoints of a run."""
 
 import os
+from fnmatch import fnmatch
 
 from comfy_api.latest import io, ui
 
 from ...sara_core import SparseDelta
+from ...sara_core.training.run_folder import BESTS, CHECKPOINTS
 from .. import host, output_folder
 from ..delta.load_save_apply import CATEGORY
 from ..inputs import chosen, refuse_unchosen, searched_as
@@ -143,7 +145,7 @@ class SaraLoadCheckpoints(io.ComfyNode):
             display_name="Load SaRA Checkpoints",
             category=CATEGORY,
             description="Loads all deltas in the folder of a run: the checkpoints SaRA Train has "
-            "kept, and the final one.",
+            "kept, the one with the lowest validation loss, and the final one.",
             **searched_as("training checkpoints", "run history"),
             inputs=[
                 io.Combo.Input(
@@ -183,10 +185,20 @@ class SaraLoadCheckpoints(io.ComfyNode):
                 broken.append(str(error))
         if not loaded:
             raise ValueError(f"no delta in {run} can be read:\n" + "\n".join(broken))
-        loaded.sort(key=lambda pair: steps_of(pair[0]))
+        loaded = _each_step_once(sorted(loaded, key=lambda pair: steps_of(pair[0])))
         lines = [f"{len(loaded)} deltas", *(f"left out: {problem}" for problem in broken)]
         return io.NodeOutput(
             [delta for delta, _ in loaded],
             [name for _, name in loaded],
             ui=ui.PreviewText("\n".join(lines)),
         )
+
+
+def _each_step_once(loaded: list[tuple[SparseDelta, str]]) -> list[tuple[SparseDelta, str]]:
+    """Leave out a checkpoint of the step that the run's best is of."""
+    best = {steps_of(delta) for delta, name in loaded if fnmatch(name, BESTS)}
+    return [
+        (delta, name)
+        for delta, name in loaded
+        if steps_of(delta) not in best or not fnmatch(name, CHECKPOINTS)
+    ]

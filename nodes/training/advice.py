@@ -4,16 +4,11 @@ import torch
 
 from ...sara_core.training.run_settings import RunSettings
 from .. import host
+from .epochs import epochs_of
 from .examples import Examples
 from .unlearnable import listed, unmasked
 
 MANY_EPOCHS = 300
-
-
-def epochs(settings: RunSettings, examples: Examples, batch_size: int) -> float:
-    """Return how often a run goes over its pictures, in batches of all processes together."""
-    count = settings.steps * batch_size * settings.grad_accumulation_steps
-    return count / max(1, examples.num_to_learn * (1 - settings.validation_split))
 
 
 def likely_mistakes(
@@ -21,7 +16,7 @@ def likely_mistakes(
 ) -> list[str]:
     """Say what is probably not meant, a line each; `batch_size` is that of all processes together."""
     captions = [pair[0] for pair in examples.captions[: examples.num_to_learn]]
-    count, rounds = examples.num_to_learn, epochs(settings, examples, batch_size)
+    count, rounds = examples.num_to_learn, epochs_of(settings, examples, batch_size)
     found = []
     is_same = all(_equal(caption, captions[0]) for caption in captions)
     if is_same and examples.empty is not None and _equal(captions[0], examples.empty[0]):

@@ -1,4 +1,4 @@
-"""Widgets of SaRA Train that are folded away: loss, memory, pictures held out, files."""
+"""Widgets of SaRA Train that are folded away: loss, memory, pictures held out, the end, files."""
 
 from comfy_api.latest import io
 
@@ -7,6 +7,7 @@ from ...sara_core.training.objective import LOSSES
 from ...sara_core.training.run_settings import (
     COMPUTE_DTYPES,
     LORA_FILES,
+    PUT_OUT,
     SAVE_DTYPES,
     TRAINED_IN,
     RunSettings,
@@ -132,6 +133,38 @@ def validation_inputs() -> list:
             min=1,
             max=1_000_000,
             tooltip="Steps between two measurements on the pictures held out.",
+        ),
+    ]
+
+
+def ending_inputs() -> list:
+    """How long it trains, and what it puts out."""
+    return [
+        io.Int.Input(
+            "epochs",
+            default=SETTINGS.epochs,
+            min=0,
+            max=100_000,
+            optional=True,
+            tooltip="Times to go over all pictures, instead of steps. 0 goes by steps. The chart shows how "
+            "many steps it comes to.",
+        ),
+        io.Int.Input(
+            "patience",
+            default=SETTINGS.patience,
+            min=0,
+            max=1000,
+            optional=True,
+            tooltip="Ends the training once the loss on the pictures held out has not become lower in so "
+            "many measurements. 0 makes all steps. Needs validation_split.",
+        ),
+        io.Combo.Input(
+            "put_out",
+            options=list(PUT_OUT),
+            default=SETTINGS.put_out,
+            optional=True,
+            tooltip="Which delta the outputs hold: that of the last step, or that with the lowest loss on "
+            "the pictures held out, which is kept in the run's folder either way. Needs validation_split.",
         ),
     ]
 

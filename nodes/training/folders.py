@@ -3,12 +3,15 @@
 import contextlib
 import logging
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from ...sara_core.training.run_folder import RunFolder
-from ...sara_core.training.run_settings import RunSettings
+from ...sara_core.training.run_settings import PUT_OUT, RunSettings
 from .. import host, output_folder
 from .widgets import NEW_RUN
+
+LAST_STEP = PUT_OUT[0]
 
 logger = logging.getLogger("comfyui-sara")
 
@@ -101,7 +104,7 @@ def _refuse_other_prediction(patcher, settings: RunSettings) -> None:
 
 def is_finished(folder: RunFolder) -> bool:
     """Tell whether a run has made all its steps, and its delta is there."""
-    return output_folder.final_path(folder.path, folder.settings.steps).is_file()
+    return output_folder.final_path(folder.path, folder.settings.last_step).is_file()
 
 
 def finished(folder: RunFolder) -> tuple[Path, dict[str, list]]:
@@ -111,7 +114,7 @@ def finished(folder: RunFolder) -> tuple[Path, dict[str, list]]:
         ValueError: The run has not ended, or its delta was deleted.
     """
     with contextlib.closing(folder):
-        steps = folder.settings.steps
+        steps = folder.settings.last_step
         path = output_folder.final_path(folder.path, steps)
         if not path.is_file():
             raise ValueError(
@@ -120,7 +123,29 @@ def finished(folder: RunFolder) -> tuple[Path, dict[str, list]]:
             )
         logger.info("SaRA Train: %s has finished already; its delta is used", folder.path.name)
         losses = [loss for loss, _ in folder.read_losses(steps)]
-        return path, loss_map(losses, folder.read_validation(steps))
+        validation = folder.read_validation(steps)
+        return put_out(folder, path, validation), loss_map(losses, validation)
+
+
+def best_of(validation: Sequence[tuple[int, float]], after: int = 0) -> tuple[int, float] | None:
+    """Return step and loss of the lowest loss on the pictures held out after a step; None without any."""
+    measured = [entry for entry in validation if entry[0] > after and math.isfinite(entry[1])]
+    return min(measured, key=lambda entry: entry[1], default=None)
+
+
+def put_out(folder: RunFolder, final: Path, validation: Sequence[tuple[int, float]]) -> Path:
+    """Return the file of the delta that a run puts out: the final one, or by choice the best."""
+    if folder.settings.put_out == LAST_STEP:
+        return final
+    best = best_of(validation)
+    path = folder.best_path(best[0]) if best else None
+    if path is None or not path.is_file():
+        logger.warning(
+            "SaRA Train: %s has no delta of its lowest validation loss; the final one is put out",
+            folder.path.name,
+        )
+        return final
+    return path
 
 
 def loss_map(losses: list[float], validation: list[tuple[int, float]]) -> dict[str, list]:

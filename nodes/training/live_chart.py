@@ -26,6 +26,7 @@ class LiveChart:
         subfolder: Of previews, below the output folder.
 
     Attributes:
+        can_preview: Whether there is something to make previews of.
         epochs: How often all steps together go over the pictures, once it is known.
         memory_need: Bytes that the run needs, by what for, once they are known.
     """
@@ -50,6 +51,7 @@ class LiveChart:
         self._pace: float | None = None
         self._last_step = self._last_sent = time.monotonic()
         self._started = time.time()
+        self.can_preview = False
         self.epochs: float | None = None
         self.memory_need: dict[str, int] | None = None
 
@@ -154,5 +156,6 @@ class LiveChart:
             "memory_used": used,
             "memory_total": total,
             "epochs": self.epochs,
+            "can_preview": self.can_preview,
             "memory_need": self.memory_need,
         }

@@ -43,8 +43,12 @@ class Previews:
     def is_due(self, step: int) -> bool:
         """Tell whether a picture is to be made after a step; with 0 before the first one."""
         every = self.folder.settings.preview_every_steps
-        is_time = step == self.folder.settings.steps or (every > 0 and step % every == 0)
-        return bool(self.samplings) and is_time and not self.folder.preview_path(step).exists()
+        is_last = step == self.folder.settings.last_step
+        return (is_last or (every > 0 and step % every == 0)) and self.can_make(step)
+
+    def can_make(self, step: int) -> bool:
+        """Tell whether there is something to sample, and no picture after this step yet."""
+        return bool(self.samplings) and not self.folder.preview_path(step).exists()
 
     def make(self, step: int) -> tuple[Path | None, str]:
         """Sample and save. What goes wrong does not end the training.

@@ -16,8 +16,9 @@ from ...sara_core.training.run_settings import COMPUTE_DTYPES, RunSettings
 from ...sara_core.training.trainer import TrainingRun
 from .. import host
 from . import memory
-from .advice import epochs, likely_mistakes
+from .advice import likely_mistakes
 from .ending import ending_together, worse_than_it_began
+from .epochs import epochs_of
 from .examples import Examples, differences
 from .folders import loss_map
 from .metadata import identity
@@ -26,6 +27,7 @@ from .reporter import Reporter
 from .saver import Saver
 from .session import Session
 from .training_set import TrainingSet
+from .wishes import Wishes
 
 
 def run(
@@ -66,7 +68,8 @@ def run(
             folder.save_settings()
         if job := host.job(node_id):  # not before, or a run that was refused would be gone on with
             folder.sign(job)
-        reporter.chart.epochs = epochs(settings, examples, training.batch_size)
+        reporter.chart.can_preview = bool(samplings)
+        reporter.chart.epochs = epochs_of(settings, examples, training.batch_size)
         if not resume:
             for line in likely_mistakes(patcher, settings, examples, training.batch_size):
                 reporter.warn(line)
@@ -77,7 +80,8 @@ def run(
             need = memory.announce(calls, training, reporter)
             if settings.offloading:
                 reporter.say(memory.keep_what_fits(calls, settings, need))
-            Session(training, previews, reporter, saver).train(rates)
+            with Wishes(folder.path.name) as wishes:
+                Session(training, previews, reporter, saver, wishes).train(rates)
         path = saver.finish()
         if (line := worse_than_it_began(saver.losses)) is not None:
             reporter.warn(line)

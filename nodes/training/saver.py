@@ -15,6 +15,7 @@ from ...sara_core.training.trainer import TrainingRun
 from .. import output_folder
 from .ending import add_line, how_it_ended
 from .examples import Examples, differences
+from .folders import best_of, put_out
 from .metadata import identity, present_metadata, run_metadata
 from .previews import Previews
 from .reporter import Reporter
@@ -129,6 +130,20 @@ class Saver:
             self.reporter.say(f"could not save ({problem}); the training goes on, free some space")
         return problem
 
+    def keep_best(self) -> None:
+        """Keep apart what has the lowest loss on the pictures held out, if it is that of this step."""
+        step, best = self.training.step, best_of(self.validation)
+        if best is None or best[0] != step:
+            return
+        present = present_metadata(self.training.optimizer, self.previews.thumbnail)
+        measured = {"sara.validation_loss": repr(best[1])}
+        try:
+            delta = self.training.optimizer.delta(self._metadata | present | measured)
+            self.folder.keep_best(delta, step, self._dtype)
+        except OSError as error:
+            self.reporter.chart.mark("error", f"could not save: {error}")
+            self.reporter.say(f"could not keep the best checkpoint ({error}); the training goes on")
+
     def save_at_the_end(self, error: BaseException) -> str:
         """Save what an error leaves, add to its message where that is, and return the line."""
         text = self.reporter.say(self._saved_after(how_it_ended(error)))
@@ -157,25 +172,30 @@ class Saver:
         )
 
     def finish(self) -> Path:
-        """Save the final delta, and the state if it is to be kept; returns the delta's path."""
+        """Save the final delta, and the state if it is to be kept.
+
+        Returns:
+            Path of the delta that is put out: the final one, or by choice the best.
+        """
         settings, optimizer = self.folder.settings, self.training.optimizer
-        path = output_folder.final_path(self.folder.path, settings.steps)
+        path = output_folder.final_path(self.folder.path, settings.last_step)
         present = present_metadata(optimizer, self.previews.thumbnail)
         try:
-            if settings.keep_state and self._last_saved < settings.steps:
+            if settings.keep_state and self._last_saved < settings.last_step:
                 self.save()
             delta = optimizer.delta(self._metadata | present)
-            self.folder.finish(delta, path, self._dtype, settings.steps, settings.keep_state)
+            self.folder.finish(delta, path, self._dtype, settings.last_step, settings.keep_state)
         except BaseException as error:
             self.save_at_the_end(error)
             raise
         logger.info("SaRA Train: saved %s", path)
+        path = put_out(self.folder, path, self.validation)
         if settings.lora_file != "none":
             self._write_lora(path)
         return path
 
     def _write_lora(self, path: Path) -> None:
-        """Write the final delta once more for loaders of LoRAs; a failure is said and ends nothing."""
+        """Write the delta that is put out once more for loaders of LoRAs; a failure is said and ends nothing."""
         target = output_folder.lora_path(path)
         try:
             tensors, kept = export(

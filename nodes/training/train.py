@@ -9,8 +9,9 @@ from ...sara_core.training.run_settings import RunSettings
 from .. import host, output_folder
 from ..inputs import searched_as
 from ..sockets import LossMap, SaraDelta, SaraSampling
+from .epochs import with_steps
 from .examples import gather_examples
-from .folders import finished, is_finished, open_folder
+from .folders import LAST_STEP, finished, is_finished, open_folder
 from .live_chart import KIND
 from .run import follow, run
 from .unlearnable import refuse_unlearnable
@@ -78,14 +79,21 @@ class SaraTrain(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, resume, moments=("fp32",), lowest_noise=(0.0,), highest_noise=(1.0,)):
+    def validate_inputs(cls, resume, moments=("fp32",), lowest_noise=(0.0,), highest_noise=(1.0,),
+                        validation_split=(0.0,), patience=(0,), put_out=(LAST_STEP,)):  # fmt: skip
         # A run that was chosen to be resumed leaves the list when it ends, and stays chosen.
-        bounds = lowest_noise[0], highest_noise[0]
+        bounds = {"lowest_noise": lowest_noise[0], "highest_noise": highest_noise[0]}
+        ending = {
+            "validation_split": validation_split[0],
+            "patience": patience[0],
+            "put_out": put_out[0],
+        }
         try:  # what would else be refused after the pictures are encoded; None is linked
             if moments[0] is not None:
                 refuse_unusable(moments[0])
-            if None not in bounds:
-                RunSettings(lowest_noise=bounds[0], highest_noise=bounds[1])
+            for together in (bounds, ending if resume[0] == NEW_RUN else {}):
+                if None not in together.values():
+                    RunSettings(**together)
             if resume[0] not in (NEW_RUN, None):
                 if not isinstance(resume[0], str):
                     return f"resume is {resume[0]!r}; expected {NEW_RUN!r} or the name of a run"
@@ -99,12 +107,12 @@ class SaraTrain(io.ComfyNode):
                 regularisation_positive=None, preview=(), **widgets) -> io.NodeOutput:  # fmt: skip
         values = {name: given[0] for name, given in widgets.items()}
         resume, more_steps = values.pop("resume"), values.pop("more_steps", 0)
-        settings = RunSettings(**values)
         examples = gather_examples(
             latents, positive, empty, masks, regularisation_latents, regularisation_positive
         )
         refuse_unlearnable(examples)
         node_id, processes = cls.hidden.unique_id, host.processes()
+        settings = with_steps(RunSettings(**values), examples, processes.size)
         opened: list[RunFolder] = []
 
         job = host.job(node_id)

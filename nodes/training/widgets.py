@@ -7,6 +7,7 @@ from .. import output_folder
 from ..inputs import advanced, filter_inputs, fraction_input, threshold_input
 from .folded_widgets import (
     SETTINGS,
+    ending_inputs,
     loss_inputs,
     memory_inputs,
     offloading_inputs,
@@ -33,6 +34,7 @@ def training_inputs() -> list:
                 *weighting_inputs(),
                 *noise_inputs(),
                 *offloading_inputs(),
+                *ending_inputs(),
             ]
         ),
     ]
@@ -106,7 +108,7 @@ def main_inputs() -> list:
             tooltip="A cancelled or failed run to go on with, exactly where it stopped, or a finished "
             "one to give more_steps. Its own settings are used; of the widgets here only "
             "gradient_checkpointing, offloading, weights_on_device, trained_in, save_every_steps, "
-            "keep_checkpoints, keep_state, lora_file, trigger_words, moments if it is 8bit, and those of previews count. Press R to refresh "
+            "keep_checkpoints, keep_state, lora_file, trigger_words, patience, put_out, moments if it is 8bit, and those of previews count. Press R to refresh "
             "the list.",
         ),
         io.Int.Input(

@@ -59,6 +59,11 @@ class BatchOrder:
         return [epoch[i] for i in torch.randperm(len(epoch), generator=self._generator).tolist()]
 
 
+def batches_in_epoch(keys: Sequence[Hashable], batch_size: int, pictures: Sequence[int]) -> int:
+    """Return how many batches of one key each an epoch has; see `BatchOrder`."""
+    return sum(-(-len(bucket) // batch_size) for bucket in by_key(keys, pictures).values())
+
+
 def by_key(keys: Sequence[Hashable], pictures: Sequence[int]) -> dict[Hashable, list[int]]:
     """Group picture numbers by key, in the order of their first appearance."""
     buckets: dict[Hashable, list[int]] = {}

@@ -44,6 +44,7 @@ class TrainConfig:
         grad_accumulation_steps: Forward passes per update, at least 1.
         lr_schedule: Course of the learning rate, one of `learning_rate.SCHEDULES`.
         warmup_steps: Updates over which it rises.
+        ended_at: Updates after which the run was ended before its last one; 0: it was not.
         schedule_start: Updates made before the course began: those of a run that was finished and
             then given more.
         max_grad_norm: Gradients are scaled down to this norm over all trained weights; 0 is off.
@@ -71,6 +72,7 @@ class TrainConfig:
     lr_schedule: str = "cosine"
     warmup_steps: int = 0
     schedule_start: int = 0
+    ended_at: int = 0
     max_grad_norm: float = 1.0
     loss_function: str = "mse"
     loss_weighting: str = "none"
@@ -88,7 +90,7 @@ class TrainConfig:
     def __post_init__(self):
         check_least(
             self, steps=1, batch_size=1, grad_accumulation_steps=1, warmup_steps=0,
-            schedule_start=0, max_grad_norm=0, seed=0, regularisation_weight=0, snr_gamma=1e-3,
+            schedule_start=0, ended_at=0, max_grad_norm=0, seed=0, regularisation_weight=0, snr_gamma=1e-3,
             logit_mean=-10, logit_std=1e-3, noise_offset=0,
         )  # fmt: skip
         if self.schedule_start >= self.steps:
@@ -103,3 +105,8 @@ class TrainConfig:
             self, lr_schedule=SCHEDULES, loss_function=LOSSES, loss_weighting=WEIGHTINGS,
             timestep_distribution=DISTRIBUTIONS,
         )  # fmt: skip
+
+    @property
+    def last_step(self) -> int:
+        """Number of updates the run has when it has ended."""
+        return self.ended_at or self.steps

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-FINE, NO_MEMORY, ERROR = 0, 1, 2  # how a process came through a step
+FINE, NO_MEMORY, ENOUGH, ERROR = range(4)  # how a process came through a step
 
 Made = TypeVar("Made")
 

@@ -23,6 +23,7 @@ from .task import StepReport
 STATE, SETTINGS, LOSSES, LOG = "state.safetensors", "settings.json", "loss.csv", "log.txt"
 LOCK, JOB = "lock", "job.txt"
 CHECKPOINT, CHECKPOINTS = "checkpoint_{:07}_steps.safetensors", "checkpoint_*_steps.safetensors"
+BEST, BESTS = "best_{:07}_steps.safetensors", "best_*_steps.safetensors"
 VALIDATION = "validation.csv"
 PREVIEWS, PREVIEW = "previews", "preview_{:07}_steps.png"
 COLUMNS = ("step", "loss", "learning_rate", "stage", "skipped", "regularisation_loss")
@@ -213,6 +214,23 @@ class RunFolder:
         for name in up_to_now[: -max(1, keep)]:
             with contextlib.suppress(OSError):  # another program has it open
                 (self.path / name).unlink()
+
+    def keep_best(self, delta: SparseDelta, step: int, dtype: torch.dtype) -> None:
+        """Keep the delta after a step apart from the checkpoints, in place of the one before.
+
+        Raises:
+            OSError: It cannot be written; the one before is still there then.
+        """
+        self._make_again()
+        delta.save(self.best_path(step), dtype)
+        for path in self.path.glob(BESTS):
+            if path != self.best_path(step):
+                with contextlib.suppress(OSError):  # another program has it open
+                    path.unlink()
+
+    def best_path(self, step: int) -> Path:
+        """Return where `keep_best` keeps the delta after a step."""
+        return self.path / BEST.format(step)
 
     def read_state(self) -> dict:
         """Read the state to go on from; see `state_file.read_state`."""

@@ -20,6 +20,7 @@ COMPUTE_DTYPES = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
+PUT_OUT = ("last step", "best validation")
 TRAINED_IN = ("device", "main memory")
 LORA_FILES = ("none", EXACT, *RANKS)
 FREE = {"free": True}  # may be changed when a run is resumed, as it changes nothing that is learned
@@ -53,6 +54,9 @@ class RunSettings(TrainConfig):
             its checkpoint.
         validation_split: Share of the pictures that is held out, in `[0, 1)`.
         validate_every_steps: Steps between two measurements on them.
+        epochs: Times the run goes over its pictures; `steps` are counted from it. 0 goes by `steps`.
+        patience: Measurements without a lower loss after which the run ends; 0 is off.
+        put_out: Which delta the run puts out, one of `PUT_OUT`.
         preview_every_steps: Steps between two rows of previews; 0 makes only the last.
         preview_strength: Strength of what was learned in the previews.
         save_every_steps: Steps between two saves; 0 saves at the change of stage and at the end.
@@ -88,6 +92,9 @@ class RunSettings(TrainConfig):
     allow_other_prediction: bool = False
     validation_split: float = 0.0
     validate_every_steps: int = 50
+    epochs: int = 0
+    patience: int = field(default=0, metadata=FREE)
+    put_out: str = field(default=PUT_OUT[0], metadata=FREE)
     preview_every_steps: int = field(default=100, metadata=FREE)
     preview_strength: float = field(default=1.0, metadata=FREE)
     save_every_steps: int = field(default=100, metadata=FREE)
@@ -103,13 +110,20 @@ class RunSettings(TrainConfig):
         check_least(
             self, threshold=0, learning_rate=0, low_rank_weight=0, weight_decay=0,
             validate_every_steps=1, preview_every_steps=0, save_every_steps=0, keep_checkpoints=1,
-            weights_on_device=-1,
+            weights_on_device=-1, epochs=0, patience=0,
         )  # fmt: skip
         check_share(self, "fraction", "progressive", "validation_split")
         check_choice(
             self, zeros=ZEROS, moments=KINDS, training_dtype=COMPUTE_DTYPES, save_dtype=SAVE_DTYPES,
-            lora_file=LORA_FILES, trained_in=TRAINED_IN,
+            lora_file=LORA_FILES, trained_in=TRAINED_IN, put_out=PUT_OUT,
         )  # fmt: skip
+        goes_by_validation = {"patience": self.patience, "put_out": self.put_out == PUT_OUT[1]}
+        for name, is_set in goes_by_validation.items():
+            if is_set and not self.validation_split:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}, which goes by the loss on pictures held out, but "
+                    "validation_split is 0, so that none are; set it, to 0.1 for example"
+                )
 
     @property
     def selection_rule(self) -> dict:
@@ -141,6 +155,8 @@ class RunSettings(TrainConfig):
         """Return these settings with those of another that may change when a run is resumed."""
         free = [entry.name for entry in dataclasses.fields(self) if entry.metadata.get("free")]
         changes = {name: getattr(other, name) for name in free}
+        if not self.validation_split:  # what goes by it cannot be asked for any more
+            changes |= {"patience": 0, "put_out": PUT_OUT[0]}
         if other.moments == "8bit":  # what a run that ran out of memory may need
             changes["moments"] = "8bit"
         return dataclasses.replace(self, **changes)
@@ -148,14 +164,17 @@ class RunSettings(TrainConfig):
     def extended_by(self, steps: int, other: "RunSettings") -> "RunSettings":
         """Return these settings with more steps, at the rate and on the course of another.
 
-        The progressive adjustment stays where it was.
+        The progressive adjustment stays where it was; where an early end came before it, it is left out
+        if it still lies beyond the last step.
         """
-        total = self.steps + steps
+        total = self.last_step + steps
+        progressive = self.progressive * self.steps / total
         return dataclasses.replace(
             self,
             steps=total,
-            schedule_start=self.steps,
-            progressive=self.progressive * self.steps / total,
+            schedule_start=self.last_step,
+            ended_at=0,
+            progressive=progressive if progressive <= 1 else 0.0,
             learning_rate=other.learning_rate,
             lr_schedule=other.lr_schedule,
             warmup_steps=other.warmup_steps,

@@ -14,7 +14,7 @@ from .config import TrainConfig
 from .memory_need import LiveBytes
 from .out_of_memory import is_out_of_memory
 from .passes import Passes
-from .processes import FINE, NO_MEMORY, Processes
+from .processes import ENOUGH, FINE, NO_MEMORY, Processes
 from .task import StepReport, TrainingTask
 
 logger = logging.getLogger("comfyui-sara")
@@ -26,7 +26,7 @@ VALIDATION_SEED, VALIDATION_DRAWS = 2409, 4
 class TrainingRun:
     """A run that can stop after any step and go on elsewhere as if it had not.
 
-    Iterating makes one update at a time until `config.steps` are made. Every random number comes
+    Iterating makes one update at a time until `config.last_step` are made, or until `end`. Every random number comes
     from a CPU generator seeded with `config.seed`, so a run does not depend on the device's
     generator, and the global one is not touched.
 
@@ -75,7 +75,12 @@ class TrainingRun:
         self._peak_rate = optimizer.param_groups[0]["lr"]
         self._bad_steps = 0
         self._half_made = False
+        self._is_enough = False
         self._mark()
+
+    def end(self) -> None:
+        """Make no more updates, in no process, after those that were made."""
+        self._is_enough = True
 
     @property
     def in_place(self) -> bool:
@@ -83,8 +88,10 @@ class TrainingRun:
         return self.passes.in_place
 
     def __iter__(self) -> Iterator[StepReport]:
-        while self.step < self.config.steps:
+        while self.step < self.config.last_step:
             report = self._make_step()
+            if report is None:
+                return
             yield report
             if self._bad_steps >= MAX_BAD_STEPS:
                 raise FloatingPointError(
@@ -216,11 +223,15 @@ class TrainingRun:
             step - start, config.steps - start, config.lr_schedule, config.warmup_steps
         )
 
-    def _make_step(self) -> StepReport:
+    def _make_step(self) -> StepReport | None:
+        """Make an update; returns None instead if a process has asked to `end`."""
         rate = self.learning_rate(self.step)
         self.optimizer.param_groups[0]["lr"] = rate
         try:
             losses = self._gradients_within_memory()
+            if losses is None:
+                self._rewind()
+                return None
             finite = self._update(losses.sum())
         except BaseException as error:
             self._rewind()
@@ -233,9 +244,12 @@ class TrainingRun:
             self.step, loss, rate, self.optimizer.stage, not finite, prior[0] if prior else None
         )
 
-    def _gradients_within_memory(self) -> Tensor:
+    def _gradients_within_memory(self) -> Tensor | None:
         share = -(-self.batch_size // self.processes.size)
         while True:
+            if self._is_enough:
+                self.processes.agree(ENOUGH)
+                return None
             losses: Tensor | None = None
             try:
                 losses = self._gradients()
@@ -243,6 +257,8 @@ class TrainingRun:
                 if not is_out_of_memory(error) or self.passes.num_parts >= share:
                     raise
             worst = self.processes.agree(NO_MEMORY if losses is None else FINE)
+            if worst == ENOUGH:
+                return None
             if worst == FINE and losses is not None:
                 self.optimizer.average_gradients()
                 return self.processes.sum(losses)

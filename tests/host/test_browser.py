@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from ..harness.workflows import TRAIN, USE, api_form, load_workflow, node_titled
+from ..harness.workflows import TRAIN, USE, api_form
 from .browser import Page, find_chromium
 
 pytestmark = pytest.mark.skipif(find_chromium() is None, reason="needs chromium and chromedriver")
@@ -209,64 +209,6 @@ def test_the_histogram_and_the_threshold_follow_each_other(page):
     assert page.js(place) == before  # the node was not dragged along
 
 
-def test_the_loss_and_previews_appear_while_it_trains(page):
-    first_training(page, steps=400, preview_every_steps=20)
-    page.command("Comfy.QueuePrompt")
-    box = page.box("SaraTrain")
-    step = "Number(/step (\\d+) of 400/.exec(arguments[0].innerText)?.[1] ?? 0)"
-    first = page.wait(f"const s = {step}; return s > 1 && s", box)
-    page.wait(f"return {step} > arguments[1] + 5", box, first)
-    page.show("SaraTrain")
-    page.wait("return arguments[0].querySelectorAll('.sara-previews img').length >= 2", box)
-    page.wait(
-        "return [...arguments[0].querySelectorAll('.sara-previews img')]"
-        ".every((i) => i.complete && i.naturalWidth === 4 * 64 + 3 * 4)",
-        box,
-    )
-    assert page.inked("SaraTrain") > 0.01
-    assert (0x4A, 0xA3, 0xFF) in {colour for _, colour in page.colours("SaraTrain")}
-    text = page.text("SaraTrain")
-    for part in ("fluent3d_", ": training", "stage 1", "(smoothed)", "per step", "left", "memory",
-                 "20 times over the pictures", "needs ", "for activations"):  # fmt: skip
-        assert part in text, text
-
-    page.open()  # as after a reload: the state comes from the server
-    page.drop(WORKFLOWS / f"{TRAIN}.json")
-    box = page.box("SaraTrain")
-    again = page.wait(f"const s = {step}; return s > 1 && s", box)
-    assert again > first
-    page.wait("return arguments[0].querySelectorAll('.sara-previews img').length >= 2", box)
-    page.command("Comfy.Interrupt")
-    page.wait("return /: cancelled/.test(arguments[0].innerText)", box)
-    assert "To go on, choose fluent3d_" in page.text("SaraTrain")
-    idle(page)
-    page.open()  # what is told of a stopped run is still there
-    page.drop(WORKFLOWS / f"{TRAIN}.json")
-    box = page.box("SaraTrain")
-    page.wait("return /: cancelled/.test(arguments[0].innerText)", box)
-    assert "To go on, choose fluent3d_" in page.text("SaraTrain")
-    assert page.errors() == []
-
-
-def test_queue_after_queue_and_a_reload_show_the_last_run(page):
-    by_script = load_workflow(page.server, TRAIN)
-    train = node_titled(by_script, "SaRA Train")
-    by_script[train]["inputs"].update(steps=2, batch_size=2)
-    kept = ("CheckpointLoaderSimple", "SaraImageFolder")
-    del by_script[train]["inputs"]["preview"]
-    page.server.run({k: n for k, n in by_script.items() if n["class_type"] in kept or k == train})
-    for _ in range(2):
-        first_training(page)
-        page.command("Comfy.QueuePrompt")
-        idle(page)
-        box = page.box("SaraTrain")
-        page.wait("return /finished, step 6 of 6/.test(arguments[0].innerText)", box)
-    page.open()
-    page.drop(WORKFLOWS / f"{TRAIN}.json")
-    box = page.box("SaraTrain")
-    page.wait("return /finished, step 6 of 6/.test(arguments[0].innerText)", box)
-
-
 def test_the_card_tells_what_is_in_a_file(page):
     first_training(page, trigger_words="fluent style")
     page.command("Comfy.QueuePrompt")
@@ -307,59 +249,6 @@ def test_the_arithmetic_of_the_histogram(page):
     assert found[1] == pytest.approx(
         [0, 10 * 2 + (100 * entropy(0.1) + 0.2 * 10) / 8, 100 * 2 + 0.2 * 100 / 8]
     )
-
-
-TEXT_OF = """const box = (node) => node.widgets.find((w) => w.type === "sara_chart").element;
-const text = (node) => box(node).textContent;"""
-
-
-def test_two_training_nodes_show_a_run_each(page):
-    first_training(page)
-    page.js(
-        """const graph = window.app.graph, one = graph.nodes.find((n) => n.type === "SaraTrain");
-        const other = LiteGraph.createNode("SaraTrain");
-        other.pos = [one.pos[0], one.pos[1] + 2000];
-        graph.add(other);
-        for (const input of one.inputs) {
-          const link = input.link == null ? null : graph.links.get?.(input.link) ?? graph.links[input.link];
-          if (!link || input.name === "threshold") continue;
-          const slot = other.inputs.findIndex((i) => i.name === input.name);
-          graph.getNodeById(link.origin_id).connect(link.origin_slot, other, slot);
-        }
-        for (const [name, value] of [["steps", 4], ["batch_size", 2], ["output_name", "second"]])
-          other.widgets.find((w) => w.name === name).value = value;"""
-    )
-    page.command("Comfy.QueuePrompt")
-    found = page.wait(
-        TEXT_OF
-        + """const all = window.app.graph.nodes.filter((n) => n.type === "SaraTrain").map(text);
-        return all.every((t) => /finished/.test(t)) && all;"""
-    )
-    assert "fluent3d_" in found[0]
-    assert "step 6 of 6" in found[0]
-    assert "second_" in found[1]
-    assert "step 4 of 4" in found[1]
-    idle(page)
-
-
-def test_a_training_node_in_a_subgraph_shows_its_run(page):
-    first_training(page)
-    page.js(
-        """const node = window.app.graph.nodes.find((n) => n.type === "SaraTrain");
-        window.app.canvas.graph.convertToSubgraph(new Set([node]));"""
-    )
-    inner = (
-        TEXT_OF
-        + """const outer = window.app.graph.nodes.find((n) => n.subgraph);
-        const node = outer.subgraph.nodes.find((n) => n.type === "SaraTrain");"""
-    )
-    page.command("Comfy.QueuePrompt")
-    told = page.wait(inner + "return /finished, step 6 of 6/.test(text(node)) && text(node)")
-    assert "fluent3d_" in told
-    idle(page)
-    page.js(inner + "window.app.canvas.openSubgraph(outer.subgraph, outer);")
-    page.wait(inner + "return document.body.contains(box(node))")
-    page.js("window.app.canvas.setGraph(window.app.graph)")
 
 
 def test_the_widgets_speak_their_users_language(page):

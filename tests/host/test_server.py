@@ -32,7 +32,7 @@ INPUTS = {  # public: saved workflows depend on every name
     "validation_split validate_every_steps keep_checkpoints save_dtype trigger_words "
     "preview_strength empty more_steps allow_other_prediction offloading moments keep_state lora_file "
     "loss_weighting snr_gamma timestep_distribution logit_mean logit_std lowest_noise highest_noise "
-    "noise_offset weights_on_device trained_in masks regularisation_latents regularisation_positive preview",
+    "noise_offset weights_on_device trained_in epochs patience put_out masks regularisation_latents regularisation_positive preview",
     "SaraSampling": "vae positive negative seed steps cfg sampler_name scheduler latent previous",
     "SaraLoadCheckpoints": "run",
     "SaraCompare": "model sampling deltas strengths deltas_2 deltas_3 deltas_4",

@@ -61,6 +61,16 @@ def test_a_step_that_is_not_finite_in_one_is_skipped_in_all(left):
     assert_same_bits(left["not_finite"])
 
 
+def test_where_one_says_that_it_is_enough_all_end_after_the_same_step(left):
+    assert {found["step"] for found in left["ended"]} == {5}
+    assert {found["error"] for found in left["ended"]} == {""}
+    assert_same_bits(left["ended"])
+    assert_close(left["ended"][0], whole_run.run(steps=5))
+    first = whole_run.run(steps=5)
+    for found in left["ended"]:  # the step that was begun and dropped has left no trace
+        assert torch.equal(found["state"]["generator"], first["state"]["generator"])
+
+
 @pytest.mark.parametrize(
     ("scenario", "counts"), [("resumed", (2, 4, 1)), ("resumed_of_three", (4, 2, 1))]
 )

@@ -25,8 +25,17 @@ def place():
     return 0, 1
 
 
-def run(steps=12, state=None, fail=None, batch=None, **settings):
-    """Train up to a step; returns what was learned and seen."""
+def run(steps=12, state=None, fail=None, batch=None, end_after=None, **settings):
+    """Train up to a step; returns what was learned and seen.
+
+    Args:
+        steps: After which the loop is left.
+        state: To go on from.
+        fail: Called before each pass of the last process.
+        batch: Pictures of a process.
+        end_after: Step after which the first process says that it is enough.
+        settings: Of the run.
+    """
     rank, size = place()
     fails = (lambda count: None) if fail is None or rank != size - 1 else fail
     net, training = make(fails, batch_size=batch or BATCH // size, **OTHERS, **settings)
@@ -36,6 +45,8 @@ def run(steps=12, state=None, fail=None, batch=None, **settings):
     try:
         for report in training:
             losses.append((report.loss, report.stage, report.skipped))
+            if report.step == end_after and rank == 0:
+                training.end()
             if report.step == steps:
                 break
     except RuntimeError as found:
@@ -87,6 +98,7 @@ SCENARIOS = {
     "error": lambda folder: run(fail=Failing(7, RuntimeError("the disk is on fire"))),
     "no_memory": lambda folder: run(fail=Failing(7, torch.OutOfMemoryError("out of memory"))),
     "not_finite": lambda folder: run(fail=NotFinite(7)),
+    "ended": lambda folder: run(end_after=5),
     "resumed": resumed,
     "resumed_of_three": lambda folder: resumed(folder, BATCH // 4),
 }

@@ -4,7 +4,7 @@ import json
 import pytest
 
 from sara_core.training.run_folder import RunFolder
-from sara_core.training.run_settings import RunSettings
+from sara_core.training.run_settings import PUT_OUT, RunSettings
 
 OF_VERSION_1 = {  # as 0.1.0 wrote it: the widgets of SaRA Train
     "batch_size": 8, "caption_dropout": 0.1, "exclude": "", "fraction": 0.1,
@@ -60,9 +60,30 @@ def test_more_steps_have_a_rate_and_a_course_of_their_own():
     assert more.optimizer_options["progressive_step"] == 150  # where it was
 
 
+def test_more_steps_after_an_early_end_go_on_from_there():
+    own = RunSettings(steps=300, progressive=0.5, ended_at=120)
+    assert own.last_step == 120
+    more = own.extended_by(200, own)
+    assert (more.steps, more.schedule_start, more.ended_at, more.last_step) == (320, 120, 0, 320)
+    assert more.optimizer_options["progressive_step"] == 150  # where it was
+    fewer = own.extended_by(20, own)
+    assert fewer.optimizer_options["progressive_step"] == 0  # beyond the last step
+
+
+def test_a_run_that_holds_nothing_out_is_not_resumed_by_what_is_held_out():
+    own, node = RunSettings(), RunSettings(validation_split=0.2, patience=3, put_out=PUT_OUT[1])
+    assert own.resumed_with(node).patience == 0
+    assert own.resumed_with(node).put_out == PUT_OUT[0]
+    other = RunSettings(validation_split=0.3).resumed_with(node)
+    assert (other.validation_split, other.patience, other.put_out) == (0.3, 3, PUT_OUT[1])
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
+        ({"patience": 3}, "patience is 3, which goes by .* validation_split is 0"),
+        ({"put_out": "best validation"}, "put_out is 'best validation', which goes by"),
+        ({"put_out": "best"}, "put_out is 'best'; expected one of last step, best validation"),
         ({"fraction": 1.5}, "fraction is 1.5; expected 0 to 1"),
         ({"keep_checkpoints": 0}, "keep_checkpoints is 0"),
         ({"zeros": "never"}, "zeros is 'never'; expected one of auto, skip, train"),

@@ -1,0 +1,200 @@
+"""How a run ends before its last step, what it puts out, and how often it goes over the pictures."""
+
+import threading
+
+import pytest
+import torch
+
+from .builders import pairs, settings, train
+
+MEASURED = [9.0, 5.0, 4.0, 3.0, 3.5, 3.2, 3.1, 2.0]  # after steps 0, 1, 2, ...
+
+
+@pytest.fixture
+def measured(sara, monkeypatch):
+    """Have the loss on the pictures held out be known."""
+    monkeypatch.setattr(sara.run.TrainingRun, "validate", lambda training: MEASURED[training.step])
+
+
+def held_out(sara, **changes):
+    return settings(
+        sara, steps=7, validation_split=0.3, validate_every_steps=1, batch_size=2, **changes
+    )
+
+
+def equal(one, two):
+    assert one.entries.keys() == two.entries.keys()
+    for name, entry in one.entries.items():
+        assert torch.equal(entry.index, two.entries[name].index), name
+        assert torch.equal(entry.values, two.entries[name].values), name
+
+
+def run(sara, sd15, folder, options, resume=False):
+    latents, captions = pairs(6)
+    examples = sara.examples.Examples(latents, captions)
+    folder = sara.folder.RunFolder(folder) if resume else sara.folder.RunFolder.create(folder, "run", options)  # fmt: skip
+    if resume:
+        folder.settings = options
+    return sara.run.run(sd15, examples, folder, None, resume)
+
+
+def after(sara, sd15, parent, steps, **changes):
+    """What a run has learned after so many of its steps, as the checkpoint it would have left."""
+    options = held_out(sara, save_every_steps=steps, keep_checkpoints=9, **changes)
+    run(sara, sd15, parent, options)
+    return sara.core.SparseDelta.load(
+        parent / "run_00001" / f"checkpoint_{steps:07}_steps.safetensors"
+    )
+
+
+def test_patience_ends_it_and_the_best_is_kept_and_put_out(sd15, sara, tmp_path, measured):
+    options = held_out(sara, patience=2, put_out="best validation")
+    path, losses, chart = run(sara, sd15, tmp_path, options)
+    folder = tmp_path / "run_00001"
+    assert len(losses["loss"]) == 5
+    assert losses["validation_step"] == [0, 1, 2, 3, 4, 5]
+    assert path == folder / "best_0000003_steps.safetensors"
+    assert [file.name for file in folder.glob("best_*")] == [path.name]
+    assert (folder / "run_5_steps.safetensors").is_file()
+    assert "ended after step 5 of 7: the loss on the pictures held out was lowest after step 3 (3.0000)" in "".join(chart["warnings"])  # fmt: skip
+    best = sara.core.SparseDelta.load(path)
+    assert best.metadata["sara.validation_loss"] == "3.0"
+    assert best.metadata["sara.steps"] == "3"
+    equal(best, after(sara, sd15, tmp_path / "whole", 3))
+    again = sara.folder.RunFolder(folder)  # chosen once more, it puts out the same
+    assert sara.folders.is_finished(again)
+    assert sara.folders.finished(again)[0] == path
+
+
+def test_an_early_end_leaves_what_the_same_steps_leave(sd15, sara, tmp_path, measured):
+    path, _, _ = run(sara, sd15, tmp_path / "ended", held_out(sara, patience=2))
+    assert path.name == "run_5_steps.safetensors"
+    equal(sara.core.SparseDelta.load(path), after(sara, sd15, tmp_path / "whole", 5))
+
+
+def test_more_steps_after_an_early_end(sd15, sara, tmp_path, measured, monkeypatch):
+    path, _, _ = run(sara, sd15, tmp_path, held_out(sara, patience=2))
+    own = sara.folder.RunFolder(path.parent)
+    more = own.settings.extended_by(2, own.settings)
+    own.close()
+    path, losses, _ = run(sara, sd15, path.parent, more, resume=True)
+    assert path.name == "run_7_steps.safetensors"
+    assert losses["validation_step"] == list(range(8))  # patience counts anew
+
+
+def test_without_patience_the_best_is_kept_all_the_same(sd15, sara, tmp_path, measured):
+    path, losses, _ = run(sara, sd15, tmp_path, held_out(sara))
+    assert path.name == "run_7_steps.safetensors"
+    assert (path.parent / "best_0000007_steps.safetensors").is_file()
+    assert len(losses["loss"]) == 7
+
+
+def test_a_best_that_was_deleted_is_not_put_out(sd15, sara, tmp_path, measured):
+    options = held_out(sara, patience=2, put_out="best validation")
+    path, _, _ = run(sara, sd15, tmp_path, options)
+    path.unlink()
+    folder = sara.folder.RunFolder(path.parent)
+    assert sara.folders.finished(folder)[0].name == "run_5_steps.safetensors"
+
+
+def test_a_best_that_cannot_be_written_does_not_end_the_run(
+    sd15, sara, tmp_path, measured, monkeypatch
+):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sara.folder.RunFolder, "keep_best", full)
+    path, losses, chart = run(sara, sd15, tmp_path, held_out(sara))
+    assert path.name == "run_7_steps.safetensors"
+    assert "No space left on device" in str(chart["marks"])
+
+
+def test_checkpoints_are_loaded_with_the_best_once(sd15, sara, tmp_path, measured, monkeypatch):
+    from sara_pack.nodes.sampling.sampling_nodes import SaraLoadCheckpoints
+
+    options = held_out(sara, patience=2, save_every_steps=1, keep_checkpoints=9)
+    path, _, _ = run(sara, sd15, tmp_path / "sara", options)
+    monkeypatch.setattr("folder_paths.get_output_directory", lambda: str(tmp_path))
+    deltas, names = SaraLoadCheckpoints.execute("run_00001").args
+    assert names == [
+        "checkpoint_0000001_steps.safetensors", "checkpoint_0000002_steps.safetensors",
+        "best_0000003_steps.safetensors", "checkpoint_0000004_steps.safetensors", path.name,
+    ]  # fmt: skip
+    assert [delta.metadata["sara.steps"] for delta in deltas] == list("12345")
+
+
+def test_what_is_asked_of_a_run_is_done_after_the_step(sd15, sara, tmp_path):
+    from sara_pack.nodes.training import wishes
+
+    latents, captions = pairs(4)
+    folder = sara.folder.RunFolder.create(
+        tmp_path, "run", settings(sara, steps=6, save_every_steps=0, progressive=0)
+    )
+    add_loss, answers = folder.add_loss, []
+
+    def click(wish, run="run_00001"):
+        clicked = threading.Thread(
+            target=lambda: answers.append(wishes.ask({"run": run, "wish": wish})["problem"])
+        )
+        clicked.start()
+        clicked.join()
+
+    def add(report):
+        add_loss(report)
+        if report.step == 2:
+            click("save")
+            click("save")
+            click("dance")
+            click("end", "run_00002")
+        if report.step == 4:
+            click("end")
+
+    folder.add_loss = add
+    delta, losses = train(sara, sd15, latents, captions, None, new=folder)
+    assert answers[:2] == [None, None]
+    assert "expected one of save, preview, end" in answers[2]
+    assert answers[3:] == ["'run_00002' is not being trained", None]
+    assert len(losses) == 4
+    left = sorted(file.name for file in folder.path.glob("*.safetensors"))
+    assert left == ["checkpoint_0000002_steps.safetensors", "run_4_steps.safetensors", "state.safetensors"]  # fmt: skip
+    assert delta.metadata["sara.steps"] == "4"
+    assert "ended after step 4 of 6: as asked" in (folder.path / "log.txt").read_text()
+    assert "not being trained" in wishes.ask({"run": "run_00001", "wish": "save"})["problem"]
+
+
+@pytest.mark.parametrize(
+    ("processes", "changes", "steps"),
+    [
+        (1, {}, 3 * (3 + 1)),  # 5 of one size, 2 of another, in batches of 2
+        (2, {}, 3 * (2 + 1)),  # batches of 4
+        (1, {"grad_accumulation_steps": 5}, 3),  # 12 batches are 3 updates
+        (1, {"validation_split": 0.3}, None),
+        (1, {"epochs": 0}, 500),
+    ],
+)
+def test_epochs_are_counted_in_steps(sara, processes, changes, steps):
+    from sara_pack.nodes.training.epochs import with_steps
+
+    latents, captions = pairs(5)
+    tall, more = pairs(2, size=6, seed=1)
+    examples = sara.examples.Examples(latents + tall, captions + more)
+    values = {"epochs": 3, "batch_size": 2, **changes}
+    found = with_steps(sara.settings.RunSettings(**values), examples, processes)
+    if steps is None:
+        kept, _ = sara.examples.split_validation(examples, 0.3, found.seed)
+        large = sum(i < 5 for i in kept)
+        steps = 3 * (-(-large // 2) + -(-(len(kept) - large) // 2))
+    assert found.steps == steps
+
+
+def test_endings_that_cannot_be_are_refused_when_queued(sara):
+    from sara_pack.nodes.training.train import SaraTrain
+
+    def refused(run="new run", **values):
+        return SaraTrain.validate_inputs([run], **{name: [value] for name, value in values.items()})
+
+    assert "validation_split is 0" in refused(patience=2)
+    assert "validation_split is 0" in refused(put_out="best validation")
+    assert "expected one of last step, best validation" in refused(put_out="best")
+    assert refused(patience=2, validation_split=0.1, put_out="best validation") is True
+    assert refused(patience=2, validation_split=None) is True  # linked
