@@ -5,6 +5,7 @@ from comfy_api.latest import io
 from ...sara_core.pictures.buckets import CROPS, SizeRule
 from .. import host
 from ..inputs import advanced
+from .caption_inputs import caption_inputs, variant_rule
 from .folder_plan import FolderOptions
 
 GIGABYTE = 1 << 30
@@ -13,7 +14,7 @@ SHOWN = {"size", "flip", "trigger", "default_caption", "repeats"}  # the rest is
 
 def folder_inputs() -> list:
     """Widgets of SaRA Image Folder, in the order people think of them."""
-    inputs = [*_size_inputs(), *_content_inputs()]
+    inputs = [*_size_inputs(), *_content_inputs(), *caption_inputs()]
     advanced([entry for entry in inputs if entry.id not in SHOWN])
     return inputs
 
@@ -135,7 +136,7 @@ def _content_inputs() -> list:
             min=0,
             max=0xFFFFFFFFFFFFFFFF,
             control_after_generate=False,
-            tooltip="Seed of random crops.",
+            tooltip="Seed of random crops, and of shuffled tags.",
         ),
         io.Float.Input(
             "cache_gb",
@@ -176,6 +177,7 @@ def folder_options(unit: int, model=None, **widgets) -> tuple[FolderOptions, int
         refuse=widgets["problems"] == "refuse",
         emphasis=widgets.get("parentheses") == "emphasis",
         recurse=widgets.get("subfolders", False),
+        variants=variant_rule(widgets),
         **{name: widgets[name] for name in same},
     )
     return options, int(widgets["cache_gb"] * GIGABYTE)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from PIL import ImageColor
 
 from ...sara_core.pictures.buckets import SizeRule, choose_sizes, crop_windows
+from ...sara_core.pictures.caption_variants import VariantRule
 from ...sara_core.pictures.captions import Problem, with_trigger
 from ...sara_core.pictures.encoding_cache import content_key
 from ...sara_core.pictures.picture_folder import PictureFile
@@ -33,7 +34,8 @@ class FolderOptions:
         refuse: Whether a file that cannot be used is an error.
         emphasis: Whether parentheses in captions are ComfyUI's emphasis.
         recurse: Take the pictures of all folders in it.
-        seed: Of random crops.
+        seed: Of random crops, and of captions.
+        variants: Which captions a picture is learned with.
     """
 
     size: SizeRule
@@ -48,6 +50,7 @@ class FolderOptions:
     emphasis: bool = False
     recurse: bool = False
     seed: int = 0
+    variants: VariantRule = VariantRule()
 
     def __post_init__(self):
         try:
@@ -88,6 +91,7 @@ class EncodedFolder:
         encodings: Latent, mask and thumbnail of each, by key.
         captions: CONDITIONING by text, the empty caption included.
         texts: Caption of each file by name, trigger included.
+        drawn: Captions to draw from when it is learned, of files that have several.
         problems: Files that are left out or incomplete.
         missing: Names of pictures without a caption of their own.
         read: Number of encodings that were in the cache.
@@ -98,6 +102,7 @@ class EncodedFolder:
     encodings: dict[str, dict] = field(default_factory=dict)
     captions: dict[str, list] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
+    drawn: dict[str, list[str]] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     reduced: list[str] = field(default_factory=list)
@@ -167,10 +172,15 @@ def too_small(small: dict, count: int, rule: SizeRule) -> list[Problem]:
 def settle_captions(
     files: list[PictureFile], options: FolderOptions, result: EncodedFolder
 ) -> list[str]:
-    """Settle the caption of each picture; returns the different ones, the empty one first."""
+    """Settle the captions of each picture; returns the different ones, the empty one first."""
     for file in files:
-        if file.caption is None:
+        if not file.lines:
             result.missing.append(file.name)
-        caption = options.default_caption.strip() if file.caption is None else file.caption
-        result.texts[file.name] = with_trigger(caption, options.trigger)
-    return list(dict.fromkeys(["", *result.texts.values()]))
+        lines = file.lines or (options.default_caption.strip(),)
+        lines = lines if options.variants.lines else (" ".join(lines),)
+        written, drawn = options.variants([with_trigger(line, options.trigger) for line in lines])
+        result.texts[file.name] = written
+        if drawn:
+            result.drawn[file.name] = drawn
+    several = [text for drawn in result.drawn.values() for text in drawn]
+    return list(dict.fromkeys(["", *result.texts.values(), *several]))

@@ -9,7 +9,7 @@ from ...sara_core.pictures.encoding_cache import EncodingCache
 from ...sara_core.pictures.picture_folder import describe_files
 from .. import host
 from ..inputs import chosen, refuse_unchosen, searched_as
-from ..training.examples import NAME, PICTURE
+from ..training.examples import CAPTIONS, NAME, PICTURE
 from .contact_sheet import contact_sheet
 from .encoded_folder import encode_folder, mask_of
 from .folder_inputs import folder_inputs, folder_options
@@ -41,6 +41,10 @@ def report(
         f"cache: {folder.read} of {len(folder.variants)} encodings were in it; it holds {cached[0]} "
         f"files, {cached[1] / 1e6:.1f} MB of at most {limit / 1e6:.0f} MB",
     ]
+    if folder.drawn:
+        count = sum(len(set(folder.drawn[name])) for name in files if name in folder.drawn)
+        several = sum(name in folder.drawn for name in files)
+        lines.append(f"captions to draw from: {count}, of {several} pictures")
     repeated = {f.repeats for f in files.values()} - {1}
     if repeated:
         lines.append(f"repeats by folder name: {', '.join(map(str, sorted(repeated)))}")
@@ -54,6 +58,15 @@ def report(
             lines += ["", f"{len(names)} {title}:", *(f"  {n}" for n in names[:MAX_NAMES])]
             lines += [f"  and {len(names) - MAX_NAMES} more"] * (len(names) > MAX_NAMES)
     return "\n".join(lines)
+
+
+def conditioning_of(folder: EncodedFolder, name: str) -> list:
+    """Return the CONDITIONING of a file, which carries the captions to draw from if it has several."""
+    conditioning = folder.captions[folder.texts[name]]
+    drawn = [pair for text in folder.drawn.get(name, ()) for pair in folder.captions[text]]
+    if not drawn:
+        return conditioning
+    return [[embedding, {**options, CAPTIONS: drawn}] for embedding, options in conditioning]
 
 
 class SaraImageFolder(io.ComfyNode):
@@ -143,12 +156,13 @@ class SaraImageFolder(io.ComfyNode):
         text = report(folder, found, epoch, cached, limit)
         sheet = contact_sheet(found, found.variants)
         encodings = [found.encodings[v.key] for v in epoch]
+        positive = {name: conditioning_of(found, name) for name in found.texts}
         return io.NodeOutput(
             [
                 {"samples": encoding["latent"][None], PICTURE: v.digest, NAME: v.file.name}
                 for v, encoding in zip(epoch, encodings, strict=True)
             ],
-            [found.captions[found.texts[v.file.name]] for v in epoch],
+            [positive[v.file.name] for v in epoch],
             [mask_of(encoding, options.use_alpha) for encoding in encodings],
             found.captions[""],
             sheet,

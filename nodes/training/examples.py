@@ -8,6 +8,7 @@ from torch import Tensor
 
 # Keys in a LATENT: by which windows of one picture are known as such, and its name.
 PICTURE, NAME = "sara_picture", "sara_name"
+CAPTIONS = "sara_captions"  # in a conditioning's options: pairs to draw from when it is learned
 
 
 def flatten_latents(latents: list[dict]) -> list[Tensor]:
@@ -81,6 +82,25 @@ def flatten_conditioning(conditioning: list[list], count: int) -> list[list]:
     return pairs
 
 
+def split_captions(pairs: list[list]) -> tuple[list[list], list[list[list]]]:
+    """Part what pictures are measured with from what is drawn from when they are learned.
+
+    Returns:
+        Pairs without what `CAPTIONS` held, and what it held, a list for each; pairs that were shared
+        still are.
+    """
+    parted: dict[tuple[int, int], tuple[list, list]] = {}
+    for pair in pairs:
+        cross_attention, options = pair
+        which = id(cross_attention), id(options)
+        if which not in parted:
+            plain = {key: value for key, value in options.items() if key != CAPTIONS}
+            several = options.get(CAPTIONS, [])
+            parted[which] = ([cross_attention, plain] if several else pair, several)
+    found = [parted[id(embedding), id(options)] for embedding, options in pairs]
+    return [pair for pair, _ in found], [several for _, several in found]
+
+
 @dataclass(frozen=True)
 class Examples:
     """What a run is given: the pictures to learn first, then the regularisation pictures.
@@ -93,6 +113,8 @@ class Examples:
         names: Picture that each entry to learn is a window of; each its own if None.
         num_regularisation: Number of regularisation pictures at the end.
         labels: Name of each picture for people; its number if there are none.
+        drawn: Conditioning pairs of each picture to draw from when it is learned, in place of its
+            caption; may be empty.
     """
 
     latents: list[Tensor]
@@ -102,8 +124,11 @@ class Examples:
     names: list[Hashable] | None = None
     num_regularisation: int = 0
     labels: list[str] = field(default_factory=list)
+    drawn: list[list[list]] = field(default_factory=list)
 
     def __post_init__(self):
+        if not self.drawn:
+            object.__setattr__(self, "drawn", [[] for _ in self.latents])
         if not self.labels:
             numbers = range(1, len(self.latents) + 1)
             object.__setattr__(self, "labels", [f"picture {number}" for number in numbers])
@@ -164,15 +189,17 @@ def gather_examples(
         )
     prior = flatten_latents(regularisation_latents or [])
     prior_captions = flatten_conditioning(regularisation_positive, len(prior)) if prior else []
+    measured, drawn = split_captions(captions + prior_captions)
     return Examples(
         pictures + prior,
-        captions + prior_captions,
+        measured,
         empty[0][0] if empty else None,
         flatten_masks(noise_masks(latents) if masks is None else masks, len(pictures)),
         picture_names(latents),
         len(prior),
         picture_labels(latents, "picture")
         + picture_labels(regularisation_latents or [], "regularisation picture"),
+        drawn,
     )
 
 
@@ -182,7 +209,8 @@ def describe_examples(examples: Examples) -> dict:
     Mean and deviation of each tensor: encoding again on a GPU does not give the same bits.
     """
     captions = []
-    for pair in (*examples.captions, examples.empty):
+    several = [pair for pairs in examples.drawn for pair in pairs]
+    for pair in (*examples.captions, *several, examples.empty):
         cross_attention, options = pair or (None, {})
         captions += [t for t in (cross_attention, options.get("pooled_output")) if t is not None]
     masks = examples.masks or ()

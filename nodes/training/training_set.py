@@ -38,7 +38,7 @@ class TrainingSet:
             if which not in prepared:
                 prepared[which] = encoder.prepare_latent(latent)
         self._latents = [prepared[latent.data_ptr(), latent.shape] for latent in examples.latents]
-        self._captions = encoder.encode_captions(examples.captions, self._latents)
+        self._captions = self._encoded(examples)
         self._empty: dict[Hashable, dict] = {}
         for latent in self._latents if empty is not None else ():
             if latent.shape not in self._empty:
@@ -50,6 +50,23 @@ class TrainingSet:
             _at_size(mask, latent)
             for mask, latent in zip(examples.masks or (), self._latents, strict=False)
         ]
+
+    def _encoded(self, examples: Examples) -> list[list[dict]]:
+        """Encode the captions of each picture: what it is measured with, and what is drawn from."""
+        pairs = [
+            [caption, *drawn]
+            for caption, drawn in zip(examples.captions, examples.drawn, strict=True)
+        ]
+        latents = [latent for latent, own in zip(self._latents, pairs, strict=True) for _ in own]
+        encoded = iter(
+            self.encoder.encode_captions([pair for own in pairs for pair in own], latents)
+        )
+        return [[next(encoded) for _ in own] for own in pairs]
+
+    def captions_to_learn(self, picture: int) -> range:
+        """Return the numbers of the captions that are drawn from when a picture is learned."""
+        count = len(self._captions[picture])
+        return range(1, count) if count > 1 else range(1)
 
     def latents(self, pictures: list[int]) -> Tensor:
         """Return the latents of pictures of one size, `(B, C, ...)`, float32, on the device."""
@@ -66,7 +83,7 @@ class TrainingSet:
         return send(torch.cat(masks), self.encoder.device)
 
     def predict(
-        self, noisy: Tensor, sigma: Tensor, pictures: list[int], dropped: list[bool]
+        self, noisy: Tensor, sigma: Tensor, pictures: list[int], captions: list[int | None]
     ) -> Tensor:
         """Estimate the clean latents, each picture with its own caption and noise level.
 
@@ -74,11 +91,11 @@ class TrainingSet:
             Exception: ComfyUI's interrupt, if the user has pressed Cancel.
         """
         host.check_cancelled()
-        captions = [
-            self._empty[self._latents[i].shape] if drop else self._captions[i]
-            for i, drop in zip(pictures, dropped, strict=True)
+        encoded = [
+            self._empty[self._latents[i].shape] if number is None else self._captions[i][number]
+            for i, number in zip(pictures, captions, strict=True)
         ]
-        return self.encoder.denoise(noisy, sigma, captions)
+        return self.encoder.denoise(noisy, sigma, encoded)
 
 
 def _at_size(mask: Tensor, latent: Tensor) -> Tensor:

@@ -23,9 +23,15 @@ def refuse_unlearnable(examples: Examples) -> None:
         [name for name, latent in zip(labels, latents, strict=True) if not latent.any()],
         "the latents of {} are empty, as those of an Empty Latent node; connect encoded pictures",
     )
-    captions = zip(
-        [*labels, "the empty caption"], [*examples.captions, examples.empty], strict=True
-    )
+    captions = [
+        *zip(labels, examples.captions, strict=True),
+        ("the empty caption", examples.empty),
+        *(
+            (name, pair)
+            for name, drawn in zip(labels, examples.drawn, strict=True)
+            for pair in drawn
+        ),
+    ]
     _refuse(
         [name for name, pair in captions if pair is not None and not _is_finite(pair)],
         "the captions of {} hold NaN or infinity once encoded; the text encoder may not work in its "

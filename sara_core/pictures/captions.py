@@ -59,12 +59,12 @@ class CaptionFiles:
         self._cased = {path.name.casefold(): path for path in reversed(self._files)}
         self._folded = {folded(path.name): path for path in reversed(self._files)}
 
-    def of(self, picture: Path) -> tuple[str | None, str, str]:
+    def of(self, picture: Path) -> tuple[tuple[str, ...], str, str]:
         """Read the text file of a picture's name: spelled the same, or else in other case or accents.
 
         Returns:
-            Its text on one line, None if there is none or it is empty; the ending it was found by;
-            and a note on its encoding, mostly empty.
+            Its lines, none if there is no such file or it is empty; the ending it was found by; and a
+            note on its encoding, mostly empty.
 
         Raises:
             ValueError: A link that leads out of the folder, or text in an unknown encoding.
@@ -73,7 +73,7 @@ class CaptionFiles:
         names = [f"{s}{e}" for e in CAPTION_ENDINGS for s in (picture.stem, picture.name)]
         path = next(filter(None, map(self._find, names)), None)
         if path is None:
-            return None, "", ""
+            return (), "", ""
         if not path.resolve().is_relative_to(self._root):
             raise ValueError(f"{path.name} is a link that leads out of the folder")
         text, guessed = read_text(path)
@@ -82,7 +82,7 @@ class CaptionFiles:
             if guessed
             else ""
         )
-        return _one_line(text) or None, path.suffix.lower(), note
+        return _lines(text), path.suffix.lower(), note
 
     def _find(self, name: str) -> Path | None:
         return (
@@ -92,9 +92,15 @@ class CaptionFiles:
         )
 
 
-def read_tables(folder: Path, root: Path) -> tuple[dict[str, tuple[str, str]], list[Problem]]:
-    """Read the tables in a folder, those of TABLES, into captions by name below the folder."""
-    table: dict[str, tuple[str, str]] = {}
+def read_tables(
+    folder: Path, root: Path
+) -> tuple[dict[str, tuple[tuple[str, ...], str]], list[Problem]]:
+    """Read the tables in a folder, those of TABLES, into captions by name below the folder.
+
+    Returns:
+        Lines of each caption and the table it is from; and what is wrong.
+    """
+    table: dict[str, tuple[tuple[str, ...], str]] = {}
     problems = []
     names = {path.name.casefold(): path for path in sorted(folder.iterdir(), reverse=True)}
     for file in reversed(TABLES):  # the first one wins
@@ -116,8 +122,8 @@ def read_tables(folder: Path, root: Path) -> tuple[dict[str, tuple[str, str]], l
                         path.name, f"{where} has no file_name and text of a picture in the folder"
                     )
                 )
-            elif text := _one_line(entry[1]):
-                table[entry[0]] = (text, path.name)
+            elif lines := _lines(entry[1]):
+                table[entry[0]] = (lines, path.name)
     return _as_on_disk(table, folder), problems
 
 
@@ -178,7 +184,8 @@ def _entry(row: object) -> tuple[str, str] | None:
     if not isinstance(row, dict):
         return None
     name = next((row[key] for key in NAME_KEYS if isinstance(row.get(key), str)), None)
-    text = next((row[key] for key in TEXT_KEYS if isinstance(row.get(key), str)), None)
+    texts = (_as_text(row.get(key)) for key in TEXT_KEYS)
+    text = next((text for text in texts if text is not None), None)
     if name is None or text is None or "\0" in name:
         return None
     path = PurePosixPath(name.replace("\\", "/"))
@@ -186,5 +193,13 @@ def _entry(row: object) -> tuple[str, str] | None:
     return None if leads_out or not path.parts else (path.as_posix(), text)
 
 
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
+def _as_text(value: object) -> str | None:
+    """Return a caption, or a list of several as its lines; None if it is something else."""
+    if isinstance(value, list) and value and all(isinstance(one, str) for one in value):
+        return "\n".join(" ".join(one.split()) for one in value)
+    return value if isinstance(value, str) else None
+
+
+def _lines(text: str) -> tuple[str, ...]:
+    """Return the lines of a text that are not empty, each with single spaces."""
+    return tuple(line for line in (" ".join(line.split()) for line in text.splitlines()) if line)

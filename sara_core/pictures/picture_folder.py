@@ -23,16 +23,21 @@ class PictureFile:
     Args:
         path: Of the picture.
         name: The same below the folder, with forward slashes.
-        caption: Its text on one line, or None if there is none.
+        lines: Of its caption; none if there is no caption.
         source: Where the caption is from: an ending, the name of a table, "folder name", or "".
         repeats: How often it comes in an epoch.
     """
 
     path: Path
     name: str
-    caption: str | None
+    lines: tuple[str, ...]
     source: str
     repeats: int
+
+    @property
+    def caption(self) -> str | None:
+        """All of its caption on one line, or None if there is none."""
+        return " ".join(self.lines) or None
 
 
 def find_pictures(folder: Path, recurse: bool = False) -> tuple[list[PictureFile], list[Problem]]:
@@ -92,7 +97,7 @@ def _take_in(
         return
     pictures = [path for path in place.listing if _is_picture(path)]
     beside = CaptionFiles(place.path, root)
-    own: dict[str, tuple[str, str]] = {}
+    own: dict[str, tuple[tuple[str, ...], str]] = {}
     if place.path != folder and place.is_whole:
         own, more = read_tables(place.path, root)
         below = place.path.relative_to(folder).as_posix()
@@ -103,17 +108,17 @@ def _take_in(
             problems.append(Problem(name, "a link that leads out of the folder"))
             continue
         try:
-            caption, source, note = beside.of(path)
+            lines, source, note = beside.of(path)
         except (OSError, ValueError) as error:
             problems.append(Problem(name, f"its caption cannot be read: {error}"))
             continue
         if note:
             problems.append(Problem(name, note, is_note=True))
-        if caption is None:
-            caption, source = own.get(path.name) or table.get(name) or (None, "")
-        if caption is None and place.label:
-            caption, source = place.label, "folder name"
-        found[name] = PictureFile(path, name, caption, source, place.repeats)
+        if not lines:
+            lines, source = own.get(path.name) or table.get(name) or ((), "")
+        if not lines and place.label:
+            lines, source = (place.label,), "folder name"
+        found[name] = PictureFile(path, name, lines, source, place.repeats)
     if place.is_whole:
         problems += strays(folder, place.listing, pictures)
 

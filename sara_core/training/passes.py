@@ -39,6 +39,8 @@ class Passes:
             )
             for distribution in ("family", config.timestep_distribution)
         )  # fmt: skip
+        pictures = (*task.training, *task.regularisation)
+        self._has_choice = any(len(task.captions_to_learn(picture)) > 1 for picture in pictures)
         self.in_place = False
         self.num_parts = 1
 
@@ -59,7 +61,8 @@ class Passes:
         Args:
             pictures: The batch.
             generator: Of all that is random.
-            to_learn: Draw as the run is set to; else the family's noise levels, no captions dropped.
+            to_learn: Draw as the run is set to; else the family's noise levels, and the captions that
+                pictures are measured with.
             mine: Pictures that it is returned for.
         """
         own, count = pictures[mine], len(pictures)
@@ -72,20 +75,36 @@ class Passes:
         if to_learn and self._config.noise_offset:
             offset = torch.randn((*shape[:2], *[1] * len(shape[2:])), generator=generator)
             noise.add_(offset, alpha=self._config.noise_offset)
+        captions: list[int | None] = [0] * len(own)
+        if to_learn:
+            chosen = (
+                torch.rand(count, generator=generator) if self._has_choice else torch.zeros(count)
+            )
+            captions = self._captions(own, dropped[mine].tolist(), chosen[mine].tolist())
         device = latents.device
         parts = send(sigma[mine], device), send(noise[mine], device)
-        return own, latents[: len(own)], *parts, dropped[mine].tolist()
+        return own, latents[: len(own)], *parts, captions
 
-    def losses(self, pictures, latents, sigma, noise, dropped) -> Tensor:
+    def _captions(
+        self, pictures: list[int], dropped: list[bool], chosen: list[float]
+    ) -> list[int | None]:
+        """Return the number of each picture's caption; `chosen`, in [0, 1), picks one of several."""
+        drawn = [self.task.captions_to_learn(picture) for picture in pictures]
+        return [
+            None if drop else numbers[int(place * len(numbers))]
+            for numbers, drop, place in zip(drawn, dropped, chosen, strict=True)
+        ]
+
+    def losses(self, pictures, latents, sigma, noise, captions) -> Tensor:
         """Return the loss of each picture of what `draw` returned, not weighted."""
         schedule = self.task.schedule
         noisy = schedule.add_noise(latents, noise, sigma)
-        x0 = self.task.predict(noisy, sigma, pictures, dropped)
+        x0 = self.task.predict(noisy, sigma, pictures, captions)
         mask = self.task.mask(pictures)
         return schedule.loss(x0, latents, sigma, self._config.loss_function, mask)
 
-    def _weighted(self, pictures, latents, sigma, noise, dropped) -> Tensor:
-        losses = self.losses(pictures, latents, sigma, noise, dropped)
+    def _weighted(self, pictures, latents, sigma, noise, captions) -> Tensor:
+        losses = self.losses(pictures, latents, sigma, noise, captions)
         weighting, gamma = self._config.loss_weighting, self._config.snr_gamma
         return (losses * self.task.schedule.weight(sigma, weighting, gamma)).mean()
 

@@ -32,8 +32,11 @@ class TrainingTask(Protocol):
     def mask(self, pictures: list[int]) -> Tensor | None:
         """Return what counts in the loss, broadcastable to the latents, or None for everything."""
 
+    def captions_to_learn(self, picture: int) -> range:
+        """Return the numbers of the captions that are drawn from when a picture is learned."""
+
     def predict(
-        self, noisy: Tensor, sigma: Tensor, pictures: list[int], dropped: list[bool]
+        self, noisy: Tensor, sigma: Tensor, pictures: list[int], captions: list[int | None]
     ) -> Tensor:
         """Estimate the clean latents, shape of `noisy`, each picture with its own caption.
 
@@ -41,7 +44,8 @@ class TrainingTask(Protocol):
             noisy: Shape `(B, ...)`.
             sigma: Noise level of each picture, shape `(B,)`, on the device of `noisy`.
             pictures: Number of each picture.
-            dropped: Whether its caption is replaced by the empty one.
+            captions: Number of each picture's caption: 0 is the one it is measured with, None the
+                empty one.
         """
 
 

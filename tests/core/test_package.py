@@ -54,24 +54,26 @@ def test_the_archive_holds_what_users_need_and_nothing_else():
 
 
 ALLOWED = {
-    "nodes/host/execution.py": {"aiohttp"},  # for the answer to one GET request
+    "nodes/host/execution.py": {"aiohttp"},  # for the answer to a request
     "nodes/host/run_workflow.py": {"environ"},  # what torchrun says of the process, and its card
     "nodes/host/processes.py": {"environ"},
 }
 
 
-def test_there_are_two_addresses_and_they_are_only_read():
+def test_there_are_three_addresses_and_one_of_them_changes_something():
     text = "".join((ROOT / path).read_text(encoding="utf-8") for path in shipped())
-    assert re.findall(r"routes\.(\w+)", text) == ["get"]
+    assert re.findall(r"routes\.(\w+)", text) == ["post", "get"]
     assert re.findall(r"aiohttp import (.*)", text) == ["web"]
     assert re.findall(r"\bweb\.(\w+)", text) == ["json_response"]
     assert re.findall(r"host\.add_route\((.*)\)", text) == [
         "page_state.PATH, page_state.everything",
         "folder_look.PATH, folder_look.look",
+        "wishes.PATH, wishes.ask, changes_something=True",
     ]
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert "`/sara/shown`" in readme
     assert "`/sara/folder`" in readme
+    assert "`/sara/ask`" in readme
 
 
 def shipped():

@@ -128,12 +128,12 @@ def looks(base, seed=0, **changes):
 
 
 ON_UNET = {  # method, options, rates
-    "SaRA 10 %": ("sara", SARA, (2.5e-4, 5e-4, 1e-3)),
-    "smallest of each layer": ("masked", {"chosen": "layer"}, (2.5e-4, 5e-4, 1e-3)),
-    "random 10 %": ("masked", {"chosen": "random"}, (2.5e-4, 5e-4, 1e-3)),
-    "LoRA r8": ("lora", {"rank": 8}, (1e-4, 3e-4, 8e-4)),
-    "LoRA r20": ("lora", {"rank": 20}, (1e-4, 2e-4, 4e-4)),
-    "full": ("full", {}, (1e-5, 2e-5, 4e-5)),
+    "SaRA 10 %": ("sara", SARA, (1.25e-4, 2.5e-4, 5e-4)),
+    "smallest of each layer": ("masked", {"chosen": "layer"}, (1.25e-4, 2.5e-4, 5e-4)),
+    "random 10 %": ("masked", {"chosen": "random"}, (1.25e-4, 2.5e-4, 5e-4)),
+    "LoRA r8": ("lora", {"rank": 8}, (5e-5, 1e-4, 3e-4)),
+    "LoRA r20": ("lora", {"rank": 20}, (5e-5, 1e-4, 2e-4)),
+    "full": ("full", {}, (5e-6, 1e-5, 2e-5)),
 }
 
 QUESTIONS = {  # title in the report: the plans of its runs

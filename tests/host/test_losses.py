@@ -131,7 +131,7 @@ def test_a_batch_is_each_picture_with_its_own_caption_and_noise_level(sd15, sara
     with sara.host.trainable(sd15, None) as calls, torch.no_grad():
         data = sara.sets.TrainingSet(calls, sara.examples.Examples(latents, captions, empty))
         clean, sigma = data.latents([0, 1, 2]), torch.tensor([0.5, 2.0, 8.0])
-        together = data.predict(clean, sigma, [0, 1, 2], [False, False, True])
+        together = data.predict(clean, sigma, [0, 1, 2], [0, 0, None])
         model = calls.model
         chosen = [captions[0], captions[1], empty]
         for i, (context, _) in enumerate(chosen):
@@ -140,6 +140,50 @@ def test_a_batch_is_each_picture_with_its_own_caption_and_noise_level(sd15, sara
                 transformer_options={},
             )  # fmt: skip
             assert torch.allclose(together[i : i + 1], alone, atol=1e-4), i
+
+
+def test_each_of_several_captions_reaches_the_model(sd15, sara):
+    latents, captions = pairs(2)
+    lines = pairs(3, seed=7)[1]
+    carried = [captions[0][0], {**captions[0][1], "sara_captions": lines}]
+    batch = [{"samples": latent} for latent in latents]
+    examples = sara.examples.gather_examples(
+        batch, [[carried], [captions[1]]], None, None, None, None
+    )
+    assert [list(options) for _, options in examples.captions] == [[], []]
+    plain = sara.examples.gather_examples(batch, [[c] for c in captions], None, None, None, None)
+    with sara.host.trainable(sd15, None) as calls, torch.no_grad():
+        data = sara.sets.TrainingSet(calls, examples)
+        assert data.captions_to_learn(0) == range(1, 4)
+        assert data.captions_to_learn(1) == range(1)
+        clean, sigma = data.latents([0]), torch.tensor([2.0])
+        for number, (context, _) in enumerate([captions[0], *lines]):
+            alone = calls.model.apply_model(
+                clean, sigma, c_crossattn=context.clone(), transformer_options={}
+            )
+            assert torch.allclose(data.predict(clean, sigma, [0], [number]), alone, atol=1e-4)
+        saved, now = (
+            {"model": 0, "held out": 0, "sampling": 0, **sara.examples.describe_examples(e)}
+            for e in (examples, plain)
+        )
+    assert sara.examples.differences(saved, saved) == []
+    assert "there are 4 latents, embeddings and masks, the run had 7" in str(
+        sara.examples.differences(saved, now)
+    )
+
+
+def test_captions_to_draw_from_that_are_not_finite_are_refused(sara):
+    from sara_pack.nodes.training.unlearnable import refuse_unlearnable
+
+    latents, captions = pairs(2)
+    broken = [captions[0][0] * float("nan"), {}]
+    carried = [captions[1][0], {"sara_captions": [captions[0], broken]}]
+    batch = [{"samples": latent} for latent in latents]
+    examples = sara.examples.gather_examples(
+        batch, [[captions[0]], [carried]], None, None, None, None
+    )
+    with pytest.raises(ValueError, match="the captions of picture 2 hold NaN"):
+        refuse_unlearnable(examples)
 
 
 def test_masks_reach_the_loss_at_the_latents_size(sd15, sara):

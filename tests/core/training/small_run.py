@@ -23,13 +23,17 @@ class Task:
     def mask(self, pictures):
         return None
 
+    def captions_to_learn(self, picture):
+        return range(1)
+
     def latents(self, pictures):
         return torch.cat([self.pictures[i] for i in pictures])
 
-    def predict(self, noisy, sigma, pictures, dropped):
+    def predict(self, noisy, sigma, pictures, captions):
         scale = self.fail(len(pictures))
         padded = nn.functional.pad(noisy, (0, 8 - noisy.shape[1]))
-        caption = torch.tensor(pictures) * ~torch.tensor(dropped)
+        kept = torch.tensor([caption is not None for caption in captions])
+        caption = torch.tensor(pictures) * kept
         out = self.net(torch.cat([padded, caption[:, None] / 7], dim=1))[:, : noisy.shape[1]]
         return out if scale is None else out * scale
 

@@ -97,9 +97,11 @@ class Task:
     schedule = NoiseSchedule("flow", "uniform", lambda t: 0.1 + 0.8 * t)
     def mask(self, pictures):
         return None
+    def captions_to_learn(self, picture):
+        return range(1)
     def latents(self, pictures):
         return torch.ones(len(pictures), 1000, 512)
-    def predict(self, noisy, sigma, pictures, dropped):
+    def predict(self, noisy, sigma, pictures, captions):
         return net(noisy)
 
 torch.manual_seed(0)

@@ -53,9 +53,9 @@ def test_what_is_learned_is_drawn_as_set_and_what_is_measured_as_the_family_does
     def drawn(which, **options):
         return which.passes.draw(pictures, torch.Generator().manual_seed(0), **options)
 
-    _, _, sigma, noise, dropped = drawn(run, to_learn=True)
+    _, _, sigma, noise, captions = drawn(run, to_learn=True)
     assert sigma.min() >= 0.3
-    assert all(dropped)
+    assert captions == [None] * 600
     means = noise.mean(3).flatten()  # of noise that is the same in a channel, and of 400 numbers
     assert means.std().item() == pytest.approx((0.25 + 1 / 400) ** 0.5, rel=0.05)
     assert (noise - noise.mean(3, keepdim=True)).std().item() == pytest.approx(1, rel=0.01)
@@ -66,3 +66,49 @@ def test_what_is_learned_is_drawn_as_set_and_what_is_measured_as_the_family_does
     _, family = make(lowest_noise=0.3)
     family.task.pictures = plain.task.pictures
     assert torch.equal(drawn(family)[2], measured)
+
+
+class Several:
+    """Captions of the small run's pictures: of picture 1 three to draw from, of the others one."""
+
+    def __init__(self, task):
+        self.task, self.seen = task, []
+
+    def __getattr__(self, name):
+        return getattr(self.task, name)
+
+    def captions_to_learn(self, picture):
+        return range(1, 4) if picture == 1 else range(1)
+
+    def predict(self, noisy, sigma, pictures, captions):
+        self.seen += zip(pictures, captions, strict=True)
+        return self.task.predict(noisy, sigma, pictures, captions)
+
+
+def test_one_of_several_captions_is_drawn_to_learn_and_the_first_measured():
+    _, run = make(caption_dropout=0.25)
+    task = Several(run.task)
+    passes = Passes(task, run.config)
+    pictures = [0, 1, 2] * 800
+    generator = torch.Generator().manual_seed(0)
+    *_, captions = passes.draw(pictures, generator, to_learn=True)
+    counts = {number: captions[1::3].count(number) for number in (None, 1, 2, 3)}
+    assert sum(counts.values()) == 800
+    assert counts[None] == pytest.approx(200, abs=40)
+    assert all(counts[number] == pytest.approx(200, abs=40) for number in (1, 2, 3))
+    assert set(captions[0::3]) == {0, None}
+    assert passes.draw(pictures, generator)[-1] == [0] * 2400
+    part = passes.draw(pictures, torch.Generator().manual_seed(0), True, slice(100, 200))
+    assert part[-1] == captions[100:200]  # as another process draws it
+
+
+def test_a_choice_of_captions_changes_nothing_where_there_is_none():
+    _, run = make()
+    one, two = (torch.Generator().manual_seed(1) for _ in range(2))
+    run.passes.draw([0, 1], one, to_learn=True)
+    Passes(Several(run.task), run.config).draw([0, 1], two, to_learn=True)
+    assert not torch.equal(one.get_state(), two.get_state())
+    run.passes.draw([0, 1], two, to_learn=True)
+    torch.rand(2, generator=one)
+    run.passes.draw([0, 1], one, to_learn=True)
+    assert torch.equal(one.get_state(), two.get_state())

@@ -79,11 +79,14 @@ class Task:
     def mask(self, pictures):
         return None
 
+    def captions_to_learn(self, picture):
+        return range(1)
+
     def latents(self, pictures):
         return torch.cat([self.pictures[i] for i in pictures])
 
-    def predict(self, noisy, sigma, pictures, dropped):
-        self.calls.append((noisy.detach(), sigma, pictures, dropped))
+    def predict(self, noisy, sigma, pictures, captions):
+        self.calls.append((noisy.detach(), sigma, pictures, captions))
         padded = nn.functional.pad(noisy, (0, 6 - noisy.shape[1]))
         return self.net(padded)[:, : noisy.shape[1]]
 
@@ -113,10 +116,10 @@ def test_reports_follow_the_schedule_and_loss_is_the_objectives():
 def test_pictures_keep_their_own_noise_level_and_caption():
     _, task, _ = run(steps=30, caption_dropout=0.5)
     flags = []
-    for noisy, sigma, pictures, dropped in task.calls:
-        assert len(pictures) == len(sigma) == len(dropped) == len(noisy)
+    for noisy, sigma, pictures, captions in task.calls:
+        assert len(pictures) == len(sigma) == len(captions) == len(noisy)
         assert len(sigma.unique()) == len(sigma)
-        flags += dropped
+        flags += [caption is None for caption in captions]
     assert 0.25 < sum(flags) / len(flags) < 0.75
     assert not any(d for call in run(steps=5)[1].calls for d in call[3])
 
