@@ -9,13 +9,17 @@ from .delta.export_import import SaraExportDelta, SaraImportCheckpoint
 from .delta.load_save_apply import SaraApply, SaraLoadDelta, SaraMergeDeltas, SaraSaveDelta
 from .pictures import folder_look
 from .pictures.image_folder import SaraImageFolder
+from .pictures.join import SaraJoinPictures
+from .sampling.prompts import SaraPrompts
 from .sampling.sampling_nodes import SaraCompare, SaraLoadCheckpoints, SaraSamplingSettings
 from .training import wishes
 from .training.train import SaraTrain
 
 NODES = [
     SaraImageFolder,
+    SaraJoinPictures,
     SaraAnalyze,
+    SaraPrompts,
     SaraSamplingSettings,
     SaraTrain,
     SaraLoadDelta,

@@ -32,10 +32,15 @@ def trained_side(patcher) -> int:
     return next((SIDES[name] for name in names if name in SIDES), USUAL_SIDE)
 
 
+def takes_guidance(patcher) -> bool:
+    """Tell whether a model is given a guidance value, which it was distilled with, such as Flux dev."""
+    return bool(patcher.model.model_config.unet_config.get("guidance_embed"))
+
+
 def is_guidance_distilled(patcher) -> bool:
     """Tell whether a model was distilled to need no classifier-free guidance, such as Flux."""
-    config = patcher.model.model_config
-    return bool(config.unet_config.get("guidance_embed")) or type(config).__name__ == "FluxSchnell"
+    name = type(patcher.model.model_config).__name__
+    return takes_guidance(patcher) or name == "FluxSchnell"
 
 
 def empty_latent(patcher, compression: int) -> torch.Tensor:

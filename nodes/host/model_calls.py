@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...sara_core.training.inference_tensors import trackable_copy
+from .families import takes_guidance
 from .schedules import noise_schedule
 from .weights import architecture, device_of
 
@@ -22,10 +23,18 @@ class ModelCalls:
 
     ComfyUI's guiders apply every caption to the whole batch; training needs picture, caption and
     noise level to stay together.
+
+    Args:
+        patcher: The MODEL.
+
+    Attributes:
+        guidance: Value that a model which takes one is given, where captions carry none; None leaves
+            ComfyUI's.
     """
 
     def __init__(self, patcher):
         self.patcher = patcher
+        self.guidance: float | None = None
         self.model = patcher.model
         self.device = device_of(patcher)
         self.schedule = noise_schedule(patcher)
@@ -77,6 +86,8 @@ class ModelCalls:
             which = id(cross_attention), id(options)
             if which not in copies:
                 copies[which] = [trackable_copy(cross_attention), trackable_copy(options)]
+                if self.guidance is not None and takes_guidance(self.patcher):
+                    copies[which][1].setdefault("guidance", self.guidance)
             pair = copies[which]
             conds = comfy.sampler_helpers.convert_cond([pair])
             conds = comfy.samplers.encode_model_conds(

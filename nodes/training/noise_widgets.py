@@ -1,9 +1,10 @@
-"""Widgets of SaRA Train about noise levels; folded away, and last, as saved workflows go by their place."""
+"""Widgets of SaRA Train about noise levels and guidance; folded away, and late, as workflows go by their place."""
 
 from comfy_api.latest import io
 
-from ...sara_core.training.noise_levels import DISTRIBUTIONS
+from ...sara_core.training.noise_levels import BY_SIZE, DISTRIBUTIONS
 from ...sara_core.training.objective import WEIGHTINGS
+from ...sara_core.training.run_settings import COMFYUIS
 from .folded_widgets import SETTINGS
 
 
@@ -92,5 +93,41 @@ def noise_inputs() -> list:
             optional=True,
             tooltip="Adds noise that is the same in a whole channel, so that very bright and very dark pictures are "
             "learned better; for epsilon models. 0.05 to 0.1 are usual, 0 is off.",
+        ),
+    ]
+
+
+def shift_and_guidance_inputs() -> list:
+    """What flow models, and those distilled with guidance, are trained at."""
+    return [
+        io.Float.Input(
+            "flow_shift",
+            default=SETTINGS.flow_shift,
+            min=BY_SIZE,
+            max=100.0,
+            step=0.01,
+            optional=True,
+            tooltip="Of flow models: how far noise levels are moved up, in place of the model's own shift, which 0 "
+            "leaves. -1 goes by the size of the pictures, as Flux is sampled: more for larger ones. Validation "
+            "keeps to the model's own.",
+        ),
+        io.Float.Input(
+            "guidance",
+            default=SETTINGS.guidance,
+            min=COMFYUIS,
+            max=100.0,
+            step=0.1,
+            optional=True,
+            tooltip="Of models that take a guidance value, such as Flux dev and Hunyuan Video: the one they are "
+            "trained at. 1 is what real pictures look like; at a higher one the model unlearns its guidance. "
+            "Captions that carry one (FluxGuidance) keep it. -1 is ComfyUI's own.",
+        ),
+        io.Int.Input(
+            "lr_cycles",
+            default=SETTINGS.lr_cycles,
+            min=1,
+            max=1000,
+            optional=True,
+            tooltip="Of lr_schedule cosine_restarts: how often the learning rate starts anew.",
         ),
     ]

@@ -122,6 +122,7 @@ def prepared(
     config = dataclasses.replace(settings, zeros=zeros, caption_dropout=dropout)
     processes = host.processes()
     with host.trainable(patcher, dtype, settings.offloading, settings.trained_in) as calls:
+        calls.guidance = settings.guidance if settings.guidance >= 0 else None
         pictures = TrainingSet(calls, examples, settings.validation_split, settings.seed)
         _refuse_different(processes, lambda: identity(patcher, examples, pictures.validation))
         scaler = None

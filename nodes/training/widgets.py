@@ -14,7 +14,7 @@ from .folded_widgets import (
     saving_inputs,
     validation_inputs,
 )
-from .noise_widgets import noise_inputs, weighting_inputs
+from .noise_widgets import noise_inputs, shift_and_guidance_inputs, weighting_inputs
 
 NEW_RUN = "new run"
 
@@ -35,6 +35,7 @@ def training_inputs() -> list:
                 *noise_inputs(),
                 *offloading_inputs(),
                 *ending_inputs(),
+                *shift_and_guidance_inputs(),
             ]
         ),
     ]
@@ -138,7 +139,8 @@ def course_inputs() -> list:
             "lr_schedule",
             options=list(SCHEDULES),
             default=SETTINGS.lr_schedule,
-            tooltip="Course of the learning rate over the steps.",
+            tooltip="Course of the learning rate over the steps. cosine_restarts starts anew lr_cycles times; "
+            "constant_then_linear falls in the last fifth.",
         ),
         io.Int.Input(
             "warmup_steps",

@@ -4,7 +4,8 @@ import math
 
 RULE_SCALE, RULE_DECAY = 1e-3, 350.0
 LARGEST_FITTED = 5e-3  # threshold
-SCHEDULES = ("constant", "linear", "cosine")
+SCHEDULES = ("constant", "linear", "cosine", "cosine_restarts", "constant_then_linear")
+LAST_PART = 0.2  # of the steps after the warm-up, in which constant_then_linear falls
 
 
 def rule(threshold: float) -> float:
@@ -22,15 +23,20 @@ def rule(threshold: float) -> float:
     return RULE_SCALE * math.exp(-RULE_DECAY * min(threshold, LARGEST_FITTED))
 
 
-def factor(step: int, num_steps: int, schedule: str = "cosine", warmup_steps: int = 0) -> float:
+def factor(
+    step: int, num_steps: int, schedule: str = "cosine", warmup_steps: int = 0, cycles: int = 1
+) -> float:
     """Share of the peak learning rate to use in a step.
 
     Args:
         step: Optimizer update about to be made, in `[0, num_steps)`.
         num_steps: Updates in the whole run.
-        schedule: "constant", or "linear" or "cosine" decay from 1 after the warm-up towards 0
-            after the last step.
+        schedule: "constant"; "linear" or "cosine" decay from 1 after the warm-up towards 0 after the
+            last step; "cosine_restarts", as many such cosines of equal length one after the other as
+            there are cycles (Loshchilov and Hutter 2017, arXiv:1608.03983); or "constant_then_linear",
+            1 until the last fifth, which falls linearly towards 0.
         warmup_steps: Updates over which the rate rises linearly; the first uses 1 / warmup_steps.
+        cycles: Of "cosine_restarts", at least 1.
 
     Raises:
         ValueError: Unknown schedule.
@@ -42,4 +48,9 @@ def factor(step: int, num_steps: int, schedule: str = "cosine", warmup_steps: in
     if schedule == "constant":
         return 1.0
     done = (step - warmup_steps) / max(1, num_steps - warmup_steps)
-    return 1.0 - done if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+    if schedule == "linear":
+        return 1.0 - done
+    if schedule == "constant_then_linear":
+        return min(1.0, (1.0 - done) / LAST_PART)
+    turns = cycles * done if schedule == "cosine_restarts" else done
+    return 0.5 * (1.0 + math.cos(math.pi * (turns % 1.0)))

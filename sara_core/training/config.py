@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..optimizer.learning_rate import SCHEDULES
-from .noise_levels import DISTRIBUTIONS
+from .noise_levels import BY_SIZE, DISTRIBUTIONS
 from .objective import LOSSES, WEIGHTINGS
 
 
@@ -44,6 +44,7 @@ class TrainConfig:
         grad_accumulation_steps: Forward passes per update, at least 1.
         lr_schedule: Course of the learning rate, one of `learning_rate.SCHEDULES`.
         warmup_steps: Updates over which it rises.
+        lr_cycles: Of the course "cosine_restarts", at least 1.
         ended_at: Updates after which the run was ended before its last one; 0: it was not.
         schedule_start: Updates made before the course began: those of a run that was finished and
             then given more.
@@ -56,6 +57,7 @@ class TrainConfig:
         logit_std: See `NoiseLevels`.
         lowest_noise: See `NoiseLevels`.
         highest_noise: See `NoiseLevels`.
+        flow_shift: See `NoiseLevels`.
         noise_offset: Standard deviation of noise that is the same in all of a channel, added to the
             other, so that pictures brighter and darker than most are learned; 0 is off.
         caption_dropout: Share of captions replaced by the empty one, in `[0, 1]`.
@@ -71,6 +73,7 @@ class TrainConfig:
     grad_accumulation_steps: int = 1
     lr_schedule: str = "cosine"
     warmup_steps: int = 0
+    lr_cycles: int = 3
     schedule_start: int = 0
     ended_at: int = 0
     max_grad_norm: float = 1.0
@@ -82,6 +85,7 @@ class TrainConfig:
     logit_std: float = 1.0
     lowest_noise: float = 0.0
     highest_noise: float = 1.0
+    flow_shift: float = 0.0
     noise_offset: float = 0.0
     caption_dropout: float = 0.0
     seed: int = 0
@@ -91,7 +95,7 @@ class TrainConfig:
         check_least(
             self, steps=1, batch_size=1, grad_accumulation_steps=1, warmup_steps=0,
             schedule_start=0, ended_at=0, max_grad_norm=0, seed=0, regularisation_weight=0, snr_gamma=1e-3,
-            logit_mean=-10, logit_std=1e-3, noise_offset=0,
+            logit_mean=-10, logit_std=1e-3, noise_offset=0, lr_cycles=1, flow_shift=BY_SIZE,
         )  # fmt: skip
         if self.schedule_start >= self.steps:
             raise ValueError(f"schedule_start is {self.schedule_start}, after the last step")
@@ -101,6 +105,8 @@ class TrainConfig:
                 f"lowest_noise is {self.lowest_noise!r} and highest_noise {self.highest_noise!r}; "
                 "expected the lowest below the highest"
             )
+        if BY_SIZE < self.flow_shift < 0:
+            raise ValueError(f"flow_shift is {self.flow_shift!r}; expected -1, or at least 0")
         check_choice(
             self, lr_schedule=SCHEDULES, loss_function=LOSSES, loss_weighting=WEIGHTINGS,
             timestep_distribution=DISTRIBUTIONS,

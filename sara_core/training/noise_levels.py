@@ -1,5 +1,8 @@
 """Which noise levels a run trains at: those its family was trained at, or others, in all of them or a range."""
 
+import math
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -7,6 +10,42 @@ from .objective import EDM_LOG_MEAN, EDM_LOG_STD, NoiseSchedule
 
 DISTRIBUTIONS = ("family", "uniform", "logit_normal")
 NUM_BISECTIONS = 60
+BY_SIZE = -1.0  # flow_shift
+# Patches (of 2 x 2 latent values) of a picture, and the logarithm of the shift that goes with so many;
+# https://github.com/comfyanonymous/ComfyUI/blob/v0.3.75/comfy_extras/nodes_model_advanced.py, ModelSamplingFlux
+FEW_PATCHES, SMALL_SHIFT, MANY_PATCHES, LARGE_SHIFT = 256, 0.5, 4096, 1.15
+
+
+def shift_of(area: int) -> float:
+    """Return the timestep shift that goes with latents of so many values a channel and frame.
+
+    Larger pictures need more noise to be hidden as well (Esser et al. 2024, arXiv:2403.03206, section
+    5.3.2); this is the line that Flux is sampled by.
+    """
+    share = (area / 4 - FEW_PATCHES) / (MANY_PATCHES - FEW_PATCHES)
+    return math.exp(SMALL_SHIFT + share * (LARGE_SHIFT - SMALL_SHIFT))
+
+
+def shifted(schedule: NoiseSchedule, flow_shift: float, area: int) -> NoiseSchedule:
+    """Return a flow's schedule with another timestep shift than the model's.
+
+    Args:
+        schedule: Of the family.
+        flow_shift: The shift, above 0; 0 leaves the model's; `BY_SIZE` takes that of `shift_of`.
+        area: Values of a channel and frame of the latents.
+
+    Raises:
+        ValueError: Not a flow, or a shift that is none.
+    """
+    if not flow_shift:
+        return schedule
+    if schedule.prediction != "flow" or (flow_shift < 0 and flow_shift != BY_SIZE):
+        raise ValueError(
+            f"flow_shift is {flow_shift:g} and the model predicts {schedule.prediction}; expected a flow "
+            "model and a shift above 0, or -1 for that of the pictures' size. Set it to 0"
+        )
+    shift = shift_of(area) if flow_shift == BY_SIZE else flow_shift
+    return replace(schedule, to_sigma=lambda t: shift * t / (1 + (shift - 1) * t))
 
 
 class NoiseLevels:

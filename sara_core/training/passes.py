@@ -1,12 +1,14 @@
 """Forward and backward passes over pictures, in parts where memory is short."""
 
+import math
+
 import torch
 from torch import Tensor
 
 from . import weight_casts
 from .config import TrainConfig
 from .in_place_changes import changes_allowed, changes_saved_tensors
-from .noise_levels import NoiseLevels
+from .noise_levels import NoiseLevels, shifted
 from .task import TrainingTask
 from .to_device import send
 
@@ -32,13 +34,9 @@ class Passes:
     ):
         self.task, self._config, self._scaler = task, config, scaler
         self._most = config.batch_size
-        self._family_levels, self._levels = (
-            NoiseLevels(
-                task.schedule, distribution, config.logit_mean, config.logit_std,
-                config.lowest_noise, config.highest_noise,
-            )
-            for distribution in ("family", config.timestep_distribution)
-        )  # fmt: skip
+        self._levels: dict[tuple, NoiseLevels] = {}
+        for to_learn in (False, True):  # what cannot be drawn is refused before the first step
+            self._levels_of(task.latents([task.training[0]]).shape, to_learn)
         pictures = (*task.training, *task.regularisation)
         self._has_choice = any(len(task.captions_to_learn(picture)) > 1 for picture in pictures)
         self.in_place = False
@@ -68,7 +66,7 @@ class Passes:
         own, count = pictures[mine], len(pictures)
         latents = self.task.latents(own or pictures[:1])
         shape = (count, *latents.shape[1:])
-        sigma = (self._levels if to_learn else self._family_levels).draw(count, generator)
+        sigma = self._levels_of(latents.shape, to_learn).draw(count, generator)
         noise = torch.randn(shape, generator=generator)
         dropout = self._config.caption_dropout if to_learn else 0.0
         dropped = torch.rand(count, generator=generator) < dropout
@@ -84,6 +82,20 @@ class Passes:
         device = latents.device
         parts = send(sigma[mine], device), send(noise[mine], device)
         return own, latents[: len(own)], *parts, captions
+
+    def _levels_of(self, shape: torch.Size, to_learn: bool) -> NoiseLevels:
+        """Return what draws noise levels for latents `(B, C, ..., h, w)`; it is kept."""
+        config = self._config
+        area = math.prod(shape[-2:])
+        shift = config.flow_shift if to_learn else 0.0
+        kind = config.timestep_distribution if to_learn else "family"
+        which = kind, shift, area if shift else 0
+        if which not in self._levels:
+            self._levels[which] = NoiseLevels(
+                shifted(self.task.schedule, shift, area), kind, config.logit_mean,
+                config.logit_std, config.lowest_noise, config.highest_noise,
+            )  # fmt: skip
+        return self._levels[which]
 
     def _captions(
         self, pictures: list[int], dropped: list[bool], chosen: list[float]

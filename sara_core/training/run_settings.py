@@ -22,6 +22,7 @@ COMPUTE_DTYPES = {
 }
 PUT_OUT = ("last step", "best validation")
 TRAINED_IN = ("device", "main memory")
+COMFYUIS = -1.0  # guidance
 LORA_FILES = ("none", EXACT, *RANKS)
 FREE = {"free": True}  # may be changed when a run is resumed, as it changes nothing that is learned
 
@@ -50,6 +51,8 @@ class RunSettings(TrainConfig):
         weights_on_device: With offloading, GB of the weights that stay on the device; -1 takes as many as
             fit beside what the run needs.
         trained_in: Where trained values and what the optimizer keeps of them are, one of `TRAINED_IN`.
+        guidance: Value that models distilled with guidance are trained at, where captions carry none of
+            their own; below 0 it is that of ComfyUI.
         allow_other_prediction: Train although the model is set to another prediction than that of
             its checkpoint.
         validation_split: Share of the pictures that is held out, in `[0, 1)`.
@@ -89,6 +92,7 @@ class RunSettings(TrainConfig):
     offloading: bool = field(default=False, metadata=FREE)
     weights_on_device: float = field(default=-1.0, metadata=FREE)
     trained_in: str = field(default="device", metadata=FREE)
+    guidance: float = 1.0
     allow_other_prediction: bool = False
     validation_split: float = 0.0
     validate_every_steps: int = 50
@@ -110,7 +114,7 @@ class RunSettings(TrainConfig):
         check_least(
             self, threshold=0, learning_rate=0, low_rank_weight=0, weight_decay=0,
             validate_every_steps=1, preview_every_steps=0, save_every_steps=0, keep_checkpoints=1,
-            weights_on_device=-1, epochs=0, patience=0,
+            weights_on_device=-1, guidance=COMFYUIS, epochs=0, patience=0,
         )  # fmt: skip
         check_share(self, "fraction", "progressive", "validation_split")
         check_choice(
@@ -178,6 +182,7 @@ class RunSettings(TrainConfig):
             learning_rate=other.learning_rate,
             lr_schedule=other.lr_schedule,
             warmup_steps=other.warmup_steps,
+            lr_cycles=other.lr_cycles,
         )
 
     def saved(self) -> dict:
@@ -193,7 +198,8 @@ class RunSettings(TrainConfig):
         """
         values = dict(saved)
         version = values.pop("version", 1)
-        if version == 1:  # an option that was not there yet was off
+        values.setdefault("guidance", COMFYUIS)  # an option that was not there yet was off
+        if version == 1:
             values = {"keep_state": False, "allow_other_prediction": True, **values}
         names = {entry.name for entry in dataclasses.fields(cls)}
         unknown = sorted(values.keys() - names)

@@ -220,7 +220,11 @@ class TrainingRun:
         """Return the learning rate of a step, counted from 0, on the present course."""
         config, start = self.config, self.config.schedule_start
         return self._peak_rate * factor(
-            step - start, config.steps - start, config.lr_schedule, config.warmup_steps
+            step - start,
+            config.steps - start,
+            config.lr_schedule,
+            config.warmup_steps,
+            config.lr_cycles,
         )
 
     def _make_step(self) -> StepReport | None:

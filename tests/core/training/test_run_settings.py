@@ -4,7 +4,7 @@ import json
 import pytest
 
 from sara_core.training.run_folder import RunFolder
-from sara_core.training.run_settings import PUT_OUT, RunSettings
+from sara_core.training.run_settings import COMFYUIS, PUT_OUT, RunSettings
 
 OF_VERSION_1 = {  # as 0.1.0 wrote it: the widgets of SaRA Train
     "batch_size": 8, "caption_dropout": 0.1, "exclude": "", "fraction": 0.1,
@@ -68,6 +68,13 @@ def test_more_steps_after_an_early_end_go_on_from_there():
     assert more.optimizer_options["progressive_step"] == 150  # where it was
     fewer = own.extended_by(20, own)
     assert fewer.optimizer_options["progressive_step"] == 0  # beyond the last step
+
+
+def test_a_run_of_before_goes_on_at_the_guidance_it_had():
+    saved = RunSettings().saved()
+    assert RunSettings.read(saved).guidance == 1.0
+    del saved["guidance"]
+    assert RunSettings.read(saved).guidance == COMFYUIS == -1.0
 
 
 def test_a_run_that_holds_nothing_out_is_not_resumed_by_what_is_held_out():

@@ -27,6 +27,12 @@ def test_schedules_by_hand():
     assert [factor(s, 6, "linear", 2) for s in range(6)] == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
     assert factor(5, 10, "cosine") == pytest.approx(0.5)
     assert factor(9, 10, "cosine") == pytest.approx(0.5 * (1 + math.cos(0.9 * math.pi)))
+    assert [factor(s, 12, "cosine_restarts", cycles=3) for s in (0, 4, 8)] == [1.0] * 3
+    assert factor(2, 12, "cosine_restarts", cycles=3) == pytest.approx(0.5)
+    assert factor(7, 12, "cosine_restarts", cycles=3) == factor(3, 12, "cosine_restarts", cycles=3)
+    assert factor(9, 10, "cosine_restarts") == factor(9, 10, "cosine")
+    courses = [factor(s, 12, "constant_then_linear", 2) for s in range(12)]
+    assert courses == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0.5])
     with pytest.raises(ValueError, match="'poly'; expected one of constant, linear, cosine"):
         factor(0, 10, "poly")
 
