@@ -169,6 +169,24 @@ def ending_inputs() -> list:
     ]
 
 
+def average_inputs() -> list:
+    """An average of what is learned."""
+    return [
+        io.Float.Input(
+            "ema_decay",
+            default=SETTINGS.ema_decay,
+            min=0.0,
+            max=0.9999,
+            step=0.0001,
+            optional=True,
+            tooltip="Keeps a running average of the trained values (EMA), which is then what is previewed, "
+            "measured, saved and put out: 0.99 averages about the last 100 steps, 0.999 the last 1000. It takes 4 "
+            "bytes for each trained weight. Of use at a constant learning rate; after a cosine there is little left "
+            "to average. 0 is off.",
+        ),
+    ]
+
+
 def saving_inputs() -> list:
     """What is kept and shown."""
     return [

@@ -15,6 +15,7 @@ from .ending import MEMORY_ADVICE
 from .reporter import Reporter
 
 GRADIENT = 4  # bytes of a trained weight that come and go with each step
+AVERAGE = 4  # bytes of a trained weight for its average
 GIB = 1024**3
 LEFT_FREE = GIB  # of what could hold weights: for previews, and for what is not seen of kernels
 
@@ -84,9 +85,10 @@ def measure(
     optimizer, device = training.optimizer, calls.device
     base = sum(bytes_on(device, p) for p in calls.model.parameters())
     count = sum(leaf.numel() for leaf in optimizer.parameters() if leaf.device == device)
-    to_come = GRADIENT + (0 if optimizer.state else BYTES[settings.moments])
+    average = AVERAGE if settings.ema_decay else 0
+    to_come = GRADIENT + (0 if optimizer.state else BYTES[settings.moments] + average)
     saved = BYTES["fp32"] - BYTES[settings.moments]
-    trained = count * (host.bytes_per_trained_weight(calls.patcher) - saved)
+    trained = count * (host.bytes_per_trained_weight(calls.patcher) - saved + average)
     used, total = host.memory_in_use()
     free = total - used + base + trained - count * to_come
     one = _rehearsed(training, 1)

@@ -7,6 +7,7 @@ from .. import output_folder
 from ..inputs import advanced, filter_inputs, fraction_input, threshold_input
 from .folded_widgets import (
     SETTINGS,
+    average_inputs,
     ending_inputs,
     loss_inputs,
     memory_inputs,
@@ -36,6 +37,7 @@ def training_inputs() -> list:
                 *offloading_inputs(),
                 *ending_inputs(),
                 *shift_and_guidance_inputs(),
+                *average_inputs(),
             ]
         ),
     ]

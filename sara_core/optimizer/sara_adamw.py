@@ -14,6 +14,7 @@ from ..weights.parameters import choose_parameters, refuse_untrainable_dtypes
 from ..weights.selection import select
 from ..weights.shards import refuse_other_divisions, reshard
 from . import adam_moments, learning_rate
+from .average import follow_, refuse_bad_decay
 from .data_parallel import GradientAverage, is_shared, refuse_differences, refuse_wrapped
 from .low_rank import add_gradient_
 from .saved_state import FORMATS, PLAIN, checked, moments_by_place
@@ -70,6 +71,8 @@ class SaraAdamW(TrainedModel, torch.optim.Optimizer):
             threshold go on (half of the run in the paper); 0 is off.
         moments: How AdamW's two moments are kept: "fp32", or "8bit", which takes 2 bytes a trained
             weight instead of 8 and needs torchao.
+        ema_decay: Decay of an exponential average of the trained values, in `[0, 1)`; 0 keeps none. With
+            one, `delta` and `at_strength` go by the average; it takes 4 bytes a trained weight.
         max_grad_norm: Gradients of a larger norm are scaled down to it in each step; 0 is off. The
             model's own parameters have none that `clip_grad_norm_` could find.
         include: Only parameters in whose name one of these patterns occurs.
@@ -110,6 +113,7 @@ class SaraAdamW(TrainedModel, torch.optim.Optimizer):
         low_rank_matrices: int = 1,
         progressive_step: int = 0,
         moments: str = "fp32",
+        ema_decay: float = 0.0,
         max_grad_norm: float = 0.0,
         include: str | Iterable[str] | None = None,
         exclude: str | Iterable[str] | None = None,
@@ -127,6 +131,7 @@ class SaraAdamW(TrainedModel, torch.optim.Optimizer):
             low_rank_matrices=low_rank_matrices, progressive_step=progressive_step,
             max_grad_norm=max_grad_norm,
         )  # fmt: skip
+        refuse_bad_decay(ema_decay)
         adam_moments.refuse_unusable(moments)
         refuse_wrapped(model)
         reshard(model)
@@ -149,6 +154,7 @@ class SaraAdamW(TrainedModel, torch.optim.Optimizer):
         self.low_rank_matrices = low_rank_matrices
         self.progressive_step = progressive_step
         self.moments = moments
+        self.ema_decay = ema_decay
         self.max_grad_norm = max_grad_norm
         self.num_steps = 0
         self.stage = 1
@@ -241,6 +247,8 @@ class SaraAdamW(TrainedModel, torch.optim.Optimizer):
         if self._average is not None:
             self._average.forget()
         self.num_steps += 1
+        if self.ema_decay:
+            follow_(self._weights.every, self.ema_decay, self.num_steps)
         if self.num_steps == self.progressive_step:
             self.reselect()
         return loss
@@ -315,7 +323,9 @@ class SaraAdamW(TrainedModel, torch.optim.Optimizer):
             ImportError: Its moments are in 8 bits, and torchao is missing; the same holds.
         """
         saved = checked(state_dict)
-        taken = take_over_weights(self._weights, saved["weights"], saved["fingerprint"])
+        taken = take_over_weights(
+            self._weights, saved["weights"], saved["fingerprint"], bool(self.ema_decay)
+        )
         self.state.clear()
         self.param_groups[0]["params"] = self.parameters()
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})

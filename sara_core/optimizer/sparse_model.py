@@ -48,6 +48,11 @@ class SparseModel:
         return bool(self._hooks)
 
     @property
+    def every(self) -> list[SparseWeight]:
+        """The weights that train, and those that no longer do."""
+        return [*self.active, *self.frozen]
+
+    @property
     def averaged(self) -> list[SparseWeight]:
         """The active weights that each process has as a whole; `fully_shard` averages the others."""
         return [weight for weight in self.active if not is_sharded(weight.parameter)]
@@ -169,7 +174,7 @@ class SparseModel:
     def _each(self, act: Callable[[SparseWeight], None]) -> None:
         """Do something with every weight; the first error is raised after all have had their turn."""
         first = None
-        for weight in (*self.active, *self.frozen):
+        for weight in self.every:
             try:
                 act(weight)
             except Exception as error:
@@ -179,12 +184,13 @@ class SparseModel:
 
     @contextlib.contextmanager
     def at_strength(self, strength: float) -> Iterator[None]:
-        """Have the module hold base + strength * (trained - base) for a while."""
-        if strength == 1:
+        """Have the module hold base + strength * (learned - base) for a while."""
+        weights = self.every
+        if strength == 1 and all(weight.average is None for weight in weights):
             yield
             return
         try:
-            for weight in (*self.active, *self.frozen):
+            for weight in weights:
                 weight.scale_(strength)
             reshard(self.module)
             yield
@@ -240,7 +246,7 @@ class SparseModel:
 
 
 def entries_of(records: Sequence[Mapping]) -> dict[str, DeltaEntry]:
-    """Return learned minus base of saved weights by parameter name, on the CPU.
+    """Return learned minus base of saved weights by parameter name, on the CPU; the average where one is kept.
 
     Args:
         records: As `SparseModel.state` returns them; a parameter may have an active and a frozen
@@ -252,7 +258,9 @@ def entries_of(records: Sequence[Mapping]) -> dict[str, DeltaEntry]:
     entries = {}
     for name, found in parts.items():
         index = torch.cat([record["index"].cpu() for record in found])
-        values = torch.cat([(r["values"] - r["base"].to(r["values"].dtype)).cpu() for r in found])
+        learned = [record.get("average", record["values"]) for record in found]
+        bases = [record["base"].to(record["values"].dtype) for record in found]
+        values = torch.cat([(a - b).cpu() for a, b in zip(learned, bases, strict=True)])
         if len(found) > 1:
             order = torch.argsort(index)
             index, values = index[order], values[order]

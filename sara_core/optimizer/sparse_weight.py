@@ -37,6 +37,8 @@ class SparseWeight:
         leaf: Shape `(k,)`; its `grad` is the gradient of the trained values. What it holds itself
             does not matter. A DTensor over all parts where the parameter is one.
         num_whole: Number of selected weights in all parts.
+        average: Average of the trained values, `(k,)`, `dtype`, which is put out in their place; None where
+            none is kept.
         acting: What a quantised parameter acts with in place of its base values, `(k,)`; None for those.
     """
 
@@ -56,6 +58,7 @@ class SparseWeight:
         self._gaps = _gaps(index.to(learned_on(parameter)))
         self.is_quantised = isinstance(parameter, Quantised)
         self.acting: Tensor | None = None
+        self.average: Tensor | None = None
         self.dtype = torch.promote_types(torch.float32, parameter.dtype)
         self._base = None
         if not self.is_quantised:
@@ -202,10 +205,14 @@ class SparseWeight:
 
     @torch.no_grad()
     def scale_(self, strength: float) -> None:
-        """Put base + strength * (trained - base) into the parameter, and keep the trained values."""
+        """Put base + strength * (learned - base) into the parameter, and keep the trained values.
+
+        Learned is the average, where one is kept, and else the trained values.
+        """
         self.keep()
-        base, trained = self.base.to(self.dtype), self.trained
-        self._put(base + strength * (trained - base), self.index)
+        base, learned = self.base.to(self.dtype), self.average
+        learned = self.trained if learned is None else learned
+        self._put(base + strength * (learned - base), self.index)
 
     def keep(self) -> None:
         """Hold the trained values, whatever happens to the parameter from now on."""
@@ -231,17 +238,18 @@ class SparseWeight:
             )
 
     def record(self) -> dict:
-        """Return selection, base and trained values of all parts as tensors and plain values."""
-        of_all = (self.shard.in_whole(self.index), self.base, self.trained)
-        index, base, values = (self.shard.whole(of_part)[0] for of_part in of_all)
+        """Return selection, base, trained and average values of all parts as tensors and plain values."""
+        of_all = {"base": self.base, "values": self.trained}
+        if self.average is not None:
+            of_all["average"] = self.average
+        found = {key: self.shard.whole(of_part)[0] for key, of_part in of_all.items()}
         if self.shard.is_part:  # more than this device may have room for
-            base, values = base.cpu(), values.cpu()
+            found = {key: whole.cpu() for key, whole in found.items()}
         return {
             "name": self.name,
             "shape": self.shard.shape,
-            "index": index.cpu(),
-            "base": base,
-            "values": values,
+            "index": self.shard.whole(self.shard.in_whole(self.index))[0].cpu(),
+            **found,
         }
 
     def part(self, marked: Tensor) -> "SparseWeight":
@@ -250,6 +258,7 @@ class SparseWeight:
         base = None if self._base is None else self._base[marked]
         part = SparseWeight(self.name, self.parameter, self.index[marked], base, values, self.shard)
         part.acting = None if self.acting is None else part.trained
+        part.average = None if self.average is None else self.average[marked]
         if (gradient := self.gradient) is not None:
             part.gradient = gradient[marked]
         return part

@@ -15,7 +15,7 @@ from .sparse_weight import SparseWeight
 
 
 def take_over_weights(
-    model: SparseModel, records: Sequence[Mapping], fingerprint: str
+    model: SparseModel, records: Sequence[Mapping], fingerprint: str, averaged: bool = False
 ) -> list[slice]:
     """Take over a saved selection with its values; base values are put back first.
 
@@ -23,6 +23,7 @@ def take_over_weights(
         model: Of the module to go on with.
         records: What `SparseModel.state` returned.
         fingerprint: Of the base it was saved on.
+        averaged: Take over averages of the values, too.
 
     Returns:
         Which of the values of each record that is not frozen are held in this process.
@@ -60,6 +61,8 @@ def take_over_weights(
         )
         weight = SparseWeight(record["name"], parameter, positions, base, values, shard)
         weight.write_(values, positions)
+        if averaged and "average" in record:
+            weight.average = record["average"][own].to(learned_on(parameter), copy=True)
         if record["frozen"]:
             model.frozen.append(weight)
         else:
@@ -152,4 +155,5 @@ def _is_sound(record: Mapping, numel: int) -> bool:
     index = record["index"].long()
     ascending = bool((index.diff() > 0).all())
     in_range = len(index) > 0 and int(index[0]) >= 0 and int(index[-1]) < numel
-    return ascending and in_range and len(index) == len(record["base"]) == len(record["values"])
+    lengths = {len(record[key]) for key in ("base", "values", "average") if key in record}
+    return ascending and in_range and lengths == {len(index)}

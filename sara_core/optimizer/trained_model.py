@@ -39,6 +39,8 @@ class TrainedModel:
     def delta(self, metadata: dict[str, str] | None = None) -> SparseDelta:
         """Return what was learned so far: trained minus base values, float32, by parameter name.
 
+        Where an average of the trained values is kept, it takes their place.
+
         Args:
             metadata: Further text to keep in the delta's file.
         """
@@ -55,10 +57,11 @@ class TrainedModel:
     def at_strength(self, strength: float) -> AbstractContextManager[None]:
         """Have the model act, within the context, as with the delta applied at this strength.
 
-        Afterwards it holds the trained values again, bit for bit. Do not make steps meanwhile.
+        Afterwards it holds the trained values again, bit for bit. Do not make steps meanwhile. Where
+        an average of the trained values is kept, the model acts with that.
 
         Args:
-            strength: Factor of what was learned; 0 is the base, 1 changes nothing.
+            strength: Factor of what was learned; 0 is the base, 1 the whole.
         """
         return self._weights.at_strength(strength)
 

@@ -8,6 +8,7 @@ import torch
 
 from ..delta.export import EXACT, RANKS
 from ..optimizer.adam_moments import KINDS
+from ..optimizer.average import refuse_bad_decay
 from ..optimizer.sara_adamw import LOW_RANK_WEIGHT
 from ..weights.selection import ZEROS
 from .config import TrainConfig, check_choice, check_least, check_share
@@ -51,6 +52,7 @@ class RunSettings(TrainConfig):
         weights_on_device: With offloading, GB of the weights that stay on the device; -1 takes as many as
             fit beside what the run needs.
         trained_in: Where trained values and what the optimizer keeps of them are, one of `TRAINED_IN`.
+        ema_decay: See `SaraAdamW`; with an average, it is what is validated, previewed, saved and put out.
         guidance: Value that models distilled with guidance are trained at, where captions carry none of
             their own; below 0 it is that of ComfyUI.
         allow_other_prediction: Train although the model is set to another prediction than that of
@@ -92,6 +94,7 @@ class RunSettings(TrainConfig):
     offloading: bool = field(default=False, metadata=FREE)
     weights_on_device: float = field(default=-1.0, metadata=FREE)
     trained_in: str = field(default="device", metadata=FREE)
+    ema_decay: float = 0.0
     guidance: float = 1.0
     allow_other_prediction: bool = False
     validation_split: float = 0.0
@@ -117,6 +120,7 @@ class RunSettings(TrainConfig):
             weights_on_device=-1, guidance=COMFYUIS, epochs=0, patience=0,
         )  # fmt: skip
         check_share(self, "fraction", "progressive", "validation_split")
+        refuse_bad_decay(self.ema_decay)
         check_choice(
             self, zeros=ZEROS, moments=KINDS, training_dtype=COMPUTE_DTYPES, save_dtype=SAVE_DTYPES,
             lora_file=LORA_FILES, trained_in=TRAINED_IN, put_out=PUT_OUT,
@@ -151,6 +155,7 @@ class RunSettings(TrainConfig):
                     "low_rank_weight",
                     "weight_decay",
                     "moments",
+                    "ema_decay",
                 )  # fmt: skip
             },
         }

@@ -174,6 +174,7 @@ class TrainingRun:
     def validate(self) -> float | None:
         """Return the loss on the pictures held out, at the same noise every time; None without any.
 
+        It is that of the average of the trained values, where the optimizer keeps one.
         The run's own random numbers are not touched.
         """
         batches = [
@@ -182,7 +183,7 @@ class TrainingRun:
             for start in range(0, len(bucket), self.batch_size)
         ]
         generator = torch.Generator().manual_seed(VALIDATION_SEED)
-        with torch.no_grad():
+        with torch.no_grad(), self.optimizer.at_strength(1.0):
             losses = [
                 self.passes.total_loss(self.passes.draw(batch, generator))
                 for batch in batches * VALIDATION_DRAWS

@@ -198,3 +198,32 @@ def test_endings_that_cannot_be_are_refused_when_queued(sara):
     assert "expected one of last step, best validation" in refused(put_out="best")
     assert refused(patience=2, validation_split=0.1, put_out="best validation") is True
     assert refused(patience=2, validation_split=None) is True  # linked
+
+
+def test_an_average_is_what_is_measured_saved_and_put_out(sd15, sara, tmp_path):
+    common = {
+        "learning_rate": 1e-3, "lr_schedule": "constant", "save_every_steps": 3, "keep_checkpoints": 9,
+    }  # fmt: skip
+    plain, _, _ = run(sara, sd15, tmp_path / "plain", held_out(sara, **common))
+    options = held_out(sara, ema_decay=0.5, **common)
+    path, losses, _ = run(sara, sd15, tmp_path / "average", options)
+    averaged, trained = sara.core.SparseDelta.load(path), sara.core.SparseDelta.load(plain)
+    state = sara.folder.RunFolder(path.parent)
+    records = state.read_state()["run"]["optimizer"]["sara"]["weights"]
+    state.close()
+    for record in records:
+        if not record["frozen"] and len(record["index"]) == len(
+            averaged.entries[record["name"]].index
+        ):
+            expected = record["average"] - record["base"].float()
+            assert torch.equal(averaged.entries[record["name"]].values, expected)
+    first = next(iter(trained.entries))
+    assert not torch.equal(averaged.entries[first].values, trained.entries[first].values)
+    name = "checkpoint_0000003_steps.safetensors"
+    one, two = (sara.core.SparseDelta.load(file.parent / name) for file in (plain, path))
+    assert not torch.equal(one.entries[first].values, two.entries[first].values)
+    applied = sara.host.apply_delta(sd15, averaged, 1.0)
+    latents, captions = pairs(6)
+    examples = sara.examples.Examples(latents, captions)
+    with sara.run.prepared(applied, examples, options) as (_, training):
+        assert training.validate() == pytest.approx(losses["validation_loss"][-1], rel=1e-4)
