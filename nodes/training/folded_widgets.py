@@ -9,6 +9,7 @@ from ...sara_core.training.run_settings import (
     LORA_FILES,
     PUT_OUT,
     SAVE_DTYPES,
+    SELECT_FROM,
     TRAINED_IN,
     RunSettings,
 )
@@ -169,9 +170,18 @@ def ending_inputs() -> list:
     ]
 
 
-def average_inputs() -> list:
-    """An average of what is learned."""
+def late_inputs() -> list:
+    """An average of what is learned, and what is chosen to learn."""
     return [
+        io.Combo.Input(
+            "select_from",
+            options=list(SELECT_FROM),
+            default=SETTINGS.select_from,
+            optional=True,
+            tooltip="Where the smallest weights are looked for: in the whole model, as in the paper, so that "
+            "some layers train more than others; or the same fraction of each layer, each with a threshold "
+            "of its own, which learned more on one of our two small models and as much on the other.",
+        ),
         io.Float.Input(
             "ema_decay",
             default=SETTINGS.ema_decay,

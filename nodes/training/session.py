@@ -4,6 +4,7 @@ import dataclasses
 import traceback
 
 from ...sara_core.training.out_of_memory import is_out_of_memory
+from ...sara_core.training.run_settings import SELECT_FROM
 from ...sara_core.training.trainer import TrainingRun
 from .. import host
 from .ending import refuse_unlearned
@@ -69,9 +70,11 @@ class Session:
     def _begin(self, rates: list[float]) -> None:
         optimizer, folder = self.training.optimizer, self.saver.folder
         self._stage = optimizer.stage
+        which = f"those below {optimizer.threshold:.4g}"
+        if self.settings.select_from != SELECT_FROM[0]:
+            which = f"the smallest {self.settings.fraction:.1%} of each layer"
         self.reporter.say(
-            f"training {optimizer.num_trainable} of {optimizer.num_considered} weights, those "
-            f"below {optimizer.threshold:.4g}, for {self.settings.steps} steps at a learning rate "
+            f"training {optimizer.num_trainable} of {optimizer.num_considered} weights, {which}, for {self.settings.steps} steps at a learning rate "
             f"of {self.training.learning_rate(self.settings.schedule_start):.3g}, in {folder.path}"
         )
         chart = self.reporter.chart

@@ -7,8 +7,8 @@ from .. import output_folder
 from ..inputs import advanced, filter_inputs, fraction_input, threshold_input
 from .folded_widgets import (
     SETTINGS,
-    average_inputs,
     ending_inputs,
+    late_inputs,
     loss_inputs,
     memory_inputs,
     offloading_inputs,
@@ -37,7 +37,7 @@ def training_inputs() -> list:
                 *offloading_inputs(),
                 *ending_inputs(),
                 *shift_and_guidance_inputs(),
-                *average_inputs(),
+                *late_inputs(),
             ]
         ),
     ]

@@ -79,6 +79,8 @@ class SaraAdamW(TrainedModel, torch.optim.Optimizer):
         exclude: No parameters in whose name one of these patterns occurs.
         biases_and_norms: Also select among parameters of fewer than two dimensions.
         zeros: How exact zeros are treated, see `selection.select`.
+        by_parameter: Select the smallest weights of each parameter, `fraction` of them, by a threshold of
+            its own, instead of the smallest of the whole model. The rule for `lr` goes by the one of all.
         seed: Seed of the draws for the low-rank term.
         distributed: Average gradients over processes where torch.distributed is initialised. False
             trains in this one alone.
@@ -119,6 +121,7 @@ class SaraAdamW(TrainedModel, torch.optim.Optimizer):
         exclude: str | Iterable[str] | None = None,
         biases_and_norms: bool = False,
         zeros: str = "auto",
+        by_parameter: bool = False,
         seed: int = 0,
         distributed: bool = True,
         process_group: "torch.distributed.ProcessGroup | None" = None,
@@ -144,6 +147,7 @@ class SaraAdamW(TrainedModel, torch.optim.Optimizer):
             fraction=fraction,
             num_trainable=num_trainable,
             zeros=zeros,
+            by_parameter=by_parameter,
         )
         lr = learning_rate.rule(selection.threshold) if lr is None else lr
 
@@ -162,7 +166,7 @@ class SaraAdamW(TrainedModel, torch.optim.Optimizer):
         self._low_rank_added = self._has_updated = False
         self.generator = torch.Generator().manual_seed(seed)
         self.fingerprint = take_fingerprint(parameters, selection.index)
-        self._weights = SparseModel(model, selection.index)
+        self._weights = SparseModel(model, selection.index, selection.own_thresholds)
         self._average = None
         if distributed and is_shared(process_group):
             facts = {

@@ -27,15 +27,23 @@ class SparseModel:
     Args:
         module: The model; its selected weights change only through `write_` and `restore_`.
         index: Sorted flat positions by parameter name, none of them empty.
+        thresholds: Of parameters that have one of their own.
     """
 
-    def __init__(self, module: nn.Module, index: Mapping[str, Tensor]):
+    def __init__(
+        self,
+        module: nn.Module,
+        index: Mapping[str, Tensor],
+        thresholds: Mapping[str, float] | None = None,
+    ):
         self.module = module
         self._arrived: Callable[..., None] | None = None
         self._reduced: str | None = None
         self.parameters = dict(module.named_parameters())
         self._large_convolutions: list[Any] = [part for part in module.modules() if is_large(part)]
         self.active = [SparseWeight(name, self.parameters[name], i) for name, i in index.items()]
+        for weight in self.active:
+            weight.threshold = (thresholds or {}).get(weight.name)
         self.frozen: list[SparseWeight] = []
         self._requires_grad = {name: p.requires_grad for name, p in self.parameters.items()}
         self._hooks: list = []
@@ -199,12 +207,13 @@ class SparseModel:
             reshard(self.module)
 
     def marks_below(self, threshold: float) -> tuple[list[Tensor], int]:
-        """Mark the active weights whose trained value lies closer to zero than a threshold.
+        """Mark the active weights whose trained value lies closer to zero than their own or else a threshold.
 
         Returns:
             One bool mask `(k,)` per active weight, and the number marked in all.
         """
-        marks = [weight.trained.abs() < threshold for weight in self.active]
+        limits = [threshold if w.threshold is None else w.threshold for w in self.active]
+        marks = [w.trained.abs() < limit for w, limit in zip(self.active, limits, strict=True)]
         pairs = zip(self.active, marks, strict=True)
         return marks, int(sum(total(weight.parameter, mark.sum()) for weight, mark in pairs))
 

@@ -37,6 +37,7 @@ class SparseWeight:
         leaf: Shape `(k,)`; its `grad` is the gradient of the trained values. What it holds itself
             does not matter. A DTensor over all parts where the parameter is one.
         num_whole: Number of selected weights in all parts.
+        threshold: Of this parameter alone; None where there is one for all.
         average: Average of the trained values, `(k,)`, `dtype`, which is put out in their place; None where
             none is kept.
         acting: What a quantised parameter acts with in place of its base values, `(k,)`; None for those.
@@ -59,6 +60,7 @@ class SparseWeight:
         self.is_quantised = isinstance(parameter, Quantised)
         self.acting: Tensor | None = None
         self.average: Tensor | None = None
+        self.threshold: float | None = None
         self.dtype = torch.promote_types(torch.float32, parameter.dtype)
         self._base = None
         if not self.is_quantised:
@@ -250,6 +252,7 @@ class SparseWeight:
             "shape": self.shard.shape,
             "index": self.shard.whole(self.shard.in_whole(self.index))[0].cpu(),
             **found,
+            **({} if self.threshold is None else {"threshold": self.threshold}),
         }
 
     def part(self, marked: Tensor) -> "SparseWeight":
@@ -258,6 +261,7 @@ class SparseWeight:
         base = None if self._base is None else self._base[marked]
         part = SparseWeight(self.name, self.parameter, self.index[marked], base, values, self.shard)
         part.acting = None if self.acting is None else part.trained
+        part.threshold = self.threshold
         part.average = None if self.average is None else self.average[marked]
         if (gradient := self.gradient) is not None:
             part.gradient = gradient[marked]

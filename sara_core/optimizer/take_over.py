@@ -61,6 +61,7 @@ def take_over_weights(
         )
         weight = SparseWeight(record["name"], parameter, positions, base, values, shard)
         weight.write_(values, positions)
+        weight.threshold = record.get("threshold")
         if averaged and "average" in record:
             weight.average = record["average"][own].to(learned_on(parameter), copy=True)
         if record["frozen"]:

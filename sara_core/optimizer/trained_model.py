@@ -48,8 +48,9 @@ class TrainedModel:
 
     def delta_metadata(self) -> dict[str, str]:
         """Return what a delta's file says about the training so far."""
+        has_one = all(weight.threshold is None for weight in self._weights.every)
         return {
-            "sara.threshold": repr(self.threshold),
+            **({"sara.threshold": repr(self.threshold)} if has_one else {}),
             "sara.steps": str(self.num_steps),
             "sara.fingerprint": self.fingerprint,
         }

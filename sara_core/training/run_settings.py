@@ -21,6 +21,7 @@ COMPUTE_DTYPES = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
+SELECT_FROM = ("model", "each layer")
 PUT_OUT = ("last step", "best validation")
 TRAINED_IN = ("device", "main memory")
 COMFYUIS = -1.0  # guidance
@@ -37,6 +38,8 @@ class RunSettings(TrainConfig):
     Args:
         threshold: Weights with a magnitude below it train; 0 takes `fraction`.
         fraction: Share of the weights that trains, the smallest ones, in `(0, 1]`.
+        select_from: Whether the smallest weights of the whole model train, or of each layer; one of
+            `SELECT_FROM`.
         include: Patterns of parameter names, separated by commas; empty takes all.
         exclude: Patterns of parameter names that do not train.
         zeros: How exact zeros are treated, see `selection.select`.
@@ -81,6 +84,7 @@ class RunSettings(TrainConfig):
     caption_dropout: float = 0.1
     threshold: float = 0.0
     fraction: float = 0.1
+    select_from: str = "model"
     include: str = ""
     exclude: str = ""
     zeros: str = "auto"
@@ -123,8 +127,13 @@ class RunSettings(TrainConfig):
         refuse_bad_decay(self.ema_decay)
         check_choice(
             self, zeros=ZEROS, moments=KINDS, training_dtype=COMPUTE_DTYPES, save_dtype=SAVE_DTYPES,
-            lora_file=LORA_FILES, trained_in=TRAINED_IN, put_out=PUT_OUT,
+            lora_file=LORA_FILES, trained_in=TRAINED_IN, put_out=PUT_OUT, select_from=SELECT_FROM,
         )  # fmt: skip
+        if self.threshold and self.select_from != SELECT_FROM[0]:
+            raise ValueError(
+                f"select_from is {self.select_from!r}, which goes by fraction, but threshold is "
+                f"{self.threshold:g}; set it to 0, or disconnect it, or select from the model"
+            )
         goes_by_validation = {"patience": self.patience, "put_out": self.put_out == PUT_OUT[1]}
         for name, is_set in goes_by_validation.items():
             if is_set and not self.validation_split:
@@ -143,6 +152,7 @@ class RunSettings(TrainConfig):
         """What `SaraAdamW` takes beside the model."""
         return {
             **self.selection_rule,
+            "by_parameter": self.select_from == SELECT_FROM[1],
             "lr": self.learning_rate or None,
             "progressive_step": round(self.progressive * self.steps),
             **{

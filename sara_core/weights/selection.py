@@ -1,8 +1,8 @@
-"""Choose the weights that train: the smallest by magnitude over the whole model."""
+"""Choose the weights that train: the smallest by magnitude, over the whole model or in each parameter."""
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -39,6 +39,7 @@ class Selection:
         num_considered: Weights in all the parameters looked at.
         num_zeros: Exact zeros among them.
         zeros_skipped: Whether exact zeros were skipped.
+        own_thresholds: Threshold of each parameter, in place of the one, where each has its own.
     """
 
     threshold: float
@@ -46,6 +47,7 @@ class Selection:
     num_considered: int
     num_zeros: int
     zeros_skipped: bool
+    own_thresholds: dict[str, float] = field(default_factory=dict)
 
     @property
     def num_selected(self) -> int:
@@ -154,8 +156,9 @@ def select(
     fraction: float | None = None,
     num_trainable: int | str | None = None,
     zeros: str = "auto",
+    by_parameter: bool = False,
 ) -> Selection:
-    """Select the weights that train, over all `parameters` together.
+    """Select the weights that train, over all `parameters` together or the same share of each.
 
     Exactly one of `threshold`, `fraction` and `num_trainable` is given. For a budget the threshold
     is the smallest magnitude left out, so the count is met exactly; only equal magnitudes at that
@@ -172,9 +175,11 @@ def select(
         num_trainable: Number of weights, as `parse_count` reads it.
         zeros: "train" selects exact zeros like any small weight, "skip" never does, "auto" trains
             them unless they would be more than half of the selection.
+        by_parameter: Select the smallest of each parameter, by a threshold of its own, instead of the
+            smallest of all; takes `fraction`. `Selection.threshold` still is that of all.
 
     Raises:
-        ValueError: Not exactly one rule, a value out of range, NaN or infinity in a weight, or
+        ValueError: Not exactly one rule, another one than `fraction` with `by_parameter`, a value out of range, NaN or infinity in a weight, or
             nothing selected.
     """
     cutoff = solve_cutoff(
@@ -184,9 +189,11 @@ def select(
         num_trainable=num_trainable,
         zeros=zeros,
     )
+    own = _own_cutoffs(parameters, cutoff, fraction, zeros) if by_parameter else {}
+    cutoffs = own or dict.fromkeys(parameters, cutoff)
     index = {
-        name: small_weight_index(weight, cutoff.threshold, cutoff.skip_zeros)
-        for name, weight in parameters.items()
+        name: small_weight_index(parameters[name], found.threshold, found.skip_zeros)
+        for name, found in cutoffs.items()
     }
     index = {
         name: positions
@@ -208,8 +215,22 @@ def select(
             cutoff.num_considered,
         )
     return Selection(
-        cutoff.threshold, index, cutoff.num_considered, cutoff.num_zeros, cutoff.skip_zeros
-    )
+        cutoff.threshold, index, cutoff.num_considered, cutoff.num_zeros, cutoff.skip_zeros,
+        {name: found.threshold for name, found in own.items()},
+    )  # fmt: skip
+
+
+def _own_cutoffs(
+    parameters: Mapping[str, Tensor], whole: Cutoff, fraction: float | None, zeros: str
+) -> dict[str, Cutoff]:
+    """Return a cutoff for each parameter, but those of zeros alone, which are skipped unless they train."""
+    if fraction is None:
+        raise ValueError("by_parameter takes a share of each parameter; give fraction alone")
+    return {
+        name: solve_cutoff({name: weight}, fraction=fraction, zeros=zeros)
+        for name, weight in parameters.items()
+        if zeros == "train" or whole.zeros[name] < weight.numel()
+    }
 
 
 def _refuse_rules(threshold, fraction, num_trainable, zeros) -> None:

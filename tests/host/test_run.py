@@ -158,3 +158,13 @@ def test_what_a_module_keeps_from_step_to_step_is_dropped(sd15, sara, monkeypatc
     hook.remove()
     assert len(found) >= 3
     assert not any(found)
+
+
+def test_each_layer_trains_the_same_share_if_asked(sd15, sara):
+    latents, captions = pairs(2)
+    options = settings(sara, select_from="each layer", fraction=0.1, steps=2, progressive=0)
+    delta, _ = train(sara, sd15, latents, captions, options)
+    for name, entry in delta.entries.items():
+        count = torch.Size(entry.shape).numel()
+        assert len(entry.index) == max(1, round(0.1 * count)), name
+    assert "sara.threshold" not in delta.metadata

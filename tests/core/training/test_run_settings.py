@@ -91,6 +91,7 @@ def test_a_run_that_holds_nothing_out_is_not_resumed_by_what_is_held_out():
         ({"patience": 3}, "patience is 3, which goes by .* validation_split is 0"),
         ({"put_out": "best validation"}, "put_out is 'best validation', which goes by"),
         ({"put_out": "best"}, "put_out is 'best'; expected one of last step, best validation"),
+        ({"select_from": "each layer", "threshold": 0.1}, "goes by fraction, but threshold is 0.1"),
         ({"fraction": 1.5}, "fraction is 1.5; expected 0 to 1"),
         ({"keep_checkpoints": 0}, "keep_checkpoints is 0"),
         ({"zeros": "never"}, "zeros is 'never'; expected one of auto, skip, train"),

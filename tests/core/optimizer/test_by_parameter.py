@@ -1,0 +1,114 @@
+"""The smallest weights of each parameter, by a threshold of its own, against sorting and a dense reference."""
+
+import copy
+
+import pytest
+import torch
+
+from sara_core import SaraAdamW, select
+
+from ..helpers import LR, Net, loss_of
+
+FRACTION = 0.2
+
+
+def matrices(net):
+    return {name: p for name, p in net.named_parameters() if p.dim() > 1}
+
+
+def limits_of(parameters):
+    """By sorting: the smallest magnitude that is left out of each."""
+    return {
+        name: p.detach().abs().flatten().sort().values[round(FRACTION * p.numel())].item()
+        for name, p in parameters.items()
+    }
+
+
+def test_each_parameter_gives_the_same_share():
+    net = Net()
+    with torch.no_grad():
+        net.first.weight.mul_(10)
+    parameters = matrices(net)
+    found = select(parameters, fraction=FRACTION, by_parameter=True)
+    assert found.own_thresholds == limits_of(parameters)
+    for name, p in parameters.items():
+        expected = (p.detach().abs() < found.own_thresholds[name]).flatten().nonzero()[:, 0]
+        assert torch.equal(found.index[name].long(), expected)
+        assert len(expected) == round(FRACTION * p.numel())
+    assert found.threshold == select(parameters, fraction=FRACTION).threshold
+
+
+def test_parameters_of_zeros_take_nothing_unless_zeros_train():
+    weights = {"a": torch.randn(20, 20), "zeros": torch.zeros(20, 20), "half": torch.randn(20, 20)}
+    weights["half"].flatten()[:200] = 0
+    found = select(weights, fraction=0.1, by_parameter=True)
+    assert {name: len(index) for name, index in found.index.items()} == {"a": 40, "half": 20}
+    assert not (weights["half"].flatten()[found.index["half"].long()] == 0).any()
+    everything = select(weights, fraction=0.1, by_parameter=True, zeros="train")
+    assert len(everything.index["zeros"]) == 400  # none of them can be told from the others
+
+
+@pytest.mark.parametrize("rule", [{"threshold": 0.1}, {"num_trainable": 5}])
+def test_it_goes_by_fraction(rule):
+    with pytest.raises(ValueError, match="give fraction alone"):
+        select({"w": torch.randn(4, 4)}, by_parameter=True, **rule)
+
+
+def test_it_trains_as_masked_adamw_and_each_goes_on_below_its_own_threshold():
+    """Every weight moves by about the rate, so some leave their threshold on the way."""
+    net = Net()
+    parameters, base = matrices(net), copy.deepcopy(net)
+    limits = limits_of(parameters)
+    reference = copy.deepcopy(net)
+    dense = matrices(reference)
+    masks = {name: p.detach().abs() < limits[name] for name, p in dense.items()}
+    adamw = torch.optim.AdamW(dense.values(), lr=LR, weight_decay=0.0)
+    optimizer = SaraAdamW(
+        net, fraction=FRACTION, by_parameter=True, lr=LR, low_rank_weight=0, progressive_step=3
+    )
+    for step in range(6):
+        if step == 3:
+            masks = {name: mask & (dense[name].detach().abs() < limits[name]) for name, mask in masks.items()}  # fmt: skip
+        loss_of(reference, step).backward()
+        before = {name: p.detach().clone() for name, p in dense.items()}
+        for name, p in dense.items():
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad * masks[name]
+        adamw.step()
+        with torch.no_grad():  # those that stopped keep their value, whatever their moments say
+            for name, p in dense.items():
+                p.copy_(torch.where(masks[name], p, before[name]))
+        reference.zero_grad()
+        loss_of(net, step).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert optimizer.stage == 2
+    assert optimizer.num_trainable == sum(int(m.sum()) for n, m in masks.items() if "unused" not in n) + int(masks["unused.weight"].sum())  # fmt: skip
+    stopped = sum(round(FRACTION * p.numel()) for p in dense.values()) - optimizer.num_trainable
+    assert stopped > 100
+    for name, p in dense.items():
+        torch.testing.assert_close(parameters[name], p, rtol=0, atol=1e-6)
+    assert "sara.threshold" not in optimizer.delta_metadata()
+    optimizer.restore()
+    for one, two in zip(base.parameters(), net.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_a_saved_run_keeps_its_thresholds():
+    options = {"lr": LR, "low_rank_weight": 0, "progressive_step": 4}
+
+    def steps(net, optimizer, seeds):
+        for seed in seeds:
+            loss_of(net, seed).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    straight, stopped, resumed = Net(), Net(), Net()
+    one = SaraAdamW(straight, fraction=FRACTION, by_parameter=True, **options)
+    steps(straight, one, range(6))
+    first = SaraAdamW(stopped, fraction=FRACTION, by_parameter=True, **options)
+    steps(stopped, first, range(2))
+    second = SaraAdamW(resumed, fraction=0.05, **options)  # takes over everything
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    steps(resumed, second, range(2, 6))
+    for a, b in zip(straight.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
