@@ -56,7 +56,8 @@ def methods_table(by_name):
         found = ""
         if shares:
             least, most = curves.interval(shares)
-            found = f"{statistics.mean(shares):+.1%} ({least:+.1%} to {most:+.1%})"
+            found = f"{statistics.mean(shares):+.1%}"
+            found += f" ({least:+.1%} to {most:+.1%})" if len(shares) > 1 else ""
         lines.append(f"| {name} | {len(seeds)} | {' | '.join(cells)} | {found} |")
     return lines
 
@@ -138,7 +139,8 @@ def write(questions, runs, out, rows=None):
     for number, (title, found) in enumerate(questions.items(), 1):
         picture = f"images/evidence_{number}.png"
         if title in rows:
-            draw_rows(rows[title], [run["name"] for run in found]).save(out / picture)
+            if all(file.is_file() for file in rows[title]):  # else the picture there stays
+                draw_rows(rows[title], [run["name"] for run in found]).save(out / picture)
             text += looks_section(title, found, picture)
         else:
             draw(curves.points(found), RIVAL).save(out / picture)

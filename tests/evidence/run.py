@@ -2,8 +2,8 @@
 
 Run by `python dev.py evidence [QUESTION ...] [--part 0/2] [--quick] [--folder FOLDER]`. A run leaves one JSON
 file in the folder, by default in the cache; one that was interrupted begins anew, and one whose figures are in
-docs/evidence.json is not done again, unless `--anew` says so or pictures are wanted of it. When all are done, the
-report is written beside them, or where `--out` says.
+docs/evidence.json is not done again, unless `--anew` says so or pictures are wanted of it. The report, of the seeds
+of which every run is done, is written beside them, or where `--out` says.
 """
 
 import argparse
@@ -31,13 +31,19 @@ def do(plan, pictures, folder):
         print(f"{out.name}{': failed' if done.returncode else ''}", flush=True)
 
 
-def recall(folder):
-    """Put the runs of docs/evidence.json into the folder."""
+def recall(folder, with_pictures):
+    """Put the runs of docs/evidence.json into the folder; those that made pictures only if asked."""
     for run in json.loads(KNOWN.read_text()):
         plan = plan_of(run)
         file = folder / f"{key(plan)}.json"
-        if not (file.is_file() or plan.get("likeness")):
+        if not file.is_file() and (with_pictures or not plan.get("likeness")):
             file.write_text(json.dumps(run, indent=1))
+
+
+def whole_seeds(plans, runs):
+    """Return the plans of those seeds of a question of which every run is done."""
+    missing = {plan["seed"] for plan in plans if key(plan) not in runs}
+    return [plan for plan in plans if plan["seed"] not in missing]
 
 
 def main():
@@ -50,6 +56,9 @@ def main():
     parser.add_argument("--folder", type=Path, default=CACHE / "evidence")
     parser.add_argument("--out", type=Path, help="folder of the report")
     parser.add_argument("--anew", action="store_true", help="also what docs/evidence.json holds")
+    parser.add_argument(
+        "--report", action="store_true", help="only that, of the seeds that are done"
+    )
     parser.add_argument("--part", default="0/1", help="every n-th run, from this one on")
     parser.add_argument(
         "--quick", action="store_true", help="a few steps of some: the machinery only"
@@ -57,7 +66,7 @@ def main():
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     if not (options.anew or options.quick):
-        recall(options.folder)
+        recall(options.folder, with_pictures=options.report)
     drawn = CACHE / "evidence-pictures" / "emoji64.npz"
     if not drawn.is_file():
         drawn.parent.mkdir(exist_ok=True)
@@ -71,19 +80,17 @@ def main():
         asked = {"The machinery": quick([plan for plans in asked.values() for plan in plans])}
     every = {key(plan): plan for plans in asked.values() for plan in plans}
     first, step = map(int, options.part.split("/"))
-    for plan in list(every.values())[first::step]:
+    for plan in [] if options.report else list(every.values())[first::step]:
         do(plan, drawn, options.folder)
     files = {name: options.folder / f"{name}.json" for name in every}
     runs = {name: json.loads(file.read_text()) for name, file in files.items() if file.is_file()}
     if len(runs) < len(files) and step > 1:
         return  # another part will write the report
-    missing = {
-        title: sum(key(plan) not in runs for plan in plans) for title, plans in asked.items()
-    }
-    for title, count in missing.items():
-        if count:
-            print(f"left out of the report: {title} ({count} of {len(asked[title])} runs missing)")
-    asked = {title: plans for title, plans in asked.items() if not missing[title]}
+    for title, plans in asked.items():
+        if count := sum(key(plan) not in runs for plan in plans):
+            print(f"{title}: {count} of {len(plans)} runs missing")
+    asked = {title: whole_seeds(plans, runs) for title, plans in asked.items()}
+    asked = {title: plans for title, plans in asked.items() if plans}
     out = options.out or options.folder
     rows = {
         title: [options.folder / f"{key(plan)}.png" for plan in plans]
@@ -93,7 +100,7 @@ def main():
     questions = {title: [runs[key(plan)] for plan in plans] for title, plans in asked.items()}
     write(questions, list(runs.values()), out, rows)
     print(f"written: {out / 'evidence.md'}")
-    if any(missing.values()):
+    if len(runs) < len(files):
         sys.exit(1)
 
 
