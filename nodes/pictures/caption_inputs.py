@@ -63,6 +63,7 @@ def variant_rule(widgets: Mapping) -> VariantRule:
         shuffle=widgets.get("shuffle_tags", RULE.shuffle),
         keep=widgets.get("keep_tags", RULE.keep),
         dropout=widgets.get("tag_dropout", RULE.dropout),
+        trigger=widgets["trigger"],
         count=widgets.get("caption_variants", RULE.count),
         seed=widgets["seed"],
     )

@@ -31,6 +31,8 @@ def entries_of(latents, positive, masks, repeats: int) -> Entries:
         {"samples": sample, PICTURE: name, NAME: label}
         for sample, name, label in zip(samples, names, labels, strict=True)
     ]
+    for picture, mask in zip(pictures, given or (), strict=False):
+        picture["noise_mask"] = mask
     whole = [sample.new_ones((1, *sample.shape[-2:])) for sample in samples]
     return pictures * repeats, [[pair] for pair in captions] * repeats, (given or whole) * repeats
 

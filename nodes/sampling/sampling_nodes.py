@@ -23,6 +23,7 @@ class SaraSamplingSettings(io.ComfyNode):
             category=CATEGORY,
             description="Says what to sample and how, for the previews of SaRA Train and for SaRA "
             "Compare. Chain several for several prompts; each becomes a row.",
+            is_input_list=True,
             **searched_as("training preview", "sample prompts", "validation images"),
             inputs=[
                 io.Vae.Input("vae", tooltip="Turns latents into pictures."),
@@ -80,8 +81,13 @@ class SaraSamplingSettings(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, previous=(), latent=None, **settings) -> io.NodeOutput:
-        return io.NodeOutput([*previous, host.Sampling(latent=latent, **settings)])
+    def execute(cls, previous=(), latent=(None,), **settings) -> io.NodeOutput:
+        lists = {"latent": latent, **settings}
+        rows = [  # as ComfyUI goes over lists: a shorter one repeats its last
+            host.Sampling(**{name: given[min(i, len(given) - 1)] for name, given in lists.items()})
+            for i in range(max(map(len, lists.values())))
+        ]
+        return io.NodeOutput([*(row for group in previous for row in group), *rows])
 
 
 class SaraCompare(io.ComfyNode):

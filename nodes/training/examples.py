@@ -87,7 +87,7 @@ def split_captions(pairs: list[list]) -> tuple[list[list], list[list[list]]]:
 
     Returns:
         Pairs without what `CAPTIONS` held, and what it held, a list for each; pairs that were shared
-        still are.
+        still are. What nodes have added to the options since, such as FluxGuidance, counts for all of them.
     """
     parted: dict[tuple[int, int], tuple[list, list]] = {}
     for pair in pairs:
@@ -95,10 +95,16 @@ def split_captions(pairs: list[list]) -> tuple[list[list], list[list[list]]]:
         which = id(cross_attention), id(options)
         if which not in parted:
             plain = {key: value for key, value in options.items() if key != CAPTIONS}
-            several = options.get(CAPTIONS, [])
+            several = [_with_options(other, plain) for other in options.get(CAPTIONS, [])]
             parted[which] = ([cross_attention, plain] if several else pair, several)
     found = [parted[id(embedding), id(options)] for embedding, options in pairs]
     return [pair for pair, _ in found], [several for _, several in found]
+
+
+def _with_options(pair: list, options: dict) -> list:
+    """Add options that a pair does not have."""
+    cross_attention, own = pair
+    return [cross_attention, {**options, **own}] if options.keys() - own.keys() else pair
 
 
 @dataclass(frozen=True)
@@ -132,6 +138,12 @@ class Examples:
         if not self.labels:
             numbers = range(1, len(self.latents) + 1)
             object.__setattr__(self, "labels", [f"picture {number}" for number in numbers])
+
+    @property
+    def different_drawn(self) -> list[list]:
+        """The pairs in `drawn`, each once, however many pictures share it."""
+        every = (pair for pairs in self.drawn for pair in pairs)
+        return list({(id(pair[0]), id(pair[1])): pair for pair in every}.values())
 
     @property
     def num_to_learn(self) -> int:
@@ -209,8 +221,7 @@ def describe_examples(examples: Examples) -> dict:
     Mean and deviation of each tensor: encoding again on a GPU does not give the same bits.
     """
     captions = []
-    several = [pair for pairs in examples.drawn for pair in pairs]
-    for pair in (*examples.captions, *several, examples.empty):
+    for pair in (*examples.captions, *examples.different_drawn, examples.empty):
         cross_attention, options = pair or (None, {})
         captions += [t for t in (cross_attention, options.get("pooled_output")) if t is not None]
     masks = examples.masks or ()

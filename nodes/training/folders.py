@@ -48,9 +48,11 @@ def new_folder(patcher, settings: RunSettings) -> RunFolder:
     """Make the folder of a new run on a MODEL.
 
     Raises:
-        ValueError: Its name leads out of the output folder, or the MODEL's prediction is another.
+        ValueError: Its name leads out of the output folder, the MODEL's prediction is another, or
+            settings contradict each other.
         OSError: It cannot be written to.
     """
+    settings.refuse_contradictions()
     _refuse_other_prediction(patcher, settings)
     parent, name = output_folder.split_output_name(settings.output_name)
     return RunFolder.create(parent, name, settings)
@@ -137,15 +139,14 @@ def put_out(folder: RunFolder, final: Path, validation: Sequence[tuple[int, floa
     """Return the file of the delta that a run puts out: the final one, or by choice the best."""
     if folder.settings.put_out == LAST_STEP:
         return final
-    best = best_of(validation)
-    path = folder.best_path(best[0]) if best else None
-    if path is None or not path.is_file():
+    best = best_of([entry for entry in validation if folder.best_path(entry[0]).is_file()])
+    if best is None:
         logger.warning(
             "SaRA Train: %s has no delta of its lowest validation loss; the final one is put out",
             folder.path.name,
         )
         return final
-    return path
+    return folder.best_path(best[0])
 
 
 def loss_map(losses: list[float], validation: list[tuple[int, float]]) -> dict[str, list]:

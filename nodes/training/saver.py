@@ -12,7 +12,7 @@ from ...sara_core.files.atomic import replace_atomically
 from ...sara_core.training.run_folder import RunFolder
 from ...sara_core.training.run_settings import SAVE_DTYPES
 from ...sara_core.training.trainer import TrainingRun
-from .. import output_folder
+from .. import host, output_folder
 from .ending import add_line, how_it_ended
 from .examples import Examples, differences
 from .folders import best_of, put_out
@@ -77,6 +77,7 @@ class Saver:
             self.validation = [tuple(entry) for entry in state["validation"]]
         except (KeyError, IndexError, TypeError, AttributeError) as error:
             raise ValueError(f"the state of {name} is damaged: {error!r}") from error
+        self.folder.forget_bests_after(self.training.step)
         rows = self.folder.read_losses(self.training.step)
         self.folder.read_validation(self.training.step)
         self.reporter.say(f"resumed after step {self.training.step}")
@@ -92,6 +93,7 @@ class Saver:
                 "neither its state nor its final delta; choose another one under resume"
             )
         self.training.load_delta(SparseDelta.load(path))
+        self.folder.forget_bests_after(start)
         rows = self.folder.read_losses(start)
         self.losses = [loss for loss, _ in rows]
         self.validation = self.folder.read_validation(start)
@@ -132,17 +134,22 @@ class Saver:
 
     def keep_best(self) -> None:
         """Keep apart what has the lowest loss on the pictures held out, if it is that of this step."""
-        step, best = self.training.step, best_of(self.validation)
+        step, folder = self.training.step, self.folder
+        kept = [entry for entry in self.validation if folder.best_path(entry[0]).is_file()]
+        best = best_of([*kept, self.validation[-1]])
         if best is None or best[0] != step:
             return
         present = present_metadata(self.training.optimizer, self.previews.thumbnail)
         measured = {"sara.validation_loss": repr(best[1])}
         try:
             delta = self.training.optimizer.delta(self._metadata | present | measured)
-            self.folder.keep_best(delta, step, self._dtype)
-        except OSError as error:
-            self.reporter.chart.mark("error", f"could not save: {error}")
-            self.reporter.say(f"could not keep the best checkpoint ({error}); the training goes on")
+            folder.keep_best(delta, step, self._dtype)
+            return
+        except Exception as error:
+            problem = f"{type(error).__name__}: {error}"
+        host.free_memory()  # outside the except block, where the error held on to tensors
+        self.reporter.chart.mark("error", f"could not save: {problem}")
+        self.reporter.say(f"could not keep the best checkpoint ({problem}); the training goes on")
 
     def save_at_the_end(self, error: BaseException) -> str:
         """Save what an error leaves, add to its message where that is, and return the line."""

@@ -91,9 +91,10 @@ class SaraTrain(io.ComfyNode):
         try:  # what would else be refused after the pictures are encoded; None is linked
             if moments[0] is not None:
                 refuse_unusable(moments[0])
-            for together in (bounds, ending if resume[0] == NEW_RUN else {}):
-                if None not in together.values():
-                    RunSettings(**together)
+            if None not in bounds.values():
+                RunSettings(**bounds)
+            if resume[0] == NEW_RUN and None not in ending.values():
+                RunSettings(**ending).refuse_contradictions()
             if resume[0] not in (NEW_RUN, None):
                 if not isinstance(resume[0], str):
                     return f"resume is {resume[0]!r}; expected {NEW_RUN!r} or the name of a run"
@@ -112,7 +113,9 @@ class SaraTrain(io.ComfyNode):
         )
         refuse_unlearnable(examples)
         node_id, processes = cls.hidden.unique_id, host.processes()
-        settings = with_steps(RunSettings(**values), examples, processes.size)
+        settings = RunSettings(**values)
+        if resume == NEW_RUN:
+            settings = with_steps(settings, examples, processes.size)
         opened: list[RunFolder] = []
 
         job = host.job(node_id)

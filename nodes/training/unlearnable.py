@@ -23,17 +23,18 @@ def refuse_unlearnable(examples: Examples) -> None:
         [name for name, latent in zip(labels, latents, strict=True) if not latent.any()],
         "the latents of {} are empty, as those of an Empty Latent node; connect encoded pictures",
     )
+    broken = {id(pair[0]) for pair in examples.different_drawn if not _is_finite(pair)}
     captions = [
         *zip(labels, examples.captions, strict=True),
         ("the empty caption", examples.empty),
-        *(
-            (name, pair)
-            for name, drawn in zip(labels, examples.drawn, strict=True)
-            for pair in drawn
-        ),
     ]
     _refuse(
-        [name for name, pair in captions if pair is not None and not _is_finite(pair)],
+        [name for name, pair in captions if pair is not None and not _is_finite(pair)]
+        + [
+            name
+            for name, drawn in zip(labels, examples.drawn, strict=True)
+            if any(id(pair[0]) in broken for pair in drawn)
+        ],
         "the captions of {} hold NaN or infinity once encoded; the text encoder may not work in its "
         "precision: try --fp32-text-enc",
     )

@@ -1,8 +1,11 @@
 """Several captions of one picture, to draw from when it is learned: lines, or tags in other orders."""
 
 import random
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+
+from .captions import holds
 
 
 @dataclass(frozen=True)
@@ -14,6 +17,7 @@ class VariantRule:
         shuffle: Put tags, separated by commas, in another order.
         keep: Number of tags at the beginning that stay where they are and are never left out.
         dropout: Chance of each of the others to be left out, in `[0, 1]`.
+        trigger: Tags that hold this word come first, so that they are among those that are kept.
         count: Number of captions that are made where tags are shuffled or left out.
         seed: Of what is drawn.
 
@@ -25,6 +29,7 @@ class VariantRule:
     shuffle: bool = False
     keep: int = 1
     dropout: float = 0.0
+    trigger: str = ""
     count: int = 8
     seed: int = 0
 
@@ -53,7 +58,7 @@ class VariantRule:
         return first, [] if set(captions) == {first} else captions
 
     def _drawn(self, caption: str, chance: random.Random) -> str:
-        tags = list(split_tags(caption))
+        tags = sorted(split_tags(caption), key=lambda tag: not holds(tag, self.trigger))
         kept, others = tags[: self.keep], tags[self.keep :]
         others = [tag for tag in others if chance.random() >= self.dropout]
         if self.shuffle:
@@ -62,15 +67,17 @@ class VariantRule:
 
 
 def split_tags(caption: str) -> Iterator[str]:
-    """Split a caption at its commas, but not within parentheses, as of `(red, blue:1.2)`."""
-    depth, begin, place = 0, 0, 0
-    while place <= len(caption):
-        character = caption[place : place + 1]
-        if not character or (character == "," and depth == 0):
-            if tag := caption[begin:place].strip():
+    """Split a caption at its commas, but not within parentheses that close, as of `(red, blue:1.2)`."""
+    opened: list[int] = []
+    within: list[tuple[int, int]] = []
+    for match in re.finditer(r"\\.|[()]", caption):
+        if match[0] == "(":
+            opened.append(match.start())
+        elif match[0] == ")" and opened:
+            within.append((opened.pop(), match.start()))
+    begin = 0
+    for comma in [*(match.start() for match in re.finditer(",", caption)), len(caption)]:
+        if not any(first < comma < last for first, last in within):
+            if tag := caption[begin:comma].strip():
                 yield tag
-            begin = place + 1
-        depth = max(0, depth + (character == "(") - (character == ")"))
-        place += 2 if character == "\\" else 1
-    if tag := caption[begin:].strip():
-        yield tag
+            begin = comma + 1

@@ -34,10 +34,16 @@ class Problem:
         return f"{self.name}: {self.reason}"
 
 
+def holds(caption: str, trigger: str) -> bool:
+    """Tell whether a caption holds a trigger as words of its own; the empty one is in none."""
+    words = re.escape(trigger.strip())
+    return bool(words and re.search(rf"(?<!\w){words}(?!\w)", caption, re.IGNORECASE))
+
+
 def with_trigger(caption: str, trigger: str) -> str:
     """Put a trigger before a caption that does not hold it yet, as words of its own."""
     trigger = trigger.strip()
-    if not trigger or re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", caption, re.IGNORECASE):
+    if not trigger or holds(caption, trigger):
         return caption
     return f"{trigger}, {caption}" if caption else trigger
 

@@ -23,7 +23,7 @@ from .task import StepReport
 STATE, SETTINGS, LOSSES, LOG = "state.safetensors", "settings.json", "loss.csv", "log.txt"
 LOCK, JOB = "lock", "job.txt"
 CHECKPOINT, CHECKPOINTS = "checkpoint_{:07}_steps.safetensors", "checkpoint_*_steps.safetensors"
-BEST, BESTS = "best_{:07}_steps.safetensors", "best_*_steps.safetensors"
+BEST, BESTS = "best_{:07}_steps.safetensors", f"best_{'[0-9]' * 7}_steps.safetensors"
 VALIDATION = "validation.csv"
 PREVIEWS, PREVIEW = "previews", "preview_{:07}_steps.png"
 COLUMNS = ("step", "loss", "learning_rate", "stage", "skipped", "regularisation_loss")
@@ -57,6 +57,7 @@ class RunFolder:
         self.settings = RunSettings.read(saved)
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="sara-save")
         self._pending: Future | None = None
+        self._saved_step = 0
         self._losses = StepTable(self.path / LOSSES, COLUMNS)
         self._validation = StepTable(self.path / VALIDATION, VALIDATION_COLUMNS)
 
@@ -182,6 +183,7 @@ class RunFolder:
         self._make_again()
         try:
             write_state(self.path / STATE, state)
+            self._saved_step = step
         except OSError as error:
             problems.append(f"the state to resume from: {error}")
         try:  # much smaller, so it may fit where the state does not
@@ -218,15 +220,29 @@ class RunFolder:
     def keep_best(self, delta: SparseDelta, step: int, dtype: torch.dtype) -> None:
         """Keep the delta after a step apart from the checkpoints, in place of the one before.
 
+        That of the state that was saved last stays as well, as the run may have to go on from there.
+
         Raises:
             OSError: It cannot be written; the one before is still there then.
         """
         self._make_again()
         delta.save(self.best_path(step), dtype)
+        self._forget_bests(step)
+
+    def forget_bests_after(self, step: int) -> None:
+        """Delete what was kept as best after a step from which the run goes on, as it will be again."""
+        self._saved_step = step
         for path in self.path.glob(BESTS):
-            if path != self.best_path(step):
-                with contextlib.suppress(OSError):  # another program has it open
-                    path.unlink()
+            if path.name > BEST.format(step):
+                path.unlink(missing_ok=True)
+
+    def _forget_bests(self, newest: int) -> None:
+        """Delete all but the newest and the last one up to the state that was saved last."""
+        names = sorted(path.name for path in self.path.glob(BESTS))
+        covered = [name for name in names if name <= BEST.format(self._saved_step)]
+        for name in set(names) - {BEST.format(newest), *covered[-1:]}:
+            with contextlib.suppress(OSError):  # another program has it open
+                (self.path / name).unlink()
 
     def best_path(self, step: int) -> Path:
         """Return where `keep_best` keeps the delta after a step."""
@@ -275,6 +291,9 @@ class RunFolder:
         if not keep_state:
             (self.path / STATE).unlink(missing_ok=True)
         (self.path / CHECKPOINT.format(step)).unlink(missing_ok=True)
+        self._saved_step = step
+        if newest := max(self.path.glob(BESTS), default=None):
+            self._forget_bests(int(newest.name.split("_")[1]))
         self.log(f"finished, saved {Path(path).name}")
 
     def close(self) -> None:

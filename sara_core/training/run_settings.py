@@ -129,6 +129,13 @@ class RunSettings(TrainConfig):
             self, zeros=ZEROS, moments=KINDS, training_dtype=COMPUTE_DTYPES, save_dtype=SAVE_DTYPES,
             lora_file=LORA_FILES, trained_in=TRAINED_IN, put_out=PUT_OUT, select_from=SELECT_FROM,
         )  # fmt: skip
+
+    def refuse_contradictions(self) -> None:
+        """Raise if options contradict each other; those of a node that resumes a run may.
+
+        Raises:
+            ValueError: They do.
+        """
         if self.threshold and self.select_from != SELECT_FROM[0]:
             raise ValueError(
                 f"select_from is {self.select_from!r}, which goes by fraction, but threshold is "

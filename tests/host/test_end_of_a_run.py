@@ -109,6 +109,70 @@ def test_a_best_that_cannot_be_written_does_not_end_the_run(
     assert "No space left on device" in str(chart["marks"])
 
 
+def test_only_bests_that_are_there_count(sd15, sara, tmp_path, measured, monkeypatch):
+    keep, failing = sara.folder.RunFolder.keep_best, [3]
+
+    def sometimes(folder, delta, step, dtype):
+        if step in failing:
+            raise MemoryError("no room")
+        keep(folder, delta, step, dtype)
+
+    monkeypatch.setattr(sara.folder.RunFolder, "keep_best", sometimes)
+    options = held_out(sara, put_out="best validation", save_every_steps=0, progressive=0)
+    path, _, chart = run(sara, sd15, tmp_path, options)
+    assert "MemoryError: no room" in str(chart["marks"])
+    assert path.name == "best_0000007_steps.safetensors"
+    failing += [7]
+    path, _, _ = run(sara, sd15, tmp_path / "again", options)
+    assert path.name == "best_0000006_steps.safetensors"  # 3.1, as 4.0, 3.5 and 3.2 before it were
+
+
+def test_a_kill_leaves_the_best_of_the_state_that_is_gone_on_from(
+    sd15, sara, tmp_path, monkeypatch
+):
+    losses = [9.0, 5.0, 4.0, 3.9, 3.8, 3.7, 3.6, 9.0]
+    monkeypatch.setattr(sara.run.TrainingRun, "validate", lambda training: losses[training.step])
+    options = held_out(sara, put_out="best validation", save_every_steps=3, progressive=0)
+    folder = sara.folder.RunFolder.create(tmp_path, "run", options)
+    add_loss, kept = folder.add_loss, []
+
+    def killed(report):
+        add_loss(report)
+        if report.step == 6:
+            folder.finish_saving()
+            kept.extend(sorted(file.name for file in folder.path.glob("best_*")))
+            monkeypatch.setattr(folder, "save", lambda *_, **__: None)
+            raise KeyboardInterrupt
+
+    folder.add_loss = killed
+    latents, captions = pairs(6)
+    examples = sara.examples.Examples(latents, captions)
+    with pytest.raises(KeyboardInterrupt):
+        sara.run.run(sd15, examples, folder, None)
+    assert kept == [f"best_000000{step}_steps.safetensors" for step in (3, 5)]
+    losses[4:] = [9.0] * 4  # as if it went otherwise this time
+    path, _, _ = run(sara, sd15, folder.path, options, resume=True)
+    assert path.name == "best_0000003_steps.safetensors"
+    assert [file.name for file in folder.path.glob("best_*")] == [path.name]
+
+
+def test_a_run_named_best_keeps_its_deltas(sd15, sara, tmp_path, measured):
+    latents, captions = pairs(6)
+    examples = sara.examples.Examples(latents, captions)
+    folder = sara.folder.RunFolder.create(tmp_path, "best", held_out(sara))
+    path, _, _ = sara.run.run(sd15, examples, folder, None)
+    assert path.name == "best_7_steps.safetensors"
+    again = sara.folder.RunFolder(path.parent)
+    more = again.settings.extended_by(0 + 1, again.settings)
+    again.settings = more
+    MEASURED.append(1.0)
+    try:
+        sara.run.run(sd15, examples, again, None, True)
+    finally:
+        MEASURED.pop()
+    assert path.is_file()
+
+
 def test_checkpoints_are_loaded_with_the_best_once(sd15, sara, tmp_path, measured, monkeypatch):
     from sara_pack.nodes.sampling.sampling_nodes import SaraLoadCheckpoints
 

@@ -44,14 +44,43 @@ def test_sets_that_do_not_fit_are_explained(sara):
         SaraJoinPictures.execute(batch, [[c] for c in captions[:2]], batch, [captions], [1], [1])
 
 
+def test_masks_that_latents_carry_are_kept(sara):
+    from sara_pack.nodes.pictures.join import SaraJoinPictures
+
+    latents, captions = pairs(2)
+    mask = torch.rand(1, 8, 8)
+    one, two = ([{"samples": latent}] for latent in latents)
+    one[0]["noise_mask"] = mask
+    joined, positive, masks = SaraJoinPictures.execute(
+        one, [[captions[0]]], two, [[captions[1]]], [1], [1]
+    ).args
+    assert torch.equal(masks[0], mask)
+    examples = sara.examples.gather_examples(joined, positive, None, None, None, None)
+    assert torch.equal(examples.masks[0], mask)
+    assert bool((examples.masks[1] == 1).all())
+
+
+def test_rows_before_come_once_however_many_prompts_there_are():
+    from sara_pack.nodes.sampling.sampling_nodes import SaraSamplingSettings
+
+    def sampling(prompts, **more):
+        values = {"vae": "v", "negative": "n", "seed": 1, "steps": 2, "cfg": 3.0, "sampler_name": "euler", "scheduler": "simple"}  # fmt: skip
+        given = {name: [value] for name, value in values.items()}
+        return SaraSamplingSettings.execute(positive=prompts, **given, **more).args[0]
+
+    first = sampling(["a"])
+    rows = sampling(["b", "c"], previous=[first], latent=["one", "two"])
+    assert [(row.positive, row.latent) for row in rows] == [("a", None), ("b", "one"), ("c", "two")]
+
+
 def test_two_folders_train_in_one_run_and_each_prompt_is_a_row(server):
-    for name, count in (("few", 2), ("many", 4)):
+    for name, count in (("joined_few", 2), ("joined_many", 4)):
         folder = make(server, name, **{f"{i}.png": noise(64, 64, 70 + i) for i in range(count)})
         for i in range(count):
             (folder / f"{i}.txt").write_text(f"{name} {i}")
     graph = Graph(server)
     checkpoint, model, empty = emoji64(graph)
-    few, many = (folder_node(graph, checkpoint, f"input/{name}") for name in ("few", "many"))
+    few, many = (folder_node(graph, checkpoint, f"input/{name}") for name in ("joined_few", "joined_many"))
     both = graph(
         "SaraJoinPictures", latents=few, positive=few.out(1), masks=few.out(2), repeats=2,
         latents_2=many, positive_2=many.out(1), repeats_2=1,

@@ -172,6 +172,22 @@ def test_each_of_several_captions_reaches_the_model(sd15, sara):
     )
 
 
+def test_what_later_nodes_add_to_a_caption_counts_for_all_of_its_captions(sara):
+    """As FluxGuidance and ReferenceLatent do, which know nothing of captions to draw from."""
+    latents, captions = pairs(2, pooled=8)
+    drawn = pairs(2, pooled=8, seed=3)[1]
+    drawn[1][1]["guidance"] = 2.0
+    carried = [captions[0][0], {**captions[0][1], "sara_captions": drawn, "guidance": 3.5}]
+    batch = [{"samples": latent} for latent in latents]
+    examples = sara.examples.gather_examples(batch, [[carried]] * 2, None, None, None, None)
+    found = examples.drawn[0]
+    assert [pair[1]["guidance"] for pair in found] == [3.5, 2.0]
+    assert [pair[0] is own[0] for pair, own in zip(found, drawn, strict=True)] == [True, True]
+    assert found[0][1]["pooled_output"] is drawn[0][1]["pooled_output"]
+    assert "guidance" not in drawn[0][1]
+    assert len(examples.different_drawn) == 2  # shared by both pictures
+
+
 def test_captions_to_draw_from_that_are_not_finite_are_refused(sara):
     from sara_pack.nodes.training.unlearnable import refuse_unlearnable
 

@@ -16,7 +16,8 @@ from sara_core.pictures.picture_folder import find_pictures
         ("(red, (blue, green):1.2), x", ["(red, (blue, green):1.2)", "x"]),
         (r"a \(b, c\), d", [r"a \(b", r"c\)", "d"]),  # an escaped one opens nothing
         ("a) b, c", ["a) b", "c"]),
-        ("(a, b", ["(a, b"]),
+        ("(a, b", ["(a", "b"]),
+        ("1girl, :(, red hair, (x, y), smile", ["1girl", ":(", "red hair", "(x, y)", "smile"]),
         ("a\\", ["a\\"]),
         ("", []),
     ],
@@ -55,6 +56,12 @@ def test_tags_are_left_out_as_often_as_asked_and_kept_ones_never():
         sorted(caption.split(", "), key=tags.index) == caption.split(", ") for caption in drawn
     )
     assert VariantRule(dropout=1.0, keep=1, count=3)(["a, b, c"])[1] == ["a"] * 3
+
+
+def test_the_trigger_is_kept_wherever_it_stands():
+    rule = VariantRule(dropout=1.0, keep=1, trigger="sks", count=2)
+    assert rule(["1girl, photo of SKS, smile"])[1] == ["photo of SKS"] * 2
+    assert rule(["1girl, asks, smile"])[1] == ["1girl"] * 2
 
 
 def test_what_is_drawn_depends_on_seed_and_caption_alone():

@@ -88,10 +88,7 @@ def test_a_run_that_holds_nothing_out_is_not_resumed_by_what_is_held_out():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"patience": 3}, "patience is 3, which goes by .* validation_split is 0"),
-        ({"put_out": "best validation"}, "put_out is 'best validation', which goes by"),
         ({"put_out": "best"}, "put_out is 'best'; expected one of last step, best validation"),
-        ({"select_from": "each layer", "threshold": 0.1}, "goes by fraction, but threshold is 0.1"),
         ({"fraction": 1.5}, "fraction is 1.5; expected 0 to 1"),
         ({"keep_checkpoints": 0}, "keep_checkpoints is 0"),
         ({"zeros": "never"}, "zeros is 'never'; expected one of auto, skip, train"),
@@ -103,3 +100,20 @@ def test_a_run_that_holds_nothing_out_is_not_resumed_by_what_is_held_out():
 def test_bad_settings_are_named(values, message):
     with pytest.raises(ValueError, match=message):
         RunSettings(**values)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"patience": 3}, "patience is 3, which goes by .* validation_split is 0"),
+        ({"put_out": "best validation"}, "put_out is 'best validation', which goes by"),
+        ({"select_from": "each layer", "threshold": 0.1}, "goes by fraction, but threshold is 0.1"),
+    ],
+)
+def test_contradictions_are_refused_where_a_run_is_made_and_not_where_one_is_resumed(
+    values, message
+):
+    node = RunSettings(**values)
+    assert RunSettings(validation_split=0.1).resumed_with(node).patience == node.patience
+    with pytest.raises(ValueError, match=message):
+        node.refuse_contradictions()
