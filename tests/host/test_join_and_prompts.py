@@ -80,7 +80,9 @@ def test_two_folders_train_in_one_run_and_each_prompt_is_a_row(server):
             (folder / f"{i}.txt").write_text(f"{name} {i}")
     graph = Graph(server)
     checkpoint, model, empty = emoji64(graph)
-    few, many = (folder_node(graph, checkpoint, f"input/{name}") for name in ("joined_few", "joined_many"))
+    few, many = (
+        folder_node(graph, checkpoint, f"input/{name}") for name in ("joined_few", "joined_many")
+    )
     both = graph(
         "SaraJoinPictures", latents=few, positive=few.out(1), masks=few.out(2), repeats=2,
         latents_2=many, positive_2=many.out(1), repeats_2=1,
