@@ -26,9 +26,9 @@ VALIDATION_SEED, VALIDATION_DRAWS = 2409, 4
 class TrainingRun:
     """A run that can stop after any step and go on elsewhere as if it had not.
 
-    Iterating makes one update at a time until `config.last_step` are made, or until `end`. Every random number comes
-    from a CPU generator seeded with `config.seed`, so a run does not depend on the device's
-    generator, and the global one is not touched.
+    Iterating makes one update at a time until `config.last_step` are made, or until `end`. Every
+    random number comes from a CPU generator seeded with `config.seed`, so a run does not depend on the
+    device's generator, and the global one is not touched.
 
     Where the optimizer averages over processes, every one of them makes the same steps: a batch is as
     many times larger as there are processes, and each goes over its share of it, so that all learn what

@@ -179,8 +179,8 @@ def select(
             smallest of all; takes `fraction`. `Selection.threshold` still is that of all.
 
     Raises:
-        ValueError: Not exactly one rule, another one than `fraction` with `by_parameter`, a value out of range, NaN or infinity in a weight, or
-            nothing selected.
+        ValueError: Not exactly one rule, another one than `fraction` with `by_parameter`, a value out
+            of range, NaN or infinity in a weight, or nothing selected.
     """
     cutoff = solve_cutoff(
         parameters,
@@ -190,7 +190,7 @@ def select(
         zeros=zeros,
     )
     own = _own_cutoffs(parameters, cutoff, fraction, zeros) if by_parameter else {}
-    cutoffs = own or dict.fromkeys(parameters, cutoff)
+    cutoffs = own if by_parameter else dict.fromkeys(parameters, cutoff)
     index = {
         name: small_weight_index(parameters[name], found.threshold, found.skip_zeros)
         for name, found in cutoffs.items()
