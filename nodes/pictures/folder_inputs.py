@@ -1,5 +1,7 @@
 """The widgets of SaRA Image Folder."""
 
+from dataclasses import replace
+
 from comfy_api.latest import io
 
 from ...sara_core.pictures.buckets import CROPS, SizeRule
@@ -14,7 +16,7 @@ SHOWN = {"size", "flip", "trigger", "default_caption", "repeats"}  # the rest is
 
 def folder_inputs() -> list:
     """Widgets of SaRA Image Folder, in the order people think of them."""
-    inputs = [*_size_inputs(), *_content_inputs(), *caption_inputs()]
+    inputs = [*_size_inputs(), *_content_inputs(), *caption_inputs(), *_late_inputs()]
     advanced([entry for entry in inputs if entry.id not in SHOWN])
     return inputs
 
@@ -150,11 +152,39 @@ def _content_inputs() -> list:
     ]
 
 
+def _late_inputs() -> list:
+    return [
+        io.String.Input(
+            "more_sizes",
+            default="",
+            optional=True,
+            tooltip="Further sizes, such as 512, 768: every picture is trained at each of them as well as at "
+            "the size above, so that what is learned holds at all of them. Sizes that a picture is too "
+            "small for are left out.",
+        )
+    ]
+
+
+def _more_sizes(text: str, first: SizeRule) -> tuple[SizeRule, ...]:
+    """Read sizes separated by commas or spaces, the first one's other rules for all.
+
+    Raises:
+        ValueError: Not whole numbers, or too small for the VAE.
+    """
+    sizes = text.replace(",", " ").split()
+    if wrong := [size for size in sizes if not size.isdecimal()]:
+        raise ValueError(
+            f"more_sizes holds {wrong[0]!r}; expected sides in pixels such as 512, 768, or nothing"
+        )
+    rules = (replace(first, side=int(size)) for size in sizes)
+    return tuple(dict.fromkeys(rule for rule in rules if rule != first))
+
+
 def folder_options(unit: int, model=None, **widgets) -> tuple[FolderOptions, int]:
     """Turn the widgets into options, and the size of the cache in bytes.
 
     Raises:
-        ValueError: The size is 0 and there is no model to take it from.
+        ValueError: The size is 0 and there is no model to take it from, or sizes that are none.
     """
     if not widgets["size"] and model is None:
         raise ValueError(
@@ -178,6 +208,7 @@ def folder_options(unit: int, model=None, **widgets) -> tuple[FolderOptions, int
         emphasis=widgets.get("parentheses") == "emphasis",
         recurse=widgets.get("subfolders", False),
         variants=variant_rule(widgets),
+        more_sizes=_more_sizes(widgets.get("more_sizes", ""), size),
         **{name: widgets[name] for name in same},
     )
     return options, int(widgets["cache_gb"] * GIGABYTE)

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from PIL import ImageColor
@@ -16,6 +17,7 @@ from .picture_files import picture_size, read_file
 
 CACHE_VERSION = 1
 FEW = 3  # files that are named one by one
+WHOLE = 0.6  # share of a size's area from which on a picture is not at a smaller one
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class FolderOptions:
         recurse: Take the pictures of all folders in it.
         seed: Of random crops, and of captions.
         variants: Which captions a picture is learned with.
+        more_sizes: Further sizes that every picture is trained at.
     """
 
     size: SizeRule
@@ -51,6 +54,7 @@ class FolderOptions:
     recurse: bool = False
     seed: int = 0
     variants: VariantRule = VariantRule()
+    more_sizes: tuple[SizeRule, ...] = ()
 
     def __post_init__(self):
         try:
@@ -127,27 +131,35 @@ def look_at(files: list[PictureFile], result: EncodedFolder) -> dict[PictureFile
 
 
 def plan_windows(looks: dict, options: FolderOptions, vae_facts: list | None, result) -> None:
-    """List the windows of every picture, and what each one's encoding depends on."""
-    rule = options.size
-    chosen = choose_sizes([own for own, _ in looks.values()], rule)
-    small = {
-        file: own for (file, (own, _)), size in zip(looks.items(), chosen, strict=True) if not size
-    }
-    result.problems += too_small(small, len(looks), rule)
-    for (file, (own, digest)), size in zip(looks.items(), chosen, strict=True):
-        if size is None:
-            continue
-        if size[0] * size[1] < 0.6 * rule.side**2:
+    """List the windows of every picture at every size, and what each one's encoding depends on."""
+    rules = (options.size, *options.more_sizes)
+    chosen = [choose_sizes([own for own, _ in looks.values()], rule) for rule in rules]
+    of_each = dict(zip(looks, zip(*chosen, strict=True), strict=True))
+    small = {file: looks[file][0] for file, sizes in of_each.items() if not any(sizes)}
+    result.problems += too_small(small, len(looks), min(rules, key=lambda rule: rule.side))
+    for file, sizes in of_each.items():
+        found = [(rule, size) for rule, size in zip(rules, sizes, strict=True) if size]
+        whole = [(rule, size) for rule, size in found if math.prod(size) >= WHOLE * rule.side**2]
+        if found and not whole:
             result.reduced.append(file.name)
-        seed = options.seed ^ int(digest[:12], 16)
-        for window in crop_windows(own, size, rule.crop, options.crops, seed):
-            for mirrored in (False, True) if options.flip else (False,):
-                key = content_key(
-                    version=CACHE_VERSION, picture=digest, vae=vae_facts, size=size,
-                    window=[round(edge, 3) for edge in window], mirrored=mirrored,
-                    background=options.background,
-                )  # fmt: skip
-                result.variants.append(Variant(file, digest, size, window, mirrored, key))
+            whole = [max(found, key=lambda pair: math.prod(pair[1]))]
+        for rule, size in whole:
+            result.variants += _windows(file, looks[file], size, rule, options, vae_facts)
+
+
+def _windows(
+    file, look, size, rule: SizeRule, options: FolderOptions, vae_facts
+) -> Iterator[Variant]:
+    own, digest = look
+    seed = options.seed ^ int(digest[:12], 16)
+    for window in crop_windows(own, size, rule.crop, options.crops, seed):
+        for mirrored in (False, True) if options.flip else (False,):
+            key = content_key(
+                version=CACHE_VERSION, picture=digest, vae=vae_facts, size=size,
+                window=[round(edge, 3) for edge in window], mirrored=mirrored,
+                background=options.background,
+            )  # fmt: skip
+            yield Variant(file, digest, size, window, mirrored, key)
 
 
 def too_small(small: dict, count: int, rule: SizeRule) -> list[Problem]:

@@ -23,7 +23,7 @@ from .graphs import (
 
 INPUTS = {  # public: saved workflows depend on every name
     "SaraImageFolder": "vae clip folder size max_buckets divisible_by crop crops max_upscale flip "
-    "alpha background trigger default_caption repeats problems seed cache_gb parentheses subfolders caption_lines shuffle_tags tag_dropout keep_tags caption_variants model",
+    "alpha background trigger default_caption repeats problems seed cache_gb parentheses subfolders caption_lines shuffle_tags tag_dropout keep_tags caption_variants more_sizes model",
     "SaraAnalyze": "model threshold fraction count include exclude zeros",
     "SaraTrain": "model latents positive steps batch_size fraction learning_rate output_name seed "
     "save_every_steps preview_every_steps resume threshold include exclude zeros lr_schedule "
