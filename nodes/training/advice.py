@@ -2,6 +2,7 @@
 
 import torch
 
+from ...sara_core.optimizer.packages import PRODIGY
 from ...sara_core.training.run_settings import RunSettings
 from .. import host
 from .epochs import epochs_of
@@ -9,6 +10,7 @@ from .examples import Examples
 from .unlearnable import listed, unmasked
 
 MANY_EPOCHS = 300
+SMALL_FACTOR = 0.1
 
 
 def likely_mistakes(
@@ -39,6 +41,11 @@ def likely_mistakes(
         found.append(
             f"{settings.steps} steps go {rounds:.0f} times over the pictures, which is likely to "
             "memorise them; hold some out with validation_split to see when"
+        )
+    if settings.optimizer == PRODIGY and 0 < settings.learning_rate < SMALL_FACTOR:
+        found.append(
+            f"prodigy finds its learning rate by itself and multiplies it by learning_rate, which is "
+            f"{settings.learning_rate:g}: hardly anything is learned; 0 takes 1"
         )
     if examples.empty is None and settings.caption_dropout:
         found.append(

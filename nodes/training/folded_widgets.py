@@ -9,7 +9,6 @@ from ...sara_core.training.run_settings import (
     LORA_FILES,
     PUT_OUT,
     SAVE_DTYPES,
-    SELECT_FROM,
     TRAINED_IN,
     RunSettings,
 )
@@ -166,33 +165,6 @@ def ending_inputs() -> list:
             optional=True,
             tooltip="Which delta the outputs hold: that of the last step, or that with the lowest loss on "
             "the pictures held out, which is kept in the run's folder either way. Needs validation_split.",
-        ),
-    ]
-
-
-def late_inputs() -> list:
-    """An average of what is learned, and what is chosen to learn."""
-    return [
-        io.Combo.Input(
-            "select_from",
-            options=list(SELECT_FROM),
-            default=SETTINGS.select_from,
-            optional=True,
-            tooltip="Where the smallest weights are looked for: in the whole model, as in the paper, so that "
-            "some layers train more than others; or the same fraction of each layer, each with a threshold "
-            "of its own, which learned more on one of our two small models and as much on the other.",
-        ),
-        io.Float.Input(
-            "ema_decay",
-            default=SETTINGS.ema_decay,
-            min=0.0,
-            max=0.9999,
-            step=0.0001,
-            optional=True,
-            tooltip="Keeps a running average of the trained values (EMA), which is then what is previewed, "
-            "measured, saved and put out: 0.99 averages about the last 100 steps, 0.999 the last 1000. It takes 4 "
-            "bytes for each trained weight. Of use at a constant learning rate; after a cosine there is little left "
-            "to average. 0 is off.",
         ),
     ]
 

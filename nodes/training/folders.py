@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from ...sara_core.optimizer import packages
+from ...sara_core.training import event_files
 from ...sara_core.training.run_folder import RunFolder
 from ...sara_core.training.run_settings import PUT_OUT, RunSettings
 from .. import host, output_folder
@@ -50,9 +52,11 @@ def new_folder(patcher, settings: RunSettings) -> RunFolder:
     Raises:
         ValueError: Its name leads out of the output folder, the MODEL's prediction is another, or
             settings contradict each other.
+        ImportError: A package that they need is missing.
         OSError: It cannot be written to.
     """
     settings.refuse_contradictions()
+    _refuse_missing(settings)
     _refuse_other_prediction(patcher, settings)
     parent, name = output_folder.split_output_name(settings.output_name)
     return RunFolder.create(parent, name, settings)
@@ -77,6 +81,7 @@ def old_folder(patcher, name: str, settings: RunSettings, more_steps: int) -> Ru
     folder = RunFolder(output_folder.run_path(name))
     try:
         own = folder.settings.resumed_with(settings)
+        _refuse_missing(own)
         _refuse_other_prediction(patcher, own)
         if more_steps and is_finished(folder):
             own = own.extended_by(more_steps, settings)
@@ -85,6 +90,17 @@ def old_folder(patcher, name: str, settings: RunSettings, more_steps: int) -> Ru
         folder.close()
         raise
     return folder
+
+
+def _refuse_missing(settings: RunSettings) -> None:
+    """Refuse settings that need a package which is missing, before there is anything to lose.
+
+    Raises:
+        ImportError: Naming the first.
+    """
+    packages.refuse_unusable(settings.optimizer)
+    if settings.tensorboard:
+        event_files.refuse_missing()
 
 
 def _refuse_other_prediction(patcher, settings: RunSettings) -> None:

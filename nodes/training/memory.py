@@ -3,6 +3,7 @@
 import dataclasses
 import traceback
 
+from ...sara_core.optimizer import packages
 from ...sara_core.optimizer.adam_moments import BYTES
 from ...sara_core.training.gradient_checkpointing import checkpointed
 from ...sara_core.training.memory_need import MemoryNeed
@@ -85,10 +86,10 @@ def measure(
     optimizer, device = training.optimizer, calls.device
     base = sum(bytes_on(device, p) for p in calls.model.parameters())
     count = sum(leaf.numel() for leaf in optimizer.parameters() if leaf.device == device)
-    average = AVERAGE if settings.ema_decay else 0
-    to_come = GRADIENT + (0 if optimizer.state else BYTES[settings.moments] + average)
-    saved = BYTES["fp32"] - BYTES[settings.moments]
-    trained = count * (host.bytes_per_trained_weight(calls.patcher) - saved + average)
+    kept = BYTES[settings.moments] + (AVERAGE if settings.ema_decay else 0)
+    kept = packages.BYTES.get(settings.optimizer, kept)
+    to_come = GRADIENT + (0 if optimizer.state else kept)
+    trained = count * (host.bytes_per_trained_weight(calls.patcher) - BYTES["fp32"] + kept)
     used, total = host.memory_in_use()
     free = total - used + base + trained - count * to_come
     one = _rehearsed(training, 1)

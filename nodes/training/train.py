@@ -3,7 +3,10 @@
 from comfy_api.latest import io
 
 from ...sara_core import SparseDelta
+from ...sara_core.optimizer import packages
 from ...sara_core.optimizer.adam_moments import refuse_unusable
+from ...sara_core.optimizer.packages import ADAMW
+from ...sara_core.training import event_files
 from ...sara_core.training.run_folder import RunFolder
 from ...sara_core.training.run_settings import RunSettings
 from .. import host, output_folder
@@ -80,21 +83,29 @@ class SaraTrain(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, resume, moments=("fp32",), lowest_noise=(0.0,), highest_noise=(1.0,),
-                        validation_split=(0.0,), patience=(0,), put_out=(LAST_STEP,)):  # fmt: skip
+                        validation_split=(0.0,), patience=(0,), put_out=(LAST_STEP,), optimizer=(ADAMW,),
+                        layer_rates=("",), tensorboard=(False,)):  # fmt: skip
         # A run that was chosen to be resumed leaves the list when it ends, and stays chosen.
         bounds = {"lowest_noise": lowest_noise[0], "highest_noise": highest_noise[0]}
-        ending = {
+        whole = {
             "validation_split": validation_split[0],
             "patience": patience[0],
             "put_out": put_out[0],
+            "optimizer": optimizer[0],
+            "layer_rates": layer_rates[0],
+            "moments": moments[0],
         }
         try:  # what would else be refused after the pictures are encoded; None is linked
             if moments[0] is not None:
                 refuse_unusable(moments[0])
+            if optimizer[0] is not None:
+                packages.refuse_unusable(optimizer[0])
+            if tensorboard[0]:
+                event_files.refuse_missing()
             if None not in bounds.values():
                 RunSettings(**bounds)
-            if resume[0] == NEW_RUN and None not in ending.values():
-                RunSettings(**ending).refuse_contradictions()
+            if resume[0] == NEW_RUN and None not in whole.values():
+                RunSettings(**whole).refuse_contradictions()
             if resume[0] not in (NEW_RUN, None):
                 if not isinstance(resume[0], str):
                     return f"resume is {resume[0]!r}; expected {NEW_RUN!r} or the name of a run"

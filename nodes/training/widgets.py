@@ -8,13 +8,13 @@ from ..inputs import advanced, filter_inputs, fraction_input, threshold_input
 from .folded_widgets import (
     SETTINGS,
     ending_inputs,
-    late_inputs,
     loss_inputs,
     memory_inputs,
     offloading_inputs,
     saving_inputs,
     validation_inputs,
 )
+from .late_widgets import late_inputs, optimizer_inputs
 from .noise_widgets import noise_inputs, shift_and_guidance_inputs, weighting_inputs
 
 NEW_RUN = "new run"
@@ -38,6 +38,7 @@ def training_inputs() -> list:
                 *ending_inputs(),
                 *shift_and_guidance_inputs(),
                 *late_inputs(),
+                *optimizer_inputs(),
             ]
         ),
     ]
@@ -111,7 +112,7 @@ def main_inputs() -> list:
             tooltip="A cancelled or failed run to go on with, exactly where it stopped, or a finished "
             "one to give more_steps. Its own settings are used; of the widgets here only "
             "gradient_checkpointing, offloading, weights_on_device, trained_in, save_every_steps, "
-            "keep_checkpoints, keep_state, lora_file, trigger_words, patience, put_out, moments if it is 8bit, and those of previews count. Press R to refresh "
+            "keep_checkpoints, keep_state, lora_file, trigger_words, patience, put_out, tensorboard, moments if it is 8bit, and those of previews count. Press R to refresh "
             "the list.",
         ),
         io.Int.Input(

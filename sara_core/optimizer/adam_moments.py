@@ -114,7 +114,8 @@ def is_sound(saved: Mapping[str, Tensor], count: int) -> bool:
     shapes = {key: (count,) for key in SIGNED}
     if is_packed(saved):
         shapes |= {key + SCALE: (-(-count // BLOCK),) for key in SIGNED}
-    return all(key in saved and saved[key].shape == shape for key, shape in shapes.items())
+    are_there = all(key in saved and saved[key].shape == shape for key, shape in shapes.items())
+    return are_there and "step" in saved
 
 
 def is_packed(state: Mapping[str, Tensor]) -> bool:

@@ -13,11 +13,12 @@ from ..weights.fingerprint import take_fingerprint
 from ..weights.parameters import choose_parameters, refuse_untrainable_dtypes
 from ..weights.selection import select
 from ..weights.shards import refuse_other_divisions, reshard
-from . import adam_moments, learning_rate
+from . import adam_moments, learning_rate, packages
 from .average import follow_, refuse_bad_decay
 from .data_parallel import GradientAverage, is_shared, refuse_differences, refuse_wrapped
+from .layer_rates import Rates, rates_of
 from .low_rank import add_gradient_
-from .saved_state import FORMATS, PLAIN, checked, moments_by_place
+from .saved_state import PLAIN, checked, format_of, moments_by_place
 from .sparse_model import SparseModel
 from .take_over import take_over_delta, take_over_weights
 from .trained_model import TrainedModel
@@ -61,7 +62,8 @@ class SaraAdamW(TrainedModel, torch.optim.Optimizer):
         threshold: Absolute weight value; weights with `|w| < threshold` train.
         fraction: Share of the chosen parameters' weights that trains, in `(0, 1]`.
         num_trainable: Number of weights that train, such as 5000000 or "5M".
-        lr: Learning rate; by default `learning_rate.rule(threshold)`.
+        lr: Learning rate; by default `learning_rate.rule(threshold)`. Of Prodigy it is a factor of the rate
+            that it finds by itself, by default 1.
         betas: Decay rates of the two moments.
         eps: Added to the root of the second moment.
         weight_decay: Share of the learned change taken back per step and unit of lr.
@@ -73,6 +75,11 @@ class SaraAdamW(TrainedModel, torch.optim.Optimizer):
             weight instead of 8 and needs torchao.
         ema_decay: Decay of an exponential average of the trained values, in `[0, 1)`; 0 keeps none. With
             one, `delta` and `at_strength` go by the average; it takes 4 bytes a trained weight.
+        optimizer: Which one makes the updates: "adamw", which is torch's; "prodigy" (Mishchenko and Defazio
+            2023, arXiv:2306.06101), which finds its rate by itself, from the package prodigyopt; or
+            "schedule_free" (Defazio et al. 2024, arXiv:2405.15682), which is for a constant rate and puts
+            out an average, from the package schedulefree. The other two keep 12 bytes a trained weight.
+        rates: Factors of the learning rate by patterns of parameter names, see `layer_rates.rates_of`.
         max_grad_norm: Gradients of a larger norm are scaled down to it in each step; 0 is off. The
             model's own parameters have none that `clip_grad_norm_` could find.
         include: Only parameters in whose name one of these patterns occurs.
@@ -92,10 +99,11 @@ class SaraAdamW(TrainedModel, torch.optim.Optimizer):
 
     Raises:
         ValueError: Arguments out of range, nothing to train, a base with NaN, or processes that do
-            not train the same, or weights divided in another way than by rows.
+            not train the same, or weights divided in another way than by rows; rates, an average of
+            one's own, moments in 8 bits or divided weights with another optimizer than AdamW.
         TypeError: A chosen parameter has a dtype that cannot be trained in place (float8), or the
             model is wrapped in DistributedDataParallel or FullyShardedDataParallel.
-        ImportError: Moments in 8 bits without torchao.
+        ImportError: Moments in 8 bits without torchao, or another optimizer without its package.
 
     Source: Hu et al. 2024, arXiv:2409.06633, sections 4.1-4.4.
     """
@@ -116,6 +124,8 @@ class SaraAdamW(TrainedModel, torch.optim.Optimizer):
         progressive_step: int = 0,
         moments: str = "fp32",
         ema_decay: float = 0.0,
+        optimizer: str = packages.ADAMW,
+        rates: Rates | None = None,
         max_grad_norm: float = 0.0,
         include: str | Iterable[str] | None = None,
         exclude: str | Iterable[str] | None = None,
@@ -136,6 +146,8 @@ class SaraAdamW(TrainedModel, torch.optim.Optimizer):
         )  # fmt: skip
         refuse_bad_decay(ema_decay)
         adam_moments.refuse_unusable(moments)
+        packages.refuse_unusable(optimizer)
+        packages.refuse_beside_package(optimizer, moments=moments, ema_decay=ema_decay, rates=rates)
         refuse_wrapped(model)
         reshard(model)
         parameters = choose_parameters(model, include, exclude, biases_and_norms)
@@ -149,7 +161,8 @@ class SaraAdamW(TrainedModel, torch.optim.Optimizer):
             zeros=zeros,
             by_parameter=by_parameter,
         )
-        lr = learning_rate.rule(selection.threshold) if lr is None else lr
+        if lr is None:
+            lr = 1.0 if optimizer == packages.PRODIGY else learning_rate.rule(selection.threshold)
 
         self.threshold = selection.threshold
         self.zeros_skipped = selection.zeros_skipped
@@ -159,6 +172,8 @@ class SaraAdamW(TrainedModel, torch.optim.Optimizer):
         self.progressive_step = progressive_step
         self.moments = moments
         self.ema_decay = ema_decay
+        self.optimizer = optimizer
+        self.rates = rates_of(selection.index, rates)
         self.max_grad_norm = max_grad_norm
         self.num_steps = 0
         self.stage = 1
@@ -172,7 +187,7 @@ class SaraAdamW(TrainedModel, torch.optim.Optimizer):
             facts = {
                 "trained weights": self.num_trainable, "threshold": self.threshold, "lr": lr, "seed": seed,
                 "communication_dtype": str(communication_dtype), "overlap": overlap,
-                "accumulation_steps": accumulation_steps,
+                "accumulation_steps": accumulation_steps, "optimizer": optimizer, "rates": self.rates,
             }  # fmt: skip
             refuse_differences({**facts, "base": self.fingerprint}, process_group)
             self._average = GradientAverage(
@@ -183,9 +198,24 @@ class SaraAdamW(TrainedModel, torch.optim.Optimizer):
                 overlap,
             )
             self._weights.share(self._average.arrived)
-        super().__init__(
-            self.parameters(), {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        )
+        options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(self.parameters(), options)
+        self._package: torch.optim.Optimizer | None = None
+        if optimizer != packages.ADAMW:
+            if any(weight.shard.is_part for weight in self._weights.active):
+                self._weights.detach()
+                raise ValueError(
+                    f"optimizer is {optimizer!r}, which cannot go by weights that fully_shard has divided; "
+                    "choose adamw"
+                )
+            self._package = packages.made(optimizer, self.parameters(), options)
+            self.param_groups = self._package.param_groups
+            self._share_state()
+
+    def _share_state(self) -> None:
+        """Have the package's optimizer work on the state and rates that are seen and saved here."""
+        if self._package is not None:
+            self._package.state, self._package.param_groups = self.state, self.param_groups
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients of the trained values."""
@@ -244,9 +274,7 @@ class SaraAdamW(TrainedModel, torch.optim.Optimizer):
         if any(leaf.grad is None for leaf in self.parameters()) and not self._has_updated:
             self._weights.refuse_replaced()
         self._has_updated = True
-        update_(
-            self._weights.active, self.state, self.param_groups[0], self.num_steps, self.moments
-        )
+        self._update()
         self._low_rank_added = False
         if self._average is not None:
             self._average.forget()
@@ -256,6 +284,26 @@ class SaraAdamW(TrainedModel, torch.optim.Optimizer):
         if self.num_steps == self.progressive_step:
             self.reselect()
         return loss
+
+    def _update(self) -> None:
+        if self._package is not None:
+            packages.update_(self._package, self._weights.active, self.optimizer)
+            return
+        update_(
+            self._weights.active, self.state, self.param_groups[0], self.num_steps, self.moments,
+            self.rates,
+        )  # fmt: skip
+
+    @property
+    def rate_in_use(self) -> float:
+        """Learning rate of the last update: that of the group, times what Prodigy has found."""
+        group = self.param_groups[0]
+        return group["lr"] * group.get("d", 1.0)
+
+    @property
+    def has_average(self) -> bool:
+        """Whether an average of the trained values is kept, which is what is learned."""
+        return bool(self.ema_decay) or self.optimizer == packages.SCHEDULE_FREE
 
     @torch.no_grad()
     def reselect(self) -> None:
@@ -274,7 +322,15 @@ class SaraAdamW(TrainedModel, torch.optim.Optimizer):
                 num_before, self.threshold,
             )  # fmt: skip
             return
-        keep_moments(self.state, self._weights.freeze(marks), marks)
+        num_frozen = len(self._weights.frozen)
+        keep = keep_moments if self._package is None else packages.keep_states
+        keep(self.state, self._weights.freeze(marks), marks)
+        if (
+            self.optimizer == packages.SCHEDULE_FREE
+        ):  # they stop at the average, not on the way to it
+            for weight in self._weights.frozen[num_frozen:]:
+                if weight.average is not None:
+                    weight.write_(weight.average, weight.index)
         self.param_groups[0]["params"] = self.parameters()
         self.stage = 2
         logger.info("progressive adjustment: %d of %d trained weights go on", num_left, num_before)
@@ -301,7 +357,7 @@ class SaraAdamW(TrainedModel, torch.optim.Optimizer):
     def state_dict(self) -> dict:
         """Return everything a reloaded run needs to continue exactly; tensors and plain values."""
         own = {
-            "format": FORMATS[self.moments],
+            **format_of(self.optimizer, self.moments),
             **{name: getattr(self, name) for name in PLAIN},
             "generator": self.generator.get_state(),
             "weights": self._weights.state(),
@@ -326,16 +382,19 @@ class SaraAdamW(TrainedModel, torch.optim.Optimizer):
                 been changed then.
             ImportError: Its moments are in 8 bits, and torchao is missing; the same holds.
         """
-        saved = checked(state_dict)
+        saved = checked(state_dict, self.optimizer)
         taken = take_over_weights(
-            self._weights, saved["weights"], saved["fingerprint"], bool(self.ema_decay)
+            self._weights, saved["weights"], saved["fingerprint"], self.has_average
         )
         self.state.clear()
         self.param_groups[0]["params"] = self.parameters()
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
-        take_over_moments(
-            self.state, self._weights.active, taken, moments_by_place(state_dict), self.moments
-        )
+        self._share_state()
+        moments, active = moments_by_place(state_dict), self._weights.active
+        if self._package is None:
+            take_over_moments(self.state, active, taken, moments, self.moments)
+        else:
+            packages.take_over_states(self.state, active, moments)
         for name in PLAIN:
             setattr(self, name, saved[name])
         self.generator.set_state(saved["generator"].cpu())

@@ -57,6 +57,7 @@ def update_(
     group: dict,
     num_steps: int,
     moments: str,
+    rates: Mapping[str, float],
 ) -> None:
     """Update the weights that have a gradient, with what AdamW remembers of each.
 
@@ -66,6 +67,7 @@ def update_(
         group: Learning rate, betas, eps and weight decay.
         num_steps: Updates made so far in the run.
         moments: How moments are kept, one of `adam_moments.KINDS`.
+        rates: Factors of the learning rate other than 1, by parameter name.
     """
     gradients = [(weight, weight.gradient) for weight in weights]
     updated = [weight for weight, gradient in gradients if gradient is not None]
@@ -73,8 +75,13 @@ def update_(
         if gradient is not None and not states[weight.leaf]:
             states[weight.leaf]["step"] = torch.zeros((), dtype=torch.float32)
             states[weight.leaf].update(adam_moments.zeros(gradient, moments))
-    for batch in _batches(updated):
-        _update_batch(batch, [states[weight.leaf] for weight in batch], group, num_steps)
+    by_rate: dict[float, list[SparseWeight]] = {}
+    for weight in updated:
+        by_rate.setdefault(rates.get(weight.name, 1.0), []).append(weight)
+    for rate, alike in by_rate.items():
+        own = {**group, "lr": group["lr"] * rate}
+        for batch in _batches(alike):
+            _update_batch(batch, [states[weight.leaf] for weight in batch], own, num_steps)
 
 
 def keep_moments(

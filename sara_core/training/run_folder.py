@@ -16,6 +16,7 @@ from ..files.atomic import replace_atomically
 from ..files.lock import hold
 from ..files.state_file import read_state, snapshot, write_state
 from ..optimizer.sparse_model import entries_of
+from .event_files import EventFiles
 from .run_settings import RunSettings
 from .tables import StepTable
 from .task import StepReport
@@ -25,6 +26,7 @@ LOCK, JOB = "lock", "job.txt"
 CHECKPOINT, CHECKPOINTS = "checkpoint_{:07}_steps.safetensors", "checkpoint_*_steps.safetensors"
 BEST, BESTS = "best_{:07}_steps.safetensors", f"best_{'[0-9]' * 7}_steps.safetensors"
 VALIDATION = "validation.csv"
+EVENTS = "tensorboard"
 PREVIEWS, PREVIEW = "previews", "preview_{:07}_steps.png"
 COLUMNS = ("step", "loss", "learning_rate", "stage", "skipped", "regularisation_loss")
 VALIDATION_COLUMNS = ("step", "loss")
@@ -60,6 +62,7 @@ class RunFolder:
         self._saved_step = 0
         self._losses = StepTable(self.path / LOSSES, COLUMNS)
         self._validation = StepTable(self.path / VALIDATION, VALIDATION_COLUMNS)
+        self._events = EventFiles(self.path / EVENTS)
 
     @classmethod
     def create(cls, parent: str | os.PathLike, name: str, settings: RunSettings) -> "RunFolder":
@@ -129,10 +132,17 @@ class RunFolder:
                 int(report.skipped), "" if prior is None else repr(prior),
             )
         )  # fmt: skip
+        if self.settings.tensorboard:
+            self._events.add(
+                report.step, loss=report.loss, learning_rate=report.learning_rate,
+                regularisation_loss=prior,
+            )  # fmt: skip
 
     def add_validation(self, step: int, loss: float) -> None:
         """Append a validation loss after a step, or before the first one with 0, as `add_loss`."""
         self._validation.add((step, repr(loss)))
+        if self.settings.tensorboard:
+            self._events.add(step, validation_loss=loss)
 
     def save(
         self,
@@ -300,12 +310,12 @@ class RunFolder:
         """Wait for the save under way and let go of the files; a run without a step leaves none."""
         self.finish_saving()
         self._writer.shutdown()
-        for table in (self._losses, self._validation):
+        for table in (self._losses, self._validation, self._events):
             table.close()
         self._lock.close()
         with contextlib.suppress(OSError):
             left = {path.name for path in self.path.iterdir()}
-            if left <= {SETTINGS, LOG, LOCK, JOB, VALIDATION, PREVIEWS}:
+            if left <= {SETTINGS, LOG, LOCK, JOB, VALIDATION, PREVIEWS, EVENTS}:
                 shutil.rmtree(self.path)
 
 

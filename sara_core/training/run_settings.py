@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 import torch
 
 from ..delta.export import EXACT, RANKS
+from ..optimizer import packages
 from ..optimizer.adam_moments import KINDS
 from ..optimizer.average import refuse_bad_decay
+from ..optimizer.layer_rates import refuse_bad_rates
 from ..optimizer.sara_adamw import LOW_RANK_WEIGHT
 from ..weights.selection import ZEROS
 from .config import TrainConfig, check_choice, check_least, check_share
@@ -55,6 +57,8 @@ class RunSettings(TrainConfig):
         weights_on_device: With offloading, GB of the weights that stay on the device; -1 takes as many as
             fit beside what the run needs.
         trained_in: Where trained values and what the optimizer keeps of them are, one of `TRAINED_IN`.
+        optimizer: See `SaraAdamW`, one of `packages.KINDS`.
+        layer_rates: Factors of the learning rate by patterns of parameter names, see `layer_rates.rates_of`.
         ema_decay: See `SaraAdamW`; with an average, it is what is validated, previewed, saved and put out.
         guidance: Value that models distilled with guidance are trained at, where captions carry none of
             their own; below 0 it is that of ComfyUI.
@@ -72,6 +76,7 @@ class RunSettings(TrainConfig):
         keep_state: Keep the state when the run has finished, so that it can go on.
         save_dtype: Precision of saved values, one of `SAVE_DTYPES`.
         lora_file: What is written beside the final delta for loaders of LoRAs, one of `LORA_FILES`.
+        tensorboard: Write the curves for TensorBoard as well.
         output_name: Name of the run.
         trigger_words: Words that call up what was learned.
 
@@ -98,6 +103,8 @@ class RunSettings(TrainConfig):
     offloading: bool = field(default=False, metadata=FREE)
     weights_on_device: float = field(default=-1.0, metadata=FREE)
     trained_in: str = field(default="device", metadata=FREE)
+    optimizer: str = packages.ADAMW
+    layer_rates: str = ""
     ema_decay: float = 0.0
     guidance: float = 1.0
     allow_other_prediction: bool = False
@@ -113,6 +120,7 @@ class RunSettings(TrainConfig):
     keep_state: bool = field(default=True, metadata=FREE)
     save_dtype: str = "fp16"
     lora_file: str = field(default="none", metadata=FREE)
+    tensorboard: bool = field(default=False, metadata=FREE)
     output_name: str = "style"
     trigger_words: str = field(default="", metadata=FREE)
 
@@ -125,9 +133,11 @@ class RunSettings(TrainConfig):
         )  # fmt: skip
         check_share(self, "fraction", "progressive", "validation_split")
         refuse_bad_decay(self.ema_decay)
+        refuse_bad_rates(self.layer_rates)
         check_choice(
             self, zeros=ZEROS, moments=KINDS, training_dtype=COMPUTE_DTYPES, save_dtype=SAVE_DTYPES,
             lora_file=LORA_FILES, trained_in=TRAINED_IN, put_out=PUT_OUT, select_from=SELECT_FROM,
+            optimizer=packages.KINDS,
         )  # fmt: skip
 
     def refuse_contradictions(self) -> None:
@@ -141,6 +151,12 @@ class RunSettings(TrainConfig):
                 f"select_from is {self.select_from!r}, which goes by fraction, but threshold is "
                 f"{self.threshold:g}; set it to 0, or disconnect it, or select from the model"
             )
+        packages.refuse_beside_package(
+            self.optimizer,
+            moments=self.moments,
+            ema_decay=self.ema_decay,
+            layer_rates=self.layer_rates,
+        )
         goes_by_validation = {"patience": self.patience, "put_out": self.put_out == PUT_OUT[1]}
         for name, is_set in goes_by_validation.items():
             if is_set and not self.validation_split:
@@ -161,6 +177,7 @@ class RunSettings(TrainConfig):
             **self.selection_rule,
             "by_parameter": self.select_from == SELECT_FROM[1],
             "lr": self.learning_rate or None,
+            "rates": self.layer_rates,
             "progressive_step": round(self.progressive * self.steps),
             **{
                 name: getattr(self, name)
@@ -173,6 +190,7 @@ class RunSettings(TrainConfig):
                     "weight_decay",
                     "moments",
                     "ema_decay",
+                    "optimizer",
                 )  # fmt: skip
             },
         }
@@ -183,7 +201,8 @@ class RunSettings(TrainConfig):
         changes = {name: getattr(other, name) for name in free}
         if not self.validation_split:  # what goes by it cannot be asked for any more
             changes |= {"patience": 0, "put_out": PUT_OUT[0]}
-        if other.moments == "8bit":  # what a run that ran out of memory may need
+        # What a run that ran out of memory may need.
+        if other.moments == "8bit" and self.optimizer == packages.ADAMW:
             changes["moments"] = "8bit"
         return dataclasses.replace(self, **changes)
 

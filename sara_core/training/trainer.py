@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..delta.sparse_delta import SparseDelta
 from ..optimizer.learning_rate import factor
+from ..optimizer.packages import SCHEDULE_FREE
 from ..optimizer.sara_adamw import SaraAdamW
 from .batches import BatchOrder, by_key
 from .config import TrainConfig
@@ -223,15 +224,14 @@ class TrainingRun:
         return self._peak_rate * factor(
             step - start,
             config.steps - start,
-            config.lr_schedule,
+            "constant" if self.optimizer.optimizer == SCHEDULE_FREE else config.lr_schedule,
             config.warmup_steps,
             config.lr_cycles,
         )
 
     def _make_step(self) -> StepReport | None:
         """Make an update; returns None instead if a process has asked to `end`."""
-        rate = self.learning_rate(self.step)
-        self.optimizer.param_groups[0]["lr"] = rate
+        self.optimizer.param_groups[0]["lr"] = self.learning_rate(self.step)
         try:
             losses = self._gradients_within_memory()
             if losses is None:
@@ -246,8 +246,9 @@ class TrainingRun:
         self._mark()
         loss, *prior = losses.tolist()
         return StepReport(
-            self.step, loss, rate, self.optimizer.stage, not finite, prior[0] if prior else None
-        )
+            self.step, loss, self.optimizer.rate_in_use, self.optimizer.stage, not finite,
+            prior[0] if prior else None,
+        )  # fmt: skip
 
     def _gradients_within_memory(self) -> Tensor | None:
         share = -(-self.batch_size // self.processes.size)

@@ -36,6 +36,9 @@ TOOLS = [
     "safetensors",
     "selenium",
     "torchao",
+    "prodigyopt",
+    "schedulefree",
+    "tensorboard",
     "ruff==0.17.6",
     "mypy==2.4.1",
 ]

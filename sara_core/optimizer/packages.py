@@ -1,0 +1,144 @@
+"""Updates by optimizers that other packages maintain, on flat values of the trained weights.
+
+They are given what is learned of each weight, which begins at zero, so that their weight decay pulls that to
+zero, as SaRA's own does.
+"""
+
+import importlib
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .sparse_weight import SparseWeight
+
+ADAMW, PRODIGY, SCHEDULE_FREE = KINDS = ("adamw", "prodigy", "schedule_free")
+PACKAGES = {
+    PRODIGY: ("prodigyopt", "Prodigy"),
+    SCHEDULE_FREE: ("schedulefree", "AdamWScheduleFree"),
+}
+# What Prodigy's authors advise for diffusion models,
+# https://github.com/konstmish/prodigy/blob/main/README.md, "Diffusion models"
+OPTIONS: dict[str, dict] = {PRODIGY: {"safeguard_warmup": True, "use_bias_correction": True}}
+BYTES = {PRODIGY: 12, SCHEDULE_FREE: 12}  # kept of a trained weight, an average included
+
+
+def refuse_unusable(kind: str) -> None:
+    """Raise if updates cannot be made in this way.
+
+    Raises:
+        ValueError: Not one of `KINDS`.
+        ImportError: Its package is missing.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"optimizer={kind!r}; expected one of {', '.join(KINDS)}")
+    if kind != ADAMW:
+        _found(kind)
+
+
+def refuse_beside_package(kind: str, **options) -> None:
+    """Raise if options are set that only AdamW knows, and another optimizer makes the updates.
+
+    Raises:
+        ValueError: Naming the first.
+    """
+    off = {"moments": "fp32"}
+    for name, value in options.items():
+        if kind != ADAMW and value and value != off.get(name):
+            raise ValueError(
+                f"{name} is {value!r}, which is for the optimizer adamw, but optimizer is {kind!r}; leave out "
+                "one of them"
+            )
+
+
+def _found(kind: str) -> Callable[..., torch.optim.Optimizer]:
+    package, name = PACKAGES[kind]
+    try:
+        return getattr(importlib.import_module(package), name)
+    except (ImportError, AttributeError) as error:
+        raise ImportError(
+            f"the optimizer {kind} needs the package {package}, which cannot be imported ({error}). Install it "
+            f"(pip install -U {package}) in the Python that runs this, or choose adamw"
+        ) from error
+
+
+def made(kind: str, leaves: Sequence[nn.Parameter], options: Mapping) -> torch.optim.Optimizer:
+    """Return the package's optimizer, ready to make updates.
+
+    Args:
+        kind: One of `PACKAGES`.
+        leaves: Of the trained weights.
+        options: Learning rate, betas, eps and weight decay.
+    """
+    inner = _found(kind)(leaves, **options, **OPTIONS.get(kind, {}))
+    if kind == SCHEDULE_FREE:
+        inner.train()  # type: ignore[attr-defined]
+    return inner
+
+
+@torch.no_grad()
+def update_(inner: torch.optim.Optimizer, weights: Sequence[SparseWeight], kind: str) -> None:
+    """Update the weights that have a gradient.
+
+    Where the optimizer averages, the average is left as that of the weight, which is then what is learned.
+
+    Args:
+        inner: The package's.
+        weights: Changed in place.
+        kind: One of `PACKAGES`.
+    """
+    updated = [weight for weight in weights if weight.gradient is not None]
+    bases = [weight.base.to(weight.dtype) for weight in updated]
+    holders = [weight.leaf.data for weight in updated]
+    try:
+        for weight, base in zip(updated, bases, strict=True):
+            weight.leaf.data = weight.trained - base
+        inner.step()
+        learned = [weight.leaf.data for weight in updated]
+    finally:
+        for weight, holder in zip(updated, holders, strict=True):
+            weight.leaf.data = holder
+    for weight, base, change in zip(updated, bases, learned, strict=True):
+        weight.write_(base + change, weight.index)
+        if kind == SCHEDULE_FREE:
+            beta = inner.param_groups[0]["betas"][0]
+            weight.average = base + change.lerp(inner.state[weight.leaf]["z"], 1 - 1 / beta)
+
+
+def keep_states(
+    states: MutableMapping[Tensor, dict],
+    changes: Sequence[tuple[SparseWeight, SparseWeight | None]],
+    marks: Sequence[Tensor],
+) -> None:
+    """Hand on what an optimizer remembers of each weight to the part of it that goes on.
+
+    See `updates.keep_moments`.
+    """
+    for mark, (weight, kept) in zip(marks, changes, strict=True):
+        state = states.pop(weight.leaf, None)
+        if kept is not None and state:
+            states[kept.leaf] = {key: _part(value, mark) for key, value in state.items()}
+
+
+def _part(value, mark: Tensor):
+    return value[mark] if isinstance(value, Tensor) and value.shape == mark.shape else value
+
+
+def take_over_states(
+    states: MutableMapping[Tensor, dict],
+    weights: Sequence[SparseWeight],
+    saved: Mapping[int, Mapping],
+) -> None:
+    """Take over what an optimizer remembered in a saved run, by place of the weight."""
+    for place, state in saved.items():
+        leaf = weights[place].leaf
+        states[leaf] = {
+            key: value.to(leaf.device, copy=True) if isinstance(value, Tensor) else value
+            for key, value in state.items()
+        }
+
+
+def is_sound(state: Mapping, count: int) -> bool:
+    """Tell whether a saved state is one of `count` weights."""
+    shapes = {tuple(value.shape) for value in state.values() if isinstance(value, Tensor)}
+    return (count,) in shapes and shapes <= {(count,), ()}
