@@ -39,11 +39,43 @@ function drawCurve(context, points, toX, toY, colour, width) {
   context.stroke();
 }
 
-function draw(state, context, width, height, colour) {
-  const left = 44, right = 8, top = 8, bottom = 16;
+const left = 44, right = 8, top = 8, bottom = 16; // around what is drawn
+
+function drawFrame(context, width, height, colour, low, high) {
+  context.strokeStyle = colour.line;
+  context.strokeRect(left, top, width - left - right, height - top - bottom);
+  context.fillStyle = colour.faint;
+  context.textAlign = "right";
+  context.fillText(high.toPrecision(3), left - 4, top + 8);
+  context.fillText(low.toPrecision(3), left - 4, height - bottom);
+}
+
+// A bar for each noise level: its recent losses, and a line where they were at first.
+function drawByNoise(levels, context, width, height, colour) {
+  const high = Math.max(...levels.flat().filter((v) => v != null), 1e-9);
+  const slot = (width - left - right) / levels.length;
+  const toY = (loss) => top + (1 - loss / high) * (height - top - bottom);
+  levels.forEach(([first, recent], i) => {
+    const x = left + i * slot;
+    context.fillStyle = ACCENT.smooth;
+    if (recent != null) context.fillRect(x + 2, toY(recent), slot - 4, height - bottom - toY(recent));
+    context.fillStyle = ACCENT.validation;
+    if (first != null) context.fillRect(x + 2, toY(first) - 1, slot - 4, 2);
+  });
+  drawFrame(context, width, height, colour, 0, high);
+  context.fillText(text("much_noise"), width - right, height - 4);
+  context.textAlign = "left";
+  context.fillText(text("little_noise"), left, height - 4);
+}
+
+function draw(state, byNoise, context, width, height, colour) {
   if (!state || !state.losses.length) {
     context.fillStyle = colour.faint;
     context.fillText(text("train_first"), left, height / 2);
+    return;
+  }
+  if (byNoise && state.by_noise?.length) {
+    drawByNoise(state.by_noise, context, width, height, colour);
     return;
   }
   const all = [...state.losses, ...state.validation].map((p) => p[1]).filter(Number.isFinite);
@@ -53,12 +85,7 @@ function draw(state, context, width, height, colour) {
   const toX = (step) => left + (step / state.steps) * (width - left - right);
   const toY = (loss) =>
     top + (1 - (Math.min(loss, high) - low) / (high - low)) * (height - top - bottom);
-  context.strokeStyle = colour.line;
-  context.strokeRect(left, top, width - left - right, height - top - bottom);
-  context.fillStyle = colour.faint;
-  context.textAlign = "right";
-  context.fillText(high.toPrecision(3), left - 4, top + 8);
-  context.fillText(low.toPrecision(3), left - 4, height - bottom);
+  drawFrame(context, width, height, colour, low, high);
   context.fillText(String(state.steps), width - right, height - 4);
   context.textAlign = "left";
   context.fillText("0", left, height - 4);
@@ -139,6 +166,30 @@ function showPreviews(chart, state) {
   if (hadNone && chart.previews.children.length) chart.fit();
 }
 
+const BUTTON = "flex:1;font:11px sans-serif;cursor:pointer;padding:2px;border-radius:4px;" +
+  "color:var(--input-text,#ddd);background:var(--comfy-input-bg,#222);border:1px solid var(--border-color,#555)";
+
+// A button that turns the drawing over, between the loss over the steps and by noise level.
+function addTurn(chart) {
+  const button = document.createElement("button");
+  button.className = "sara-turn";
+  button.title = text("by_noise_help");
+  button.style.cssText = `${BUTTON};flex:none;align-self:flex-end;display:none;margin:0 4px`;
+  button.addEventListener("click", (event) => {
+    event.stopPropagation();
+    chart.byNoise = !chart.byNoise;
+    showTurn(chart);
+    chart.redraw();
+  });
+  chart.box.insertBefore(button, chart.caption);
+  return button;
+}
+
+function showTurn(chart) {
+  chart.turn.textContent = chart.byNoise ? text("over_steps") : text("by_noise");
+  chart.turn.style.display = chart.state?.by_noise?.length ? "block" : "none";
+}
+
 // Buttons that ask the run to do something after its present step; they are there while it trains.
 function addWishes(box) {
   const row = document.createElement("div");
@@ -156,8 +207,7 @@ function addWishes(box) {
     button.dataset.wish = wish;
     button.textContent = label;
     button.title = help;
-    button.style.cssText = "flex:1;font:11px sans-serif;cursor:pointer;padding:2px;border-radius:4px;" +
-      "color:var(--input-text,#ddd);background:var(--comfy-input-bg,#222);border:1px solid var(--border-color,#555)";
+    button.style.cssText = BUTTON;
     button.addEventListener("click", async (event) => {
       event.stopPropagation();
       button.disabled = true; // until the next step tells that it was heard
@@ -194,6 +244,7 @@ function show(node, state) {
   chart.caption.textContent = describe(state);
   chart.warnings.textContent = (state.warnings ?? []).join("\n");
   chart.warnings.style.display = chart.warnings.textContent ? "block" : "none";
+  showTurn(chart);
   showWishes(chart.wishes, state);
   showPreviews(chart, state);
   chart.redraw();
@@ -212,8 +263,9 @@ app.registerExtension({
     const previews = document.createElement("div");
     const chart = addCanvasWidget(
       node, "chart", 215,
-      (context, width, height, colour) => draw(chart?.state, context, width, height, colour),
+      (context, width, height, colour) => draw(chart?.state, chart?.byNoise, context, width, height, colour),
       () => (previews.children.length ? PREVIEWS_HEIGHT : 0));
+    chart.turn = addTurn(chart);
     chart.wishes = addWishes(chart.box);
     chart.warnings = addText(chart.box);
     chart.warnings.className = "sara-warnings";

@@ -3,6 +3,7 @@
 import logging
 import math
 import time
+from collections.abc import Callable
 
 from ...sara_core.training.task import StepReport
 from .. import host, page_state
@@ -29,6 +30,7 @@ class LiveChart:
         can_preview: Whether there is something to make previews of.
         epochs: How often all steps together go over the pictures, once it is known.
         memory_need: Bytes that the run needs, by what for, once they are known.
+        by_noise: Returns the mean losses by noise level, at first and recent ones.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class LiveChart:
         self.can_preview = False
         self.epochs: float | None = None
         self.memory_need: dict[str, int] | None = None
+        self.by_noise: Callable[[], list] = list
 
     def start(
         self,
@@ -158,4 +161,5 @@ class LiveChart:
             "epochs": self.epochs,
             "can_preview": self.can_preview,
             "memory_need": self.memory_need,
+            "by_noise": self.by_noise(),
         }

@@ -78,6 +78,7 @@ class Session:
             f"of {self.training.learning_rate(self.settings.schedule_start):.3g}, in {folder.path}"
         )
         chart = self.reporter.chart
+        chart.by_noise = self.training.noise_tally.means
         chart.start(self.saver.losses, rates, self.saver.validation, self._stage)
         for step, name in folder.previews(self.training.step):
             chart.add_preview(step, name)

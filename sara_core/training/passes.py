@@ -9,6 +9,7 @@ from . import weight_casts
 from .config import TrainConfig
 from .in_place_changes import changes_allowed, changes_saved_tensors
 from .noise_levels import NoiseLevels, shifted
+from .noise_tally import NoiseTally
 from .task import TrainingTask
 from .to_device import send
 
@@ -115,8 +116,12 @@ class Passes:
         mask = self.task.mask(pictures)
         return schedule.loss(x0, latents, sigma, self._config.loss_function, mask)
 
-    def _weighted(self, pictures, latents, sigma, noise, captions) -> Tensor:
+    def _weighted(
+        self, tally: NoiseTally | None, pictures, latents, sigma, noise, captions
+    ) -> Tensor:
         losses = self.losses(pictures, latents, sigma, noise, captions)
+        if tally is not None:
+            tally.add(sigma, losses.detach())
         weighting, gamma = self._config.loss_weighting, self._config.snr_gamma
         return (losses * self.task.schedule.weight(sigma, weighting, gamma)).mean()
 
@@ -128,15 +133,18 @@ class Passes:
         ]
         return torch.stack(losses).sum()
 
-    def backward(self, draw: tuple, weight: float) -> Tensor:
-        """Add the gradient of a batch's mean loss times a weight; returns the loss."""
+    def backward(self, draw: tuple, weight: float, tally: NoiseTally | None = None) -> Tensor:
+        """Add the gradient of a batch's mean loss times a weight; returns the loss.
+
+        Each picture's, not weighted, goes into the tally.
+        """
         count, losses = len(draw[0]), [draw[2].new_zeros(())]
         if not count and self._scaler is not None:  # it finds its scale when it is first used
             self._scaler.scale(losses[0])
         size = max(1, min(self._most, -(-count // self.num_parts)))
         for start in range(0, count, size):
             with changes_allowed() if self.in_place else weight_casts.recomputed():
-                loss = self._weighted(*(part[start : start + size] for part in draw))
+                loss = self._weighted(tally, *(part[start : start + size] for part in draw))
                 share = min(size, count - start) / count
                 scaled = loss * (share * weight)
                 (scaled if self._scaler is None else self._scaler.scale(scaled)).backward()

@@ -13,6 +13,7 @@ from ..optimizer.sara_adamw import SaraAdamW
 from .batches import BatchOrder, by_key
 from .config import TrainConfig
 from .memory_need import LiveBytes
+from .noise_tally import NoiseTally
 from .out_of_memory import is_out_of_memory
 from .passes import Passes
 from .processes import ENOUGH, FINE, NO_MEMORY, Processes
@@ -68,6 +69,7 @@ class TrainingRun:
         self.optimizer, self.task, self.config, self.scaler = optimizer, task, config, scaler
         self.step = 0
         self.passes = Passes(task, config, scaler)
+        self.noise_tally = NoiseTally(task.schedule)
         self._free_memory = free_memory
         self._generator = torch.Generator().manual_seed(config.seed)
         own = Processes(optimizer.parameters()[0].device, optimizer.distributed)
@@ -295,7 +297,8 @@ class TrainingRun:
                 part = len(draw[0]) / len(batch)
                 weight_of_part = weight * part / self.config.grad_accumulation_steps
                 with self.optimizer.no_sync():
-                    loss = self.passes.backward(draw, weight_of_part * self.processes.size)
+                    factor_of_part = weight_of_part * self.processes.size
+                    loss = self.passes.backward(draw, factor_of_part, self.noise_tally)
                 sums.append(loss * part)
         return torch.stack([torch.stack(sums).mean() for sums in losses])
 

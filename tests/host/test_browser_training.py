@@ -73,6 +73,26 @@ def test_queue_after_queue_and_a_reload_show_the_last_run(page):
     page.wait("return /finished, step 6 of 6/.test(arguments[0].innerText)", box)
 
 
+def test_the_chart_turns_over_to_the_loss_by_noise_level(page):
+    first_training(page, steps=40)
+    page.command("Comfy.QueuePrompt")
+    idle(page)
+    box = page.box("SaraTrain")
+    page.wait("return /finished, step 40 of 40/.test(arguments[0].innerText)", box)
+    turn = "arguments[0].querySelector('.sara-turn')"
+    page.wait(f"return {turn}.innerText === 'by noise level'", box)
+    page.show("SaraTrain")
+    lines = page.inked("SaraTrain")
+    page.js(f"{turn}.click()", box)
+    page.wait(f"return {turn}.innerText === 'over the steps'", box)
+    assert page.inked("SaraTrain") > 2 * lines
+    assert {(0x4A, 0xA3, 0xFF), (0xFF, 0x9F, 0x40)} <= {c for _, c in page.colours("SaraTrain")}
+    page.js(f"{turn}.click()", box)
+    page.wait(f"return {turn}.innerText === 'by noise level'", box)
+    assert page.inked("SaraTrain") == pytest.approx(lines, rel=0.1)
+    assert page.errors() == []
+
+
 def test_two_training_nodes_show_a_run_each(page):
     first_training(page)
     page.js(
