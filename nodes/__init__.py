@@ -13,6 +13,7 @@ from .pictures.join import SaraJoinPictures
 from .sampling.prompts import SaraPrompts
 from .sampling.sampling_nodes import SaraCompare, SaraLoadCheckpoints, SaraSamplingSettings
 from .training import wishes
+from .training.compare_runs import SaraCompareRuns
 from .training.train import SaraTrain
 
 NODES = [
@@ -22,6 +23,7 @@ NODES = [
     SaraPrompts,
     SaraSamplingSettings,
     SaraTrain,
+    SaraCompareRuns,
     SaraLoadDelta,
     SaraSaveDelta,
     SaraMergeDeltas,

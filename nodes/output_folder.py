@@ -5,7 +5,7 @@ import re
 import time
 from pathlib import Path
 
-from ..sara_core.training.run_folder import JOB, SETTINGS, STATE
+from ..sara_core.training.run_folder import JOB, LOSSES, SETTINGS, STATE
 from . import host
 
 MAX_BYTES = 255  # of one name, on nearly all file systems
@@ -106,6 +106,16 @@ def resumable_runs() -> list[str]:
         if STATE in files or (SETTINGS in files and any(_is_final(folder, file) for file in files))
     ]
     return sorted(output_relative(folder) for folder in found)
+
+
+def runs_with_losses() -> list[str]:
+    """List the runs below output/sara that have made a step, by folder."""
+    found = [
+        folder
+        for folder, _, files in os.walk(host.output_root())
+        if SETTINGS in files and LOSSES in files
+    ]
+    return sorted(map(output_relative, found))
 
 
 def run_of_job(job: str) -> str | None:

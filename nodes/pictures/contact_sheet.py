@@ -7,8 +7,8 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from ..fonts import font_for
 from .folder_plan import EncodedFolder, Variant
-from .fonts import font_for
 
 CELL, TEXT, COLUMNS = 144, 62, 10
 MAX_CELLS = 120

@@ -6,8 +6,10 @@ import math
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
+
+from ..fonts import font_for
 
 GAP, MAX_IN_ROW, THUMBNAIL = 4, 8, 256
 LABEL, INK = 14, "#222222"
@@ -45,7 +47,7 @@ def labelled_grid(
         columns: A label for each column.
         rows: A label for each row.
     """
-    font = ImageFont.load_default(size=LABEL)
+    font = font_for("".join([*columns, *rows]), LABEL)
     widths = [
         math.ceil(max(font.getlength(label), *(row[i].width for row in cells)))
         for i, label in enumerate(columns)

@@ -272,7 +272,7 @@ def test_a_linear_profile_that_calls_itself_srgb_is_applied(pictures):
 
 def test_a_font_is_found_that_has_the_captions_letters(monkeypatch):
     from PIL import ImageFont
-    from sara_pack.nodes.pictures import fonts
+    from sara_pack.nodes import fonts
 
     plain = fonts.font_for("a plain caption, 3d", 11)
     assert plain.getname() == ImageFont.load_default(size=11).getname()
