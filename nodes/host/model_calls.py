@@ -26,14 +26,15 @@ class ModelCalls:
 
     Args:
         patcher: The MODEL.
+        wrappers: Around its calls, as `transformer_options` hold them.
 
     Attributes:
         guidance: Value that a model which takes one is given, where captions carry none; None leaves
             ComfyUI's.
     """
 
-    def __init__(self, patcher):
-        self.patcher = patcher
+    def __init__(self, patcher, wrappers: dict | None = None):
+        self.patcher, self._wrappers = patcher, wrappers or {}
         self.guidance: float | None = None
         self.model = patcher.model
         self.device = device_of(patcher)
@@ -126,6 +127,8 @@ class ModelCalls:
         conds = comfy.samplers.cond_cat(captions)
         options = dict(self.patcher.model_options["transformer_options"])
         options.update(cond_or_uncond=[0], sigmas=sigma)
+        if self._wrappers:
+            options["wrappers"] = self._wrappers
         return self.model.apply_model(noisy, sigma, **conds, transformer_options=options)
 
 

@@ -14,6 +14,7 @@ from comfy.model_patcher import LowVramPatch
 
 from ...sara_core.training.inference_tensors import make_trackable
 from ...sara_core.weights.quantised import Quantised, numbers_on_use
+from .compiled import compile_wrappers
 from .model_calls import ModelCalls
 from .weights import (
     PREFIX,
@@ -50,6 +51,7 @@ def trainable(
         offloading: Leave the weights in main memory; they are copied to the device when they are used.
         trained_in: Where trained values and what the optimizer keeps of them are, one of `TRAINED_IN`.
     """
+    is_reloaded = is_dynamic(patcher)
     patcher = _ordinary_clone(patcher)
     if dtype is not None:
         patcher.set_model_compute_dtype(dtype)
@@ -76,7 +78,7 @@ def trainable(
             patcher.pre_run()
             if had_flag is not None:  # since 0.33; some models branch on it
                 comfy.model_management.in_training = True
-            yield ModelCalls(patcher)
+            yield ModelCalls(patcher, compile_wrappers(patcher, is_reloaded))
         finally:
             if had_flag is not None:
                 comfy.model_management.in_training = had_flag
