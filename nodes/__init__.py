@@ -10,6 +10,7 @@ from .delta.load_save_apply import SaraApply, SaraLoadDelta, SaraMergeDeltas, Sa
 from .pictures import folder_look
 from .pictures.image_folder import SaraImageFolder
 from .pictures.join import SaraJoinPictures
+from .pictures.references import SaraReferencePictures
 from .sampling.prompts import SaraPrompts
 from .sampling.sampling_nodes import SaraCompare, SaraLoadCheckpoints, SaraSamplingSettings
 from .training import wishes
@@ -19,6 +20,7 @@ from .training.train import SaraTrain
 NODES = [
     SaraImageFolder,
     SaraJoinPictures,
+    SaraReferencePictures,
     SaraAnalyze,
     SaraPrompts,
     SaraSamplingSettings,

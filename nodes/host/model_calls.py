@@ -7,7 +7,7 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
-from ...sara_core.training.inference_tensors import trackable_copy
+from ...sara_core.training.inference_tensors import is_tracked, map_tensors, trackable_copy
 from .families import takes_guidance
 from .schedules import noise_schedule
 from .weights import architecture, device_of
@@ -97,7 +97,7 @@ class ModelCalls:
             )  # fmt: skip
             encoded.append(
                 {
-                    name: cond.process_cond(batch_size=1, area=None)
+                    name: _trackable(cond.process_cond(batch_size=1, area=None))
                     for name, cond in conds[0]["model_conds"].items()
                 }
             )
@@ -130,6 +130,14 @@ class ModelCalls:
         if self._wrappers:
             options["wrappers"] = self._wrappers
         return self.model.apply_model(noisy, sigma, **conds, transformer_options=options)
+
+
+def _trackable(cond):
+    """Replace what autograd cannot save, of objects that options held, such as a picture's CLIP features."""
+    tensors = map_tensors(
+        cond.cond, lambda tensor: tensor if is_tracked(tensor) else tensor.clone()
+    )
+    return cond._copy_with(tensors)
 
 
 def _forget_last_step() -> None:

@@ -130,19 +130,28 @@ def _decoded(
             if hashlib.sha256(data).hexdigest() != digest:
                 raise ValueError("it has changed while the folder was read; run the node again")
             picture = read_picture(data, options.background, file.name)
-            parts = [(variant, *_cut(picture, variant)) for variant in windows]
+            parts = [
+                (variant, *cut(picture, variant.size, variant.window, variant.mirrored))
+                for variant in windows
+            ]
         except (OSError, ValueError) as error:
             problems.append(Problem(file.name, str(error)))
             continue
         yield from parts
 
 
-def _cut(picture: Picture, variant: Variant) -> list[Image.Image | None]:
+def cut(
+    picture: Picture,
+    size: tuple[int, int],
+    window: tuple[float, float, float, float],
+    mirrored: bool,
+) -> list[Image.Image | None]:
+    """Return colour and opacity of a window of a picture, at a size."""
     parts = [
-        part and part.resize(variant.size, Image.Resampling.LANCZOS, variant.window)
+        part and part.resize(size, Image.Resampling.LANCZOS, window)
         for part in (picture.colour, picture.opacity)
     ]
-    if variant.mirrored:
+    if mirrored:
         parts = [part and part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for part in parts]
     return parts
 

@@ -66,6 +66,23 @@ class FolderOptions:
 
 
 @dataclass(frozen=True)
+class Place:
+    """Which part of a picture is learned, to cut others alike.
+
+    Args:
+        size: Width and height it is resized to.
+        share: Left, top, right and bottom, as shares of the picture's sides.
+        aspect: Of the picture, width to height.
+        mirrored: Exchange left and right.
+    """
+
+    size: tuple[int, int]
+    share: tuple[float, float, float, float]
+    aspect: float
+    mirrored: bool
+
+
+@dataclass(frozen=True)
 class Variant:
     """One window of one picture at its training size.
 
@@ -76,6 +93,7 @@ class Variant:
         window: Left, top, right and bottom in the picture.
         mirrored: Exchange left and right.
         key: Of the encoding.
+        picture: Width and height of the whole picture.
     """
 
     file: PictureFile
@@ -84,6 +102,14 @@ class Variant:
     window: tuple[float, float, float, float]
     mirrored: bool
     key: str
+    picture: tuple[int, int]
+
+    @property
+    def place(self) -> Place:
+        """What of the picture this is."""
+        (width, height), (left, top, right, bottom) = self.picture, self.window
+        share = (left / width, top / height, right / width, bottom / height)
+        return Place(self.size, share, width / height, self.mirrored)
 
 
 @dataclass
@@ -159,7 +185,7 @@ def _windows(
                 window=[round(edge, 3) for edge in window], mirrored=mirrored,
                 background=options.background,
             )  # fmt: skip
-            yield Variant(file, digest, size, window, mirrored, key)
+            yield Variant(file, digest, size, window, mirrored, key, own)
 
 
 def too_small(small: dict, count: int, rule: SizeRule) -> list[Problem]:

@@ -9,7 +9,7 @@ from ...sara_core.pictures.encoding_cache import EncodingCache
 from ...sara_core.pictures.picture_folder import describe_files
 from .. import host
 from ..inputs import chosen, refuse_unchosen, searched_as
-from ..training.examples import CAPTIONS, NAME, PICTURE
+from ..training.examples import CAPTIONS, NAME, PICTURE, WINDOW
 from .contact_sheet import contact_sheet
 from .encoded_folder import encode_folder, mask_of
 from .folder_inputs import folder_inputs, folder_options
@@ -122,6 +122,11 @@ class SaraImageFolder(io.ComfyNode):
                     display_name="contact_sheet", tooltip="The entries with size and caption."
                 ),
                 io.String.Output(display_name="report", tooltip="Counts, and what was left out."),
+                io.String.Output(
+                    display_name="captions",
+                    is_output_list=True,
+                    tooltip="Text of each entry's caption, for nodes that encode it in their own way.",
+                ),
             ],
         )
 
@@ -159,7 +164,12 @@ class SaraImageFolder(io.ComfyNode):
         positive = {name: conditioning_of(found, name) for name in found.texts}
         return io.NodeOutput(
             [
-                {"samples": encoding["latent"][None], PICTURE: v.digest, NAME: v.file.name}
+                {
+                    "samples": encoding["latent"][None],
+                    PICTURE: v.digest,
+                    NAME: v.file.name,
+                    WINDOW: v.place,
+                }
                 for v, encoding in zip(epoch, encodings, strict=True)
             ],
             [positive[v.file.name] for v in epoch],
@@ -167,5 +177,6 @@ class SaraImageFolder(io.ComfyNode):
             found.captions[""],
             sheet,
             text,
+            [found.texts[v.file.name] for v in epoch],
             ui={**ui.PreviewImage(sheet, cls=cls).as_dict(), **ui.PreviewText(text).as_dict()},
         )

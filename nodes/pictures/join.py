@@ -6,12 +6,14 @@ from ..inputs import searched_as
 from ..training.examples import (
     NAME,
     PICTURE,
+    WINDOW,
     flatten_conditioning,
     flatten_latents,
     flatten_masks,
     noise_masks,
     picture_labels,
     picture_names,
+    picture_values,
 )
 
 Entries = tuple[list[dict], list[list], list]
@@ -27,9 +29,11 @@ def entries_of(latents, positive, masks, repeats: int) -> Entries:
     captions = flatten_conditioning(positive, len(samples))
     given = flatten_masks(noise_masks(latents) if masks is None else masks, len(samples))
     names, labels = picture_names(latents), picture_labels(latents, "picture")
+    windows = picture_values(latents, WINDOW)
     pictures = [
         {"samples": sample, PICTURE: name, NAME: label}
-        for sample, name, label in zip(samples, names, labels, strict=True)
+        | ({} if window is None else {WINDOW: window})
+        for sample, name, label, window in zip(samples, names, labels, windows, strict=True)
     ]
     for picture, mask in zip(pictures, given or (), strict=False):
         picture["noise_mask"] = mask

@@ -6,9 +6,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-# Keys in a LATENT: by which windows of one picture are known as such, and its name.
-PICTURE, NAME = "sara_picture", "sara_name"
+# Keys in a LATENT: by which windows of one picture are known as such, its name, and which window it is.
+PICTURE, NAME, WINDOW = "sara_picture", "sara_name", "sara_window"
 CAPTIONS = "sara_captions"  # in a conditioning's options: pairs to draw from when it is learned
+
+# Options of a conditioning that hold latents and masks which models are given beside the noise.
+REFERENCES, GIVEN = "reference_latents", ("concat_latent_image", "concat_mask")
 
 
 def flatten_latents(latents: list[dict]) -> list[Tensor]:
@@ -59,6 +62,11 @@ def picture_names(latents: list[dict]) -> list[Hashable]:
     return names
 
 
+def picture_values(latents: list[dict], key: str) -> list:
+    """Return what each latent says under a key; None where it says nothing."""
+    return [latent.get(key) for latent in latents for _ in latent["samples"]]
+
+
 def picture_labels(latents: list[dict], kind: str) -> list[str]:
     """Name each latent for people: by its file, or by its number."""
     names = [latent.get(NAME, "") for latent in latents for _ in latent["samples"]]
@@ -95,14 +103,14 @@ def split_captions(pairs: list[list]) -> tuple[list[list], list[list[list]]]:
         which = id(cross_attention), id(options)
         if which not in parted:
             plain = {key: value for key, value in options.items() if key != CAPTIONS}
-            several = [_with_options(other, plain) for other in options.get(CAPTIONS, [])]
+            several = [with_options(other, plain) for other in options.get(CAPTIONS, [])]
             parted[which] = ([cross_attention, plain] if several else pair, several)
     found = [parted[id(embedding), id(options)] for embedding, options in pairs]
     return [pair for pair, _ in found], [several for _, several in found]
 
 
-def _with_options(pair: list, options: dict) -> list:
-    """Add options that a pair does not have."""
+def with_options(pair: list, options: dict) -> list:
+    """Add options to a pair that it does not have: what nodes have given a caption beside its text."""
     cross_attention, own = pair
     return [cross_attention, {**options, **own}] if options.keys() - own.keys() else pair
 
@@ -223,7 +231,9 @@ def describe_examples(examples: Examples) -> dict:
     captions = []
     for pair in (*examples.captions, *examples.different_drawn, examples.empty):
         cross_attention, options = pair or (None, {})
-        captions += [t for t in (cross_attention, options.get("pooled_output")) if t is not None]
+        given = [options.get(key) for key in ("pooled_output", *GIVEN)]
+        given += options.get(REFERENCES) or []
+        captions += [t for t in (cross_attention, *given) if t is not None]
     masks = examples.masks or ()
     return {
         "examples": [_moments(tensor) for tensor in (*examples.latents, *captions, *masks)],

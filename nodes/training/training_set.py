@@ -9,7 +9,7 @@ from torch import Tensor
 from ...sara_core.training.objective import NoiseSchedule
 from ...sara_core.training.to_device import send
 from .. import host
-from .examples import Examples, split_validation
+from .examples import Examples, split_validation, with_options
 
 
 class TrainingSet:
@@ -29,7 +29,6 @@ class TrainingSet:
         validation_split: float = 0.0,
         seed: int = 0,
     ):
-        empty = examples.empty
         self.encoder = encoder
         self.schedule: NoiseSchedule = encoder.schedule
         prepared: dict[tuple, Tensor] = {}  # repeats share theirs
@@ -39,10 +38,7 @@ class TrainingSet:
                 prepared[which] = encoder.prepare_latent(latent)
         self._latents = [prepared[latent.data_ptr(), latent.shape] for latent in examples.latents]
         self._captions = self._encoded(examples)
-        self._empty: dict[Hashable, dict] = {}
-        for latent in self._latents if empty is not None else ():
-            if latent.shape not in self._empty:
-                self._empty[latent.shape] = encoder.encode_captions([empty], [latent])[0]
+        self._empty = self._encoded_empty(examples)
         self.keys = [tuple(latent.shape) for latent in self._latents]
         self.training, self.validation = split_validation(examples, validation_split, seed)
         self.regularisation = range(examples.num_to_learn, len(self._latents))
@@ -62,6 +58,20 @@ class TrainingSet:
             self.encoder.encode_captions([pair for own in pairs for pair in own], latents)
         )
         return [[next(encoded) for _ in own] for own in pairs]
+
+    def _encoded_empty(self, examples: Examples) -> list[dict]:
+        """Encode the empty caption of each picture, once for those of one size that carry nothing else."""
+        if examples.empty is None:
+            return []
+        found: dict[Hashable, dict] = {}
+        which: list[Hashable] = []
+        for caption, latent in zip(examples.captions, self._latents, strict=True):
+            pair = with_options(examples.empty, caption[1])
+            key = latent.shape, None if pair is examples.empty else id(caption[1])
+            which.append(key)
+            if key not in found:
+                found[key] = self.encoder.encode_captions([pair], [latent])[0]
+        return [found[key] for key in which]
 
     def captions_to_learn(self, picture: int) -> range:
         """Return the numbers of the captions that are drawn from when a picture is learned."""
@@ -92,7 +102,7 @@ class TrainingSet:
         """
         host.check_cancelled()
         encoded = [
-            self._empty[self._latents[i].shape] if number is None else self._captions[i][number]
+            self._empty[i] if number is None else self._captions[i][number]
             for i, number in zip(pictures, captions, strict=True)
         ]
         return self.encoder.denoise(noisy, sigma, encoded)

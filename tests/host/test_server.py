@@ -34,6 +34,7 @@ INPUTS = {  # public: saved workflows depend on every name
     "loss_weighting snr_gamma timestep_distribution logit_mean logit_std lowest_noise highest_noise "
     "noise_offset weights_on_device trained_in epochs patience put_out flow_shift guidance lr_cycles select_from ema_decay optimizer layer_rates tensorboard masks regularisation_latents regularisation_positive preview",
     "SaraJoinPictures": "latents positive latents_2 positive_2 repeats repeats_2 masks masks_2",
+    "SaraReferencePictures": "latents folder fit background",
     "SaraPrompts": "clip prompts before",
     "SaraSampling": "vae positive negative seed steps cfg sampler_name scheduler latent previous",
     "SaraCompareRuns": "run others smoothing",
@@ -51,10 +52,19 @@ INPUTS = {  # public: saved workflows depend on every name
 
 
 OUTPUTS = {
-    "SaraImageFolder": ["LATENT", "CONDITIONING", "MASK", "CONDITIONING", "IMAGE", "STRING"],
+    "SaraImageFolder": [
+        "LATENT",
+        "CONDITIONING",
+        "MASK",
+        "CONDITIONING",
+        "IMAGE",
+        "STRING",
+        "STRING",
+    ],
     "SaraAnalyze": ["MODEL", "FLOAT", "STRING", "IMAGE", "MODEL"],
     "SaraTrain": ["MODEL", "SARA_DELTA", "LOSS_MAP", "STRING"],
     "SaraJoinPictures": ["LATENT", "CONDITIONING", "MASK"],
+    "SaraReferencePictures": ["IMAGE"],
     "SaraPrompts": ["CONDITIONING", "STRING"],
     "SaraSampling": ["SARA_SAMPLING"],
     "SaraCompareRuns": ["IMAGE", "STRING"],
