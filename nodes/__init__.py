@@ -11,6 +11,7 @@ from .pictures import folder_look
 from .pictures.image_folder import SaraImageFolder
 from .pictures.join import SaraJoinPictures
 from .pictures.references import SaraReferencePictures
+from .pictures.video_folder import SaraVideoFolder
 from .sampling.prompts import SaraPrompts
 from .sampling.sampling_nodes import SaraCompare, SaraLoadCheckpoints, SaraSamplingSettings
 from .training import wishes
@@ -19,6 +20,7 @@ from .training.train import SaraTrain
 
 NODES = [
     SaraImageFolder,
+    SaraVideoFolder,
     SaraJoinPictures,
     SaraReferencePictures,
     SaraAnalyze,

@@ -4,7 +4,14 @@ The only folder that touches ComfyUI's internals. Written against 0.3.75; what l
 otherwise is marked with the version.
 """
 
-from .encoders import clip_facts, compression, encode_pixels, encode_text, vae_facts
+from .encoders import (
+    clip_facts,
+    compression,
+    encode_pixels,
+    encode_text,
+    frames_taken,
+    vae_facts,
+)
 from .execution import (
     Cancelled,
     Progress,
@@ -31,6 +38,8 @@ from .files import (
     picture_folder,
     picture_folders,
     register_folders,
+    video_folder,
+    video_folders,
 )
 from .model_calls import ModelCalls
 from .patches import (
@@ -85,6 +94,7 @@ __all__ = [
     "diffusers_names",
     "encode_pixels",
     "encode_text",
+    "frames_taken",
     "foreign_checkpoint_names",
     "foreign_checkpoint_path",
     "foreign_prediction",
@@ -111,6 +121,8 @@ __all__ = [
     "trainable_weights",
     "trained_side",
     "vae_facts",
+    "video_folder",
+    "video_folders",
     "workflow_id",
     "zero_rule",
     "zero_small_weights",

@@ -38,8 +38,23 @@ def clip_facts(clip) -> list | None:
     return [*names, str(clip.layer_idx), options, weights_digest(model.state_dict())]
 
 
+def frames_taken(vae, count: int) -> int:
+    """Return the most frames up to a count that a VAE encodes without leaving any out.
+
+    Raises:
+        ValueError: It encodes pictures only.
+    """
+    down, up = vae.downscale_ratio, vae.upscale_ratio
+    if vae.latent_dim != 3 or vae.not_video or not isinstance(down, tuple) or not callable(down[0]):
+        raise ValueError(
+            "this VAE encodes pictures, not videos; connect the one of a video model such as Wan, LTX-Video or "
+            "HunyuanVideo"
+        )
+    return next((n for n in range(count, 0, -1) if up[0](down[0](n)) == n), 1)
+
+
 def encode_pixels(vae, pixels: Tensor) -> Tensor:
-    """Encode one picture, `(1, H, W, 3)` in `[0, 1]`. Returns its latent, batch first.
+    """Encode one picture, `(1, H, W, 3)` in `[0, 1]`, or one video's frames. Returns its latent, batch first.
 
     One at a time, as video VAEs take a batch for frames.
     """

@@ -4,11 +4,13 @@ import contextlib
 import functools
 import logging
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 import folder_paths
 
 from ...sara_core.pictures.picture_folder import ENDINGS, REPEATS
+from ...sara_core.pictures.video_folder import ENDINGS as VIDEO_ENDINGS
 from ...sara_core.training.run_folder import STATE
 
 logger = logging.getLogger("comfyui-sara")
@@ -96,20 +98,36 @@ def picture_folders() -> dict[str, str]:
     Folders that hold pictures themselves come first, then those with pictures further down, and
     input/ itself last. Links that lead out of these roots are left out, and so are hidden folders.
     """
+    return _by_rank(_folders_with(ENDINGS))
+
+
+def video_folders() -> dict[str, str]:
+    """List the folders with videos as `picture_folders` does, then those with folders of pictures, which may be frames."""
+    found = _by_rank(_folders_with(VIDEO_ENDINGS))
+    frames = {name: (rank, path) for name, (rank, path) in _folders_with(ENDINGS).items() if rank}
+    return found | {name: path for name, path in _by_rank(frames).items() if name not in found}
+
+
+def _folders_with(endings: Collection[str]) -> dict[str, tuple[int, str]]:
+    """Return rank and path of folders that hold files of some endings, or have such further down, by name."""
     roots = [(INPUT, folder_paths.get_input_directory())]
     if DATASETS in folder_paths.folder_names_and_paths:  # since 0.33
         roots += [(DATASETS, path) for path in folder_paths.get_folder_paths(DATASETS)]
     found: dict[str, tuple[int, str]] = {}
     for label, root in roots:
-        for path, rank in _with_pictures(Path(root)).items():
+        for path, rank in _with_files(Path(root), endings).items():
             relative = path.relative_to(root).as_posix()
             name = label if relative == "." else f"{label}/{relative}"
             found.setdefault(name, (2 if name == INPUT else rank, str(path)))
+    return found
+
+
+def _by_rank(found: dict[str, tuple[int, str]]) -> dict[str, str]:
     return {name: path for name, (_, path) in sorted(found.items(), key=lambda x: (x[1][0], x[0]))}
 
 
-def _with_pictures(root: Path) -> dict[Path, int]:
-    """List folders with pictures: 0 for those that hold some, 1 for those with some further down."""
+def _with_files(root: Path, endings: Collection[str]) -> dict[Path, int]:
+    """List folders with files of some endings: 0 for those that hold some, 1 for those with some further down."""
     real, ranks = root.resolve(), {}
     for parent, folders, files in os.walk(root):
         path = Path(parent)
@@ -117,7 +135,7 @@ def _with_pictures(root: Path) -> dict[Path, int]:
         folders[:] = [name for name in seen if (path / name).resolve().is_relative_to(real)]
         for name in set(seen) - set(folders):
             _say_of_link(path / name)
-        if any(Path(file).suffix.lower() in ENDINGS and not file.startswith(".") for file in files):
+        if any(Path(file).suffix.lower() in endings and not file.startswith(".") for file in files):
             ranks[path] = 0
     for path in list(ranks):
         for above in path.parents:
@@ -148,6 +166,21 @@ def picture_folder(name: str) -> str:
         raise ValueError(
             f"there is no folder {name!r} with pictures; put one into ComfyUI's input folder and "
             "press R to refresh the list"
+        )
+    return folders[name]
+
+
+def video_folder(name: str) -> str:
+    """Return the path of a folder that `video_folders` lists.
+
+    Raises:
+        ValueError: Another name.
+    """
+    folders = video_folders()
+    if name not in folders:
+        raise ValueError(
+            f"there is no folder {name!r} with videos; put one into ComfyUI's input folder and press R to "
+            "refresh the list"
         )
     return folders[name]
 

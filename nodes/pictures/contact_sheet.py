@@ -46,7 +46,7 @@ def _draw_entry(sheet, draw, font, corner: tuple[int, int], folder, variant: Var
     top = y + (CELL - 16 - size[1]) // 2
     sheet.paste(thumbnail, (x, top))
     draw.rectangle([x - 1, top - 1, x + size[0], top + size[1]], outline=FRAME)
-    marks = [f"{variant.size[0]}x{variant.size[1]}"]
+    marks = ["x".join(map(str, variant.shape))]
     marks += [f"x{variant.file.repeats}"] if variant.file.repeats > 1 else []
     marks += ["mirrored"] if variant.mirrored else []
     marks += ["mask"] if encoding["mask"] is not None else []

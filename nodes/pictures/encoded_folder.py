@@ -2,7 +2,8 @@
 
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
@@ -38,8 +39,31 @@ NOT_FINITE = (
 THUMBNAIL = 128
 
 
+@dataclass(frozen=True)
+class Medium:
+    """What is in a folder, and how entries are made of it.
+
+    Args:
+        find: Lists the files, as `find_pictures`.
+        look_at: Returns what is to be known of each file before it is decoded, as `look_at`.
+        plan: Lists the entries, as `plan_windows`.
+        encoded: Yields entries with what is kept of each, as `_encoded_pictures`.
+    """
+
+    find: Callable
+    look_at: Callable
+    plan: Callable
+    encoded: Callable
+
+
 def encode_folder(
-    folder: Path, vae, clip, options: FolderOptions, cache: EncodingCache, node_id: str | None
+    folder: Path,
+    vae,
+    clip,
+    options: FolderOptions,
+    cache: EncodingCache,
+    node_id: str | None,
+    medium: Medium | None = None,
 ) -> EncodedFolder:
     """Encode the pictures and captions of a folder.
 
@@ -50,27 +74,29 @@ def encode_folder(
         options: What to make of them.
         cache: Keeps encodings between runs.
         node_id: Node that shows the progress.
+        medium: What is in it instead of pictures.
 
     Raises:
         ValueError: No picture in it can be used, or one cannot and `options.refuse` is set.
     """
-    files, problems = find_pictures(folder, options.recurse)
+    medium = medium or PICTURES
+    files, problems = medium.find(folder, options.recurse)
     result = EncodedFolder(problems=problems)
-    looks = look_at(files, result)
+    looks = medium.look_at(files, result)
     facts = host.vae_facts(vae)
-    plan_windows(looks, options, facts, result)
+    medium.plan(looks, options, facts, result)
     texts = settle_captions(list(looks), options, result)
     pictures_cache = cache if facts is not None else cache.off()
     progress = host.Progress(len(texts), node_id)
     with ending_together():
-        _encode_pictures(vae, options, pictures_cache, result, progress)
+        _encode_pictures(medium, vae, options, pictures_cache, result, progress)
     refused = [problem for problem in result.problems if not problem.is_note]
     if options.refuse and refused:
         raise ValueError(f"{folder.name} has files that are not used:\n{_list(refused)}")
     result.variants = [v for v in result.variants if v.key in result.encodings]
     if not result.variants:
         raise ValueError(
-            f"{folder.name} has no picture that can be used"
+            f"{folder.name} has nothing that can be used"
             + (f":\n{_list(result.problems)}" if result.problems else "; put pictures into it")
         )
     with ending_together():
@@ -82,7 +108,9 @@ def _list(problems: list[Problem]) -> str:
     return "\n".join(f"  {problem}" for problem in problems)
 
 
-def _encode_pictures(vae, options, cache: EncodingCache, result: EncodedFolder, progress) -> None:
+def _encode_pictures(
+    medium: Medium, vae, options, cache: EncodingCache, result: EncodedFolder, progress
+) -> None:
     """Encode what is not in the cache; of several processes each does its share."""
     processes, encodings = host.processes(), result.encodings
     missing = [v for v in result.variants if not _look_up(v, cache, result)]
@@ -93,8 +121,7 @@ def _encode_pictures(vae, options, cache: EncodingCache, result: EncodedFolder, 
         asked = set(keys)
         mine = [v for v in missing if v.key in asked]
         progress.add(len(mine))
-        for variant, *parts in _decoded(mine, options, problems):
-            entry = _encode(*parts, vae)
+        for variant, entry in medium.encoded(mine, options, vae, problems):
             if entry["latent"].isfinite().all():
                 encodings[variant.key] = entry
                 cache.put(variant.key, entry)
@@ -118,6 +145,13 @@ def _look_up(variant: Variant, cache: EncodingCache, result: EncodedFolder) -> b
         if entry is not None:
             result.encodings[variant.key] = entry
     return variant.key in result.encodings
+
+
+def _encoded_pictures(
+    variants: list[Variant], options: FolderOptions, vae, problems: list[Problem]
+) -> Iterator[tuple[Variant, dict]]:
+    for variant, *parts in _decoded(variants, options, problems):
+        yield variant, _encode(*parts, vae)
 
 
 def _decoded(
@@ -171,6 +205,9 @@ def _encode(colour: Image.Image, opacity: Image.Image | None, vae) -> dict:
         "mask": mask,
         "thumbnail": torch.from_numpy(np.array(colour)),
     }
+
+
+PICTURES = Medium(find_pictures, look_at, plan_windows, _encoded_pictures)
 
 
 def _encode_captions(texts, clip, options, cache: EncodingCache, result, progress) -> None:

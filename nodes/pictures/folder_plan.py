@@ -105,6 +105,11 @@ class Variant:
     picture: tuple[int, int]
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """Width and height, and of a clip its number of frames."""
+        return self.size
+
+    @property
     def place(self) -> Place:
         """What of the picture this is."""
         (width, height), (left, top, right, bottom) = self.picture, self.window

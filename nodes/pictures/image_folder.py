@@ -21,17 +21,22 @@ MAX_NAMES = 20
 
 
 def report(
-    name: str, folder: EncodedFolder, epoch: list[Variant], cached: tuple[int, int], limit: int
+    name: str,
+    folder: EncodedFolder,
+    epoch: list[Variant],
+    cached: tuple[int, int],
+    limit: int,
+    word: str = "pictures",
 ) -> str:
     """Tell what a folder holds, what was made of it and what was left out."""
     files = {v.file.name: v.file for v in folder.variants}
     sources = Counter(file.source or "none" for file in files.values())
-    sizes = Counter(v.size for v in epoch)
+    sizes = Counter(v.shape for v in epoch)
     lines = [
-        f"{name}: {len(files)} pictures, {len(epoch)} entries in an epoch",
+        f"{name}: {len(files)} {word}, {len(epoch)} entries in an epoch",
         "captions: " + ", ".join(f"{count} from {source}" for source, count in sources.items()),
         "",
-        *(f"  {w}x{h}: {count} entries" for (w, h), count in sizes.most_common()),
+        *(f"  {'x'.join(map(str, shape))}: {n} entries" for shape, n in sizes.most_common()),
         "",
         "steps in an epoch: "
         + ", ".join(
@@ -44,7 +49,7 @@ def report(
     if folder.drawn:
         count = sum(len(set(folder.drawn[name])) for name in files if name in folder.drawn)
         several = sum(name in folder.drawn for name in files)
-        lines.append(f"captions to draw from: {count}, of {several} pictures")
+        lines.append(f"captions to draw from: {count}, of {several} {word}")
     repeated = {f.repeats for f in files.values()} - {1}
     if repeated:
         lines.append(f"repeats by folder name: {', '.join(map(str, sorted(repeated)))}")

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,7 +40,34 @@ class PictureFile:
         return " ".join(self.lines) or None
 
 
-def find_pictures(folder: Path, recurse: bool = False) -> tuple[list[PictureFile], list[Problem]]:
+@dataclass(frozen=True)
+class Kind:
+    """What is looked for in a folder.
+
+    Args:
+        word: For one of it.
+        is_one: Tells whether a file, or a folder, is one.
+        strays: Names the files of a listing that are not used; see `strays.strays`.
+    """
+
+    word: str
+    is_one: Callable[[Path], bool]
+    strays: Callable[[Path, list[Path], Collection[Path]], list[Problem]]
+
+
+def is_picture(path: Path) -> bool:
+    """Tell by the ending, or else by the content, whether a file is a picture to try."""
+    if is_hidden(path) or not os.path.isfile(path):
+        return False
+    return path.suffix.lower() in ENDINGS or has_picture_inside(path)
+
+
+PICTURES = Kind("picture", is_picture, strays)
+
+
+def find_pictures(
+    folder: Path, recurse: bool = False, kind: Kind = PICTURES
+) -> tuple[list[PictureFile], list[Problem]]:
     """List the pictures of a folder with their captions, in natural order of their names.
 
     Pictures lie in the folder itself, in folders such as `10_name` in it (ten repeats, and `name` as
@@ -51,6 +78,7 @@ def find_pictures(folder: Path, recurse: bool = False) -> tuple[list[PictureFile
     Args:
         folder: An existing folder. Nothing outside of it is read, whatever links or tables say.
         recurse: Take pictures of all folders in it.
+        kind: What is looked for instead of pictures.
 
     Returns:
         The pictures, and what lies there beside them and is not used, or not wholly, with the reason.
@@ -59,21 +87,21 @@ def find_pictures(folder: Path, recurse: bool = False) -> tuple[list[PictureFile
     table, problems = read_tables(folder, root)
     found: dict[str, PictureFile] = {}
     for place in _places(folder, recurse, problems):
-        _take_in(place, folder, root, table, found, problems)
+        _take_in(kind, place, folder, root, table, found, problems)
     for name in table:
         path = folder / name
-        if name not in found and _is_picture(path):
+        if name not in found and kind.is_one(path):
             place = _Place(path.parent, 1, "", [path], is_whole=False)
-            _take_in(place, folder, root, table, found, problems)
+            _take_in(kind, place, folder, root, table, found, problems)
     if not recurse:
-        problems += _left_out(folder, found)
+        problems += _left_out(kind, folder, found)
     seen = found.keys() | {problem.name for problem in problems}
     problems += [
-        Problem(name, f"named in {source}, but there is no such picture")
+        Problem(name, f"named in {source}, but there is no such {kind.word}")
         for name, (_, source) in table.items()
         if name not in seen
     ]
-    return sorted(found.values(), key=lambda file: _natural(file.name)), problems
+    return sorted(found.values(), key=lambda file: natural(file.name)), problems
 
 
 @dataclass(frozen=True)
@@ -88,14 +116,20 @@ class _Place:
 
 
 def _take_in(
-    place: _Place, folder: Path, root: Path, table: dict, found: dict, problems: list[Problem]
+    kind: Kind,
+    place: _Place,
+    folder: Path,
+    root: Path,
+    table: dict,
+    found: dict,
+    problems: list[Problem],
 ) -> None:
     """Add a place's pictures with their captions, and say what else is there."""
     if not place.path.resolve().is_relative_to(root):
         name = place.path.relative_to(folder).as_posix()
         problems.append(Problem(name, "a link that leads out of the folder"))
         return
-    pictures = [path for path in place.listing if _is_picture(path)]
+    pictures = [path for path in place.listing if kind.is_one(path)]
     beside = CaptionFiles(place.path, root)
     own: dict[str, tuple[tuple[str, ...], str]] = {}
     if place.path != folder and place.is_whole:
@@ -120,7 +154,7 @@ def _take_in(
             lines, source = (place.label,), "folder name"
         found[name] = PictureFile(path, name, lines, source, place.repeats)
     if place.is_whole:
-        problems += strays(folder, place.listing, pictures)
+        problems += kind.strays(folder, place.listing, pictures)
 
 
 def describe_files(folder: Path) -> list[tuple]:
@@ -162,19 +196,19 @@ def _places(folder: Path, recurse: bool, problems: list[Problem]) -> Iterator[_P
             yield from _below(path, folder, problems)
 
 
-def _left_out(folder: Path, found: Mapping[str, PictureFile]) -> Iterator[Problem]:
+def _left_out(kind: Kind, folder: Path, found: Mapping[str, PictureFile]) -> Iterator[Problem]:
     """Name the plain folders in a folder whose pictures are not taken."""
     for path in _listed(folder, folder, []):
         is_plain = path.is_dir() and not path.is_symlink() and not is_hidden(path)
-        if is_plain and not REPEATS.fullmatch(path.name):
+        if is_plain and not REPEATS.fullmatch(path.name) and not kind.is_one(path):
             name = path.relative_to(folder).as_posix()
             inside = (Path(parent, file) for parent, _, files in os.walk(path) for file in files)
             count = sum(
-                _is_picture(file) and file.relative_to(folder).as_posix() not in found
+                kind.is_one(file) and file.relative_to(folder).as_posix() not in found
                 for file in inside
             )
             if count:
-                reason = f"pictures in it are not taken ({count}); turn subfolders on, or choose it itself"
+                reason = f"{kind.word}s in it are not taken ({count}); turn subfolders on, or choose it itself"
                 yield Problem(name, reason)
 
 
@@ -203,14 +237,7 @@ def _listed(path: Path, folder: Path, problems: list[Problem]) -> list[Path]:
         return []
 
 
-def _is_picture(path: Path) -> bool:
-    """Tell by the ending, or else by the content, whether a file is a picture to try."""
-    if is_hidden(path) or not os.path.isfile(path):
-        return False
-    return path.suffix.lower() in ENDINGS or has_picture_inside(path)
-
-
-def _natural(name: str) -> list:
+def natural(name: str) -> list:
     """Sort key by which picture2 comes before picture10."""
     return [
         (0, int(part), "") if part.isdecimal() else (1, 0, part.casefold())

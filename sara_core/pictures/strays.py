@@ -75,6 +75,8 @@ def _reason(path: Path, pictures: set[str]) -> str:
     head = _head(path)
     kind = next((name for start, name in OTHER_FORMATS.items() if head.startswith(start)), None)
     kind = kind or OTHER_ENDINGS.get(ending)
+    if kind == "video":
+        return "a video; SaRA Video Folder reads it"
     if kind:
         return f"its format, {kind}, is not read; save it as PNG or JPEG"
     return "not a picture"

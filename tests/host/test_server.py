@@ -35,6 +35,9 @@ INPUTS = {  # public: saved workflows depend on every name
     "noise_offset weights_on_device trained_in epochs patience put_out flow_shift guidance lr_cycles select_from ema_decay optimizer layer_rates tensorboard masks regularisation_latents regularisation_positive preview",
     "SaraJoinPictures": "latents positive latents_2 positive_2 repeats repeats_2 masks masks_2",
     "SaraReferencePictures": "latents folder fit background",
+    "SaraVideoFolder": "vae clip folder frames fps clips size max_buckets divisible_by crop max_upscale flip background "
+    "trigger default_caption repeats problems seed cache_gb parentheses subfolders caption_lines shuffle_tags "
+    "tag_dropout keep_tags caption_variants model",
     "SaraPrompts": "clip prompts before",
     "SaraSampling": "vae positive negative seed steps cfg sampler_name scheduler latent previous",
     "SaraCompareRuns": "run others smoothing",
@@ -65,6 +68,7 @@ OUTPUTS = {
     "SaraTrain": ["MODEL", "SARA_DELTA", "LOSS_MAP", "STRING"],
     "SaraJoinPictures": ["LATENT", "CONDITIONING", "MASK"],
     "SaraReferencePictures": ["IMAGE"],
+    "SaraVideoFolder": ["LATENT", "CONDITIONING", "CONDITIONING", "IMAGE", "STRING", "STRING"],
     "SaraPrompts": ["CONDITIONING", "STRING"],
     "SaraSampling": ["SARA_SAMPLING"],
     "SaraCompareRuns": ["IMAGE", "STRING"],
