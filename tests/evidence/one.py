@@ -3,6 +3,7 @@
 usage: python -m tests.evidence.one EMOJI64.npz OUT.json '{"base": "emoji64", "method": "sara", ...}'
 """
 
+import contextlib
 import json
 import math
 import sys
@@ -46,13 +47,14 @@ def gradient_sizes(base, model, style, shown, seed, batch=8, batches=8):
 
 
 def train(base, model, optimizer, style, shown, steps, batch, seed, average=None):
-    """Fine-tune by a cosine course; noise and order depend on the seed alone, whatever the method.
+    """Fine-tune by a cosine course, or at a constant rate where the optimizer is for that; noise and order depend on the seed alone, whatever the method.
 
     Returns seconds a step.
     """
     generator = torch.Generator().manual_seed(1_000 + seed)
     z, ids = base.latents(style, shown), base.captions(style, shown)
     peak = optimizer.param_groups[0]["lr"]
+    falls = getattr(optimizer, "optimizer", "") != "schedule_free"
     order = torch.empty(0, dtype=torch.long)
     started = time.monotonic()
     for step in range(steps):
@@ -63,7 +65,8 @@ def train(base, model, optimizer, style, shown, steps, batch, seed, average=None
         noise = torch.randn(z[i].shape, generator=generator)
         quantiles = torch.rand(batch, generator=generator)
         words = torch.where(dropped[:, None], base.no_caption, ids[i])
-        optimizer.param_groups[0]["lr"] = peak * 0.5 * (1 + math.cos(math.pi * step / steps))
+        if falls:
+            optimizer.param_groups[0]["lr"] = peak * 0.5 * (1 + math.cos(math.pi * step / steps))
         base.errors(model, z[i], words, noise, quantiles).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -99,7 +102,9 @@ def run(base, plan):
     )
     if average is not None:
         average.put()
-    learned = learned_weights(model, before)
+    has_average = getattr(optimizer, "has_average", False)
+    with optimizer.at_strength(1.0) if has_average else contextlib.nullcontext():
+        learned = learned_weights(model, before)
     if hasattr(optimizer, "detach"):
         optimizer.detach()
     model = base.load()

@@ -100,16 +100,22 @@ IDEAS = {  # method, options, rates
 }  # fmt: skip
 
 
-def ideas(base, seeds=(0, 1), **changes):
-    """What could move SaRA's curve, each at its rates."""
+def beside_known(base, grids, seeds=(0, 1), **changes):
+    """Methods at their rates, beside SaRA and LoRA."""
     common = {"base": base, **COMMON, **changes}
     compared = ("base", "SaRA 10 %", "LoRA r8")
     known = [p for p in methods(base, **changes) if p["name"] in compared and p["seed"] in seeds]
     return known + [
         {**common, "name": name, "method": method, "options": options, "rate": rate, "seed": seed}
-        for seed, (name, (method, options, rates)) in itertools.product(seeds, IDEAS.items())
+        for seed, (name, (method, options, rates)) in itertools.product(seeds, grids.items())
         for rate in rates
     ]
+
+
+OPTIMIZERS = {  # method, options, rates; Prodigy's is a factor of its own
+    "Prodigy": ("sara", {"optimizer": "prodigy", **SARA}, (0.5, 1.0, 2.0)),
+    "schedule-free AdamW": ("sara", {"optimizer": "schedule_free", **SARA}, (5e-4, 1e-3, 2e-3)),
+}  # fmt: skip
 
 
 LOOKS = {  # rates at which about as much is forgotten
@@ -139,9 +145,10 @@ ON_UNET = {  # method, options, rates
 QUESTIONS = {  # title in the report: the plans of its runs
     "Methods at their best": lambda: methods("emoji64"),
     "SaRA with one part changed": lambda: parts("emoji64"),
-    "What could move SaRA's curve": lambda: ideas("emoji64"),
+    "What could move SaRA's curve": lambda: beside_known("emoji64", IDEAS),
     "What it looks like": lambda: looks("emoji64"),
     "Methods at their best, on a UNet": lambda: methods("emoji64-unet", ON_UNET, seeds=(0, 1)),
+    "Optimizers that choose their rate": lambda: beside_known("emoji64", OPTIMIZERS),
 }
 
 
