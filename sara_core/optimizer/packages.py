@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, MutableMapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..weights.shards import is_sharded
 from .sparse_weight import SparseWeight
 
 ADAMW, PRODIGY, SCHEDULE_FREE = KINDS = ("adamw", "prodigy", "schedule_free")
@@ -51,6 +52,18 @@ def refuse_beside_package(kind: str, **options) -> None:
             )
 
 
+def refuse_divided(kind: str, parameters: Mapping[str, Tensor]) -> None:
+    """Raise if parameters are divided over processes, which only AdamW's updates can go by.
+
+    Raises:
+        ValueError: They are.
+    """
+    if kind != ADAMW and any(map(is_sharded, parameters.values())):
+        raise ValueError(
+            f"optimizer is {kind!r}, which cannot go by weights that fully_shard has divided; choose adamw"
+        )
+
+
 def _found(kind: str) -> Callable[..., torch.optim.Optimizer]:
     package, name = PACKAGES[kind]
     try:
@@ -62,80 +75,87 @@ def _found(kind: str) -> Callable[..., torch.optim.Optimizer]:
         ) from error
 
 
-def made(kind: str, leaves: Sequence[nn.Parameter], options: Mapping) -> torch.optim.Optimizer:
-    """Return the package's optimizer, ready to make updates.
+class PackageUpdates:
+    """Updates by a package's optimizer; what it remembers is in SaRA's state, too, and its rates are SaRA's.
+
+    The same calls as `AdamWUpdates`'.
 
     Args:
         kind: One of `PACKAGES`.
         leaves: Of the trained weights.
         options: Learning rate, betas, eps and weight decay.
     """
-    inner = _found(kind)(leaves, **options, **OPTIONS.get(kind, {}))
-    if kind == SCHEDULE_FREE:
-        inner.train()  # type: ignore[attr-defined]
-    return inner
 
-
-@torch.no_grad()
-def update_(inner: torch.optim.Optimizer, weights: Sequence[SparseWeight], kind: str) -> None:
-    """Update the weights that have a gradient.
-
-    Where the optimizer averages, the average is left as that of the weight, which is then what is learned.
-
-    Args:
-        inner: The package's.
-        weights: Changed in place.
-        kind: One of `PACKAGES`.
-    """
-    updated = [weight for weight in weights if weight.gradient is not None]
-    bases = [weight.base.to(weight.dtype) for weight in updated]
-    holders = [weight.leaf.data for weight in updated]
-    try:
-        for weight, base in zip(updated, bases, strict=True):
-            weight.leaf.data = weight.trained - base
-        inner.step()
-        learned = [weight.leaf.data for weight in updated]
-    finally:
-        for weight, holder in zip(updated, holders, strict=True):
-            weight.leaf.data = holder
-    for weight, base, change in zip(updated, bases, learned, strict=True):
-        weight.write_(base + change, weight.index)
+    def __init__(self, kind: str, leaves: Sequence[nn.Parameter], options: Mapping):
+        self._kind = kind
+        self._inner = _found(kind)(leaves, **options, **OPTIONS.get(kind, {}))
         if kind == SCHEDULE_FREE:
-            beta = inner.param_groups[0]["betas"][0]
-            weight.average = base + change.lerp(inner.state[weight.leaf]["z"], 1 - 1 / beta)
+            self._inner.train()  # type: ignore[attr-defined]
+        self._groups: list[dict] | None = self._inner.param_groups
 
+    def share(self, optimizer: torch.optim.Optimizer) -> None:
+        """Work on the state and rates of an optimizer, which at first takes the rates over."""
+        if self._groups is not None:
+            optimizer.param_groups, self._groups = self._groups, None
+        self._inner.state, self._inner.param_groups = optimizer.state, optimizer.param_groups
 
-def keep_states(
-    states: MutableMapping[Tensor, dict],
-    changes: Sequence[tuple[SparseWeight, SparseWeight | None]],
-    marks: Sequence[Tensor],
-) -> None:
-    """Hand on what an optimizer remembers of each weight to the part of it that goes on.
+    @torch.no_grad()
+    def update_(self, weights: Sequence[SparseWeight], states, group: dict, num_steps: int) -> None:
+        """Update the weights that have a gradient.
 
-    See `updates.keep_moments`.
-    """
-    for mark, (weight, kept) in zip(marks, changes, strict=True):
-        state = states.pop(weight.leaf, None)
-        if kept is not None and state:
-            states[kept.leaf] = {key: _part(value, mark) for key, value in state.items()}
+        Where the optimizer averages, the average is left as that of the weight, which is then what is learned.
+        """
+        updated = [weight for weight in weights if weight.gradient is not None]
+        bases = [weight.base.to(weight.dtype) for weight in updated]
+        holders = [weight.leaf.data for weight in updated]
+        try:
+            for weight, base in zip(updated, bases, strict=True):
+                weight.leaf.data = weight.trained - base
+            self._inner.step()
+            learned = [weight.leaf.data for weight in updated]
+        finally:
+            for weight, holder in zip(updated, holders, strict=True):
+                weight.leaf.data = holder
+        for weight, base, change in zip(updated, bases, learned, strict=True):
+            weight.write_(base + change, weight.index)
+            if self._kind == SCHEDULE_FREE:
+                behind = 1 - 1 / group["betas"][0]
+                weight.average = base + change.lerp(states[weight.leaf]["z"], behind)
+
+    def keep(
+        self,
+        states: MutableMapping[Tensor, dict],
+        changes: Sequence[tuple[SparseWeight, SparseWeight | None]],
+        marks: Sequence[Tensor],
+        stopped: Sequence[SparseWeight],
+    ) -> None:
+        """Hand on what is remembered; what has stopped does so at its average, not on the way to it."""
+        for mark, (weight, kept) in zip(marks, changes, strict=True):
+            state = states.pop(weight.leaf, None)
+            if kept is not None and state:
+                states[kept.leaf] = {key: _part(value, mark) for key, value in state.items()}
+        for weight in stopped if self._kind == SCHEDULE_FREE else ():
+            if weight.average is not None:
+                weight.write_(weight.average, weight.index)
+
+    def take_over(
+        self,
+        states: MutableMapping[Tensor, dict],
+        weights: Sequence[SparseWeight],
+        taken: Sequence[slice],
+        saved: Mapping[int, Mapping],
+    ) -> None:
+        """Take over what was remembered in a saved run."""
+        for place, state in saved.items():
+            leaf = weights[place].leaf
+            states[leaf] = {
+                key: value.to(leaf.device, copy=True) if isinstance(value, Tensor) else value
+                for key, value in state.items()
+            }
 
 
 def _part(value, mark: Tensor):
     return value[mark] if isinstance(value, Tensor) and value.shape == mark.shape else value
-
-
-def take_over_states(
-    states: MutableMapping[Tensor, dict],
-    weights: Sequence[SparseWeight],
-    saved: Mapping[int, Mapping],
-) -> None:
-    """Take over what an optimizer remembered in a saved run, by place of the weight."""
-    for place, state in saved.items():
-        leaf = weights[place].leaf
-        states[leaf] = {
-            key: value.to(leaf.device, copy=True) if isinstance(value, Tensor) else value
-            for key, value in state.items()
-        }
 
 
 def is_sound(state: Mapping, count: int) -> bool:

@@ -22,14 +22,7 @@ from .saved_state import PLAIN, checked, format_of, moments_by_place
 from .sparse_model import SparseModel
 from .take_over import take_over_delta, take_over_weights
 from .trained_model import TrainedModel
-from .updates import (
-    clip_,
-    keep_moments,
-    moments_of_all,
-    refuse_bad_options,
-    take_over_moments,
-    update_,
-)
+from .updates import AdamWUpdates, clip_, moments_of_all, refuse_bad_options
 
 logger = logging.getLogger("comfyui-sara")
 
@@ -153,6 +146,7 @@ class SaraAdamW(TrainedModel, torch.optim.Optimizer):
         parameters = choose_parameters(model, include, exclude, biases_and_norms)
         refuse_untrainable_dtypes(parameters)
         refuse_other_divisions(model, parameters)
+        packages.refuse_divided(optimizer, parameters)
         selection = select(
             parameters,
             threshold=threshold,
@@ -200,22 +194,12 @@ class SaraAdamW(TrainedModel, torch.optim.Optimizer):
             self._weights.share(self._average.arrived)
         options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(self.parameters(), options)
-        self._package: torch.optim.Optimizer | None = None
-        if optimizer != packages.ADAMW:
-            if any(weight.shard.is_part for weight in self._weights.active):
-                self._weights.detach()
-                raise ValueError(
-                    f"optimizer is {optimizer!r}, which cannot go by weights that fully_shard has divided; "
-                    "choose adamw"
-                )
-            self._package = packages.made(optimizer, self.parameters(), options)
-            self.param_groups = self._package.param_groups
-            self._share_state()
-
-    def _share_state(self) -> None:
-        """Have the package's optimizer work on the state and rates that are seen and saved here."""
-        if self._package is not None:
-            self._package.state, self._package.param_groups = self.state, self.param_groups
+        self._updates: AdamWUpdates | packages.PackageUpdates = (
+            AdamWUpdates(moments, self.rates)
+            if optimizer == packages.ADAMW
+            else packages.PackageUpdates(optimizer, self.parameters(), options)
+        )
+        self._updates.share(self)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients of the trained values."""
@@ -274,7 +258,9 @@ class SaraAdamW(TrainedModel, torch.optim.Optimizer):
         if any(leaf.grad is None for leaf in self.parameters()) and not self._has_updated:
             self._weights.refuse_replaced()
         self._has_updated = True
-        self._update()
+        self._updates.update_(
+            self._weights.active, self.state, self.param_groups[0], self.num_steps
+        )
         self._low_rank_added = False
         if self._average is not None:
             self._average.forget()
@@ -284,15 +270,6 @@ class SaraAdamW(TrainedModel, torch.optim.Optimizer):
         if self.num_steps == self.progressive_step:
             self.reselect()
         return loss
-
-    def _update(self) -> None:
-        if self._package is not None:
-            packages.update_(self._package, self._weights.active, self.optimizer)
-            return
-        update_(
-            self._weights.active, self.state, self.param_groups[0], self.num_steps, self.moments,
-            self.rates,
-        )  # fmt: skip
 
     @property
     def rate_in_use(self) -> float:
@@ -323,14 +300,8 @@ class SaraAdamW(TrainedModel, torch.optim.Optimizer):
             )  # fmt: skip
             return
         num_frozen = len(self._weights.frozen)
-        keep = keep_moments if self._package is None else packages.keep_states
-        keep(self.state, self._weights.freeze(marks), marks)
-        if (
-            self.optimizer == packages.SCHEDULE_FREE
-        ):  # they stop at the average, not on the way to it
-            for weight in self._weights.frozen[num_frozen:]:
-                if weight.average is not None:
-                    weight.write_(weight.average, weight.index)
+        changes = self._weights.freeze(marks)
+        self._updates.keep(self.state, changes, marks, self._weights.frozen[num_frozen:])
         self.param_groups[0]["params"] = self.parameters()
         self.stage = 2
         logger.info("progressive adjustment: %d of %d trained weights go on", num_left, num_before)
@@ -389,12 +360,10 @@ class SaraAdamW(TrainedModel, torch.optim.Optimizer):
         self.state.clear()
         self.param_groups[0]["params"] = self.parameters()
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
-        self._share_state()
-        moments, active = moments_by_place(state_dict), self._weights.active
-        if self._package is None:
-            take_over_moments(self.state, active, taken, moments, self.moments)
-        else:
-            packages.take_over_states(self.state, active, moments)
+        self._updates.share(self)
+        self._updates.take_over(
+            self.state, self._weights.active, taken, moments_by_place(state_dict)
+        )
         for name in PLAIN:
             setattr(self, name, saved[name])
         self.generator.set_state(saved["generator"].cpu())

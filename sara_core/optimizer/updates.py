@@ -51,59 +51,92 @@ def clip_(leaves: Sequence[nn.Parameter], max_norm: float) -> None:
             held(leaf.grad).mul_(factor.to(leaf.device))
 
 
-def update_(
-    weights: Sequence[SparseWeight],
-    states: MutableMapping[Tensor, dict],
-    group: dict,
-    num_steps: int,
-    moments: str,
-    rates: Mapping[str, float],
-) -> None:
-    """Update the weights that have a gradient, with what AdamW remembers of each.
+class AdamWUpdates:
+    """Updates by torch's AdamW; what it remembers of each weight is in the optimizer's state, by leaf.
 
     Args:
-        weights: Changed in place.
-        states: Moments and number of steps by leaf; made here for a weight's first update.
-        group: Learning rate, betas, eps and weight decay.
-        num_steps: Updates made so far in the run.
         moments: How moments are kept, one of `adam_moments.KINDS`.
         rates: Factors of the learning rate other than 1, by parameter name.
     """
-    gradients = [(weight, weight.gradient) for weight in weights]
-    updated = [weight for weight, gradient in gradients if gradient is not None]
-    for weight, gradient in gradients:
-        if gradient is not None and not states[weight.leaf]:
-            states[weight.leaf]["step"] = torch.zeros((), dtype=torch.float32)
-            states[weight.leaf].update(adam_moments.zeros(gradient, moments))
-    by_rate: dict[float, list[SparseWeight]] = {}
-    for weight in updated:
-        by_rate.setdefault(rates.get(weight.name, 1.0), []).append(weight)
-    for rate, alike in by_rate.items():
-        own = {**group, "lr": group["lr"] * rate}
-        for batch in _batches(alike):
-            _update_batch(batch, [states[weight.leaf] for weight in batch], own, num_steps)
 
+    def __init__(self, moments: str, rates: Mapping[str, float]):
+        self._moments, self._rates = moments, rates
 
-def keep_moments(
-    states: MutableMapping[Tensor, dict],
-    changes: Sequence[tuple[SparseWeight, SparseWeight | None]],
-    marks: Sequence[Tensor],
-) -> None:
-    """Hand on what AdamW remembers of each weight to the part of it that goes on.
+    def share(self, optimizer: torch.optim.Optimizer) -> None:
+        """Work on what an optimizer holds; this is given it with each call."""
 
-    Args:
-        states: By leaf; changed in place.
-        changes: Each former weight with what remains of it, as `SparseModel.freeze` returns them.
-        marks: Which of its selected values remain.
-    """
-    for mark, (weight, kept) in zip(marks, changes, strict=True):
-        state = states.pop(weight.leaf, None)
-        if kept is not None and state:
-            states[kept.leaf] = {"step": state["step"], **adam_moments.part(state, mark)}
+    def update_(
+        self,
+        weights: Sequence[SparseWeight],
+        states: MutableMapping[Tensor, dict],
+        group: dict,
+        num_steps: int,
+    ) -> None:
+        """Update the weights that have a gradient.
+
+        Args:
+            weights: Changed in place.
+            states: Moments and number of steps by leaf; made here for a weight's first update.
+            group: Learning rate, betas, eps and weight decay.
+            num_steps: Updates made so far in the run.
+        """
+        gradients = [(weight, weight.gradient) for weight in weights]
+        updated = [weight for weight, gradient in gradients if gradient is not None]
+        for weight, gradient in gradients:
+            if gradient is not None and not states[weight.leaf]:
+                states[weight.leaf]["step"] = torch.zeros((), dtype=torch.float32)
+                states[weight.leaf].update(adam_moments.zeros(gradient, self._moments))
+        by_rate: dict[float, list[SparseWeight]] = {}
+        for weight in updated:
+            by_rate.setdefault(self._rates.get(weight.name, 1.0), []).append(weight)
+        for rate, alike in by_rate.items():
+            own = {**group, "lr": group["lr"] * rate}
+            for batch in _batches(alike):
+                _update_batch(batch, [states[weight.leaf] for weight in batch], own, num_steps)
+
+    def keep(
+        self,
+        states: MutableMapping[Tensor, dict],
+        changes: Sequence[tuple[SparseWeight, SparseWeight | None]],
+        marks: Sequence[Tensor],
+        stopped: Sequence[SparseWeight],
+    ) -> None:
+        """Hand on what is remembered of each weight to the part of it that goes on.
+
+        Args:
+            states: By leaf; changed in place.
+            changes: Each former weight with what remains of it, as `SparseModel.freeze` returns them.
+            marks: Which of its selected values remain.
+            stopped: What has stopped of them.
+        """
+        for mark, (weight, kept) in zip(marks, changes, strict=True):
+            state = states.pop(weight.leaf, None)
+            if kept is not None and state:
+                states[kept.leaf] = {"step": state["step"], **adam_moments.part(state, mark)}
+
+    def take_over(
+        self,
+        states: MutableMapping[Tensor, dict],
+        weights: Sequence[SparseWeight],
+        taken: Sequence[slice],
+        saved: Mapping[int, Mapping],
+    ) -> None:
+        """Take over what was remembered in a saved run; torch itself would make floats of codes.
+
+        Args:
+            states: By leaf; changed in place.
+            weights: In the order of the saved run.
+            taken: Which of the saved run's values each weight has.
+            saved: Moments and number of steps by place in that order.
+        """
+        for i, state in saved.items():
+            leaf = weights[i].leaf
+            moments = adam_moments.restored(state, leaf, self._moments, taken[i])
+            states[leaf] = {"step": state["step"].to("cpu", copy=True), **moments}
 
 
 def moments_of_all(states: dict[int, dict], weights: Sequence[SparseWeight]) -> dict[int, dict]:
-    """Return moments as `take_over_moments` reads them, of all parts of weights that are divided.
+    """Return moments as `take_over` reads them, of all parts of weights that are divided.
 
     Those in eight bits become floats there, as blocks of them end where a part does.
 
@@ -120,28 +153,6 @@ def moments_of_all(states: dict[int, dict], weights: Sequence[SparseWeight]) -> 
             gathered = {key: shard.whole(moment)[0].cpu() for key, moment in moments.items()}
             whole[i] = {"step": state["step"], **gathered}
     return whole
-
-
-def take_over_moments(
-    states: MutableMapping[Tensor, dict],
-    weights: Sequence[SparseWeight],
-    taken: Sequence[slice],
-    saved: Mapping[int, Mapping],
-    kind: str,
-) -> None:
-    """Take over what AdamW remembered in a saved run; torch itself would make floats of codes.
-
-    Args:
-        states: By leaf; changed in place.
-        weights: In the order of the saved run.
-        taken: Which of the saved run's values each weight has.
-        saved: Moments and number of steps by place in that order.
-        kind: How moments are to be kept, one of `adam_moments.KINDS`.
-    """
-    for i, state in saved.items():
-        leaf = weights[i].leaf
-        moments = adam_moments.restored(state, leaf, kind, taken[i])
-        states[leaf] = {"step": state["step"].to("cpu", copy=True), **moments}
 
 
 def _update_batch(
