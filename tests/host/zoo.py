@@ -63,13 +63,26 @@ def _of(path, **options):
     return build
 
 
+def _known(params, options, **newer):
+    """Options of a model, with those of newer versions that its class of parameters knows."""
+    known = {f.name for f in dataclasses.fields(params)}
+    return options | {key: value for key, value in newer.items() if key in known}
+
+
 def _hunyuan_video(**place):
     from comfy.ldm.hunyuan_video.model import HunyuanVideo, HunyuanVideoParams
 
-    newer = {"meanflow_sum": False}  # since 0.33
-    known = {f.name for f in dataclasses.fields(HunyuanVideoParams)}
-    options = HUNYUAN_VIDEO | {key: value for key, value in newer.items() if key in known}
+    options = _known(HunyuanVideoParams, HUNYUAN_VIDEO, meanflow_sum=False)  # since 0.33
     return HunyuanVideo(**options, **place)
+
+
+def _flux(**options):
+    def build(**place):
+        from comfy.ldm.flux.model import Flux, FluxParams
+
+        return Flux(**_known(FluxParams, FLUX | options, txt_ids_dims=[]), **place)  # since 0.33
+
+    return build
 
 
 FLUX = {
@@ -152,11 +165,11 @@ FAMILIES = {
         (1, 16, 8, 8), (20, 64), {"pooled_output": (1, 32)},
     ),
     "Flux dev": Family(
-        "Flux", _of("flux.model.Flux", **FLUX, guidance_embed=True, depth_single_blocks=1),
+        "Flux", _flux(guidance_embed=True, depth_single_blocks=1),
         (1, 16, 8, 8), (20, 64), {"pooled_output": (1, 32)}, large=True,
     ),
     "Flux schnell": Family(
-        "FluxSchnell", _of("flux.model.Flux", **FLUX, guidance_embed=False, depth_single_blocks=0),
+        "FluxSchnell", _flux(guidance_embed=False, depth_single_blocks=0),
         (1, 16, 8, 8), (20, 64), {"pooled_output": (1, 32)}, large=True,
     ),
     "Chroma": Family(
