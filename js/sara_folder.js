@@ -7,11 +7,11 @@ import { text } from "./sara_text.js";
 
 const HEIGHT = 190, THUMBNAIL = 72;
 
-function describe(folder) {
+function describe(folder, isOfVideos) {
   const captions = Object.entries(folder.captions)
     .map(([source, count]) => text("captions_from", { count, source })).join(", ");
   return [
-    text("pictures", { count: folder.pictures }),
+    isOfVideos ? text("videos", { count: folder.pictures }) : text("pictures", { count: folder.pictures }),
     captions,
     folder.problems.length ? text("problems", { count: folder.problems.length }) : "",
   ].filter(Boolean).join(", ");
@@ -46,7 +46,8 @@ function thumbnail({ name, caption, subfolder }) {
 
 async function show(card, widget, subfolders) {
   const name = widget.value;
-  const query = card.query = `${new URLSearchParams({ name: name ?? "", subfolders: subfolders?.value ?? false })}`;
+  const asked = { name: name ?? "", subfolders: subfolders?.value ?? false };
+  const query = card.query = `${new URLSearchParams(card.isOfVideos ? { ...asked, kind: "video" } : asked)}`;
   let folder;
   try {
     const answer = await api.fetchApi(`/sara/folder?${query}`);
@@ -57,7 +58,7 @@ async function show(card, widget, subfolders) {
   if (card.query !== query) return; // another one was chosen meanwhile
   const isChosen = widget.options?.values?.indexOf?.(name) !== 0;
   card.caption.textContent = folder.error ? (isChosen ? folder.error : text("choose_folder"))
-    : describe(folder);
+    : describe(folder, card.isOfVideos);
   card.warning.textContent = folder.error ? "" : warn(folder);
   card.pictures.replaceChildren(...(folder.shown ?? []).map(thumbnail));
 }
@@ -65,11 +66,11 @@ async function show(card, widget, subfolders) {
 app.registerExtension({
   name: "SaRA.Folder",
   nodeCreated(node) {
-    if (node.comfyClass !== "SaraImageFolder") return;
+    if (!["SaraImageFolder", "SaraVideoFolder"].includes(node.comfyClass)) return;
     const widget = node.widgets?.find((one) => one.name === "folder");
     if (!widget) return;
     const { box } = addBoxWidget(node, "card", () => HEIGHT, "sara-folder");
-    const card = { caption: addText(box), warning: addText(box), pictures: document.createElement("div") };
+    const card = { isOfVideos: node.comfyClass === "SaraVideoFolder", caption: addText(box), warning: addText(box), pictures: document.createElement("div") };
     for (const part of [card.caption, card.warning]) {
       part.style.minHeight = "0";
       part.style.flex = "none";

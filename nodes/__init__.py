@@ -12,6 +12,7 @@ from .pictures.image_folder import SaraImageFolder
 from .pictures.join import SaraJoinPictures
 from .pictures.references import SaraReferencePictures
 from .pictures.video_folder import SaraVideoFolder
+from .sampling import checkpoint_strip
 from .sampling.prompts import SaraPrompts
 from .sampling.sampling_nodes import SaraCompare, SaraLoadCheckpoints, SaraSamplingSettings
 from .training import wishes
@@ -48,5 +49,6 @@ class SaraExtension(ComfyExtension):
         host.register_folders()  # here, as 0.3.75 does not call on_load
         host.add_route(page_state.PATH, page_state.everything)
         host.add_route(folder_look.PATH, folder_look.look)
+        host.add_route(checkpoint_strip.PATH, checkpoint_strip.look)
         host.add_route(wishes.PATH, wishes.ask, changes_something=True)
         return NODES

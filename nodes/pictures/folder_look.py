@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
 from ...sara_core.pictures.picture_folder import find_pictures
+from ...sara_core.pictures.video_folder import find_videos
 from .. import host
 
 PATH = "/sara/folder"
@@ -14,7 +15,7 @@ MAX_SHOWN = 24
 def look(query: Mapping[str, str]) -> dict:
     """Count the pictures and captions of the folder `name` and list the first of them.
 
-    With `subfolders=true` those of the folders in it count as well.
+    With `subfolders=true` those of the folders in it count as well; with `kind=video` videos are looked for.
 
     Returns:
         `error` alone if there is no such folder; else `pictures`, `captions` by where they are from,
@@ -24,8 +25,10 @@ def look(query: Mapping[str, str]) -> dict:
     """
     name = query.get("name", "")
     try:
-        folder = Path(host.picture_folder(name))
-        files, problems = find_pictures(folder, query.get("subfolders") == "true")
+        is_of_videos = query.get("kind") == "video"
+        find_folder = host.video_folder if is_of_videos else host.picture_folder
+        folder, find = Path(find_folder(name)), find_videos if is_of_videos else find_pictures
+        files, problems = find(folder, query.get("subfolders") == "true")
     except (OSError, ValueError) as error:
         return {"error": str(error)}
     root, _, below = name.partition("/")
@@ -41,7 +44,7 @@ def look(query: Mapping[str, str]) -> dict:
                 "name": Path(file.name).name,
                 "caption": file.caption,
                 "subfolder": str(PurePosixPath(below, file.name).parent)
-                if root == host.INPUT
+                if root == host.INPUT and not is_of_videos
                 else None,
             }
             for file in files[:MAX_SHOWN]

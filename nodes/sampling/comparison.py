@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ...sara_core import SparseDelta
 from .. import host
+from .checkpoint_strip import step_of
 from .picture_sheets import labelled_grid, row_of, stack, to_tensor
 
 MAX_CELLS = 400
@@ -30,8 +31,7 @@ def parse_strengths(text: str) -> list[float]:
 
 def steps_of(delta: SparseDelta) -> int:
     """Return how many steps a delta was trained; 0 if it does not say."""
-    text = delta.metadata.get("sara.steps", "")
-    return int(text) if text.isdecimal() else 0
+    return step_of(delta.metadata)
 
 
 def compare(

@@ -1,16 +1,15 @@
 """Say how to sample, compare deltas by what they make, and load all checkpoints of a run."""
 
 import os
-from fnmatch import fnmatch
 
 from comfy_api.latest import io, ui
 
 from ...sara_core import SparseDelta
-from ...sara_core.training.run_folder import BESTS, CHECKPOINTS
 from .. import host, output_folder
 from ..delta.load_save_apply import CATEGORY
 from ..inputs import chosen, refuse_unchosen, searched_as
 from ..sockets import SaraDelta, SaraSampling
+from .checkpoint_strip import chosen_steps, each_step_once
 from .comparison import compare, parse_strengths, steps_of
 
 
@@ -158,7 +157,14 @@ class SaraLoadCheckpoints(io.ComfyNode):
                     "run",
                     options=chosen("run", output_folder.runs_with_deltas()),
                     tooltip="A folder in output/sara. Press R to refresh the list.",
-                )
+                ),
+                io.String.Input(
+                    "steps",
+                    default="",
+                    optional=True,
+                    tooltip="Steps whose checkpoints are loaded, such as 100, 300; nothing loads all. A click on a "
+                    "picture below adds its step or takes it away.",
+                ),
             ],
             outputs=[
                 SaraDelta.Output(
@@ -177,13 +183,16 @@ class SaraLoadCheckpoints(io.ComfyNode):
         return refuse_unchosen(run, "train one with SaRA Train, and press R")
 
     @classmethod
-    def fingerprint_inputs(cls, run):
+    def fingerprint_inputs(cls, run, steps=""):
         files = output_folder.deltas_of_run(run)
-        return [f"{file} {os.stat(file).st_mtime_ns} {os.stat(file).st_size}" for file in files]
+        return [
+            steps,
+            *(f"{file} {os.stat(file).st_mtime_ns} {os.stat(file).st_size}" for file in files),
+        ]
 
     @classmethod
-    def execute(cls, run) -> io.NodeOutput:
-        loaded, broken = [], []
+    def execute(cls, run, steps="") -> io.NodeOutput:
+        chosen, loaded, broken = chosen_steps(steps), [], []
         for file in output_folder.deltas_of_run(run):
             try:
                 loaded.append((SparseDelta.load(file), file.name))
@@ -191,20 +200,17 @@ class SaraLoadCheckpoints(io.ComfyNode):
                 broken.append(str(error))
         if not loaded:
             raise ValueError(f"no delta in {run} can be read:\n" + "\n".join(broken))
-        loaded = _each_step_once(sorted(loaded, key=lambda pair: steps_of(pair[0])))
+        loaded = each_step_once(loaded, lambda pair: (steps_of(pair[0]), pair[1]))
+        there = {steps_of(delta) for delta, _ in loaded}
+        if missing := sorted(chosen - there):
+            raise ValueError(
+                f"{run} has no checkpoint of step {', '.join(map(str, missing))}; there are "
+                f"{', '.join(map(str, sorted(there)))}"
+            )
+        loaded = [pair for pair in loaded if not chosen or steps_of(pair[0]) in chosen]
         lines = [f"{len(loaded)} deltas", *(f"left out: {problem}" for problem in broken)]
         return io.NodeOutput(
             [delta for delta, _ in loaded],
             [name for _, name in loaded],
             ui=ui.PreviewText("\n".join(lines)),
         )
-
-
-def _each_step_once(loaded: list[tuple[SparseDelta, str]]) -> list[tuple[SparseDelta, str]]:
-    """Leave out a checkpoint of the step that the run's best is of."""
-    best = {steps_of(delta) for delta, name in loaded if fnmatch(name, BESTS)}
-    return [
-        (delta, name)
-        for delta, name in loaded
-        if steps_of(delta) not in best or not fnmatch(name, CHECKPOINTS)
-    ]

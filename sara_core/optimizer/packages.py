@@ -4,7 +4,6 @@ They are given what is learned of each weight, which begins at zero, so that the
 zero, as SaRA's own does.
 """
 
-import importlib
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 
 import torch
@@ -14,10 +13,7 @@ from ..weights.shards import is_sharded
 from .sparse_weight import SparseWeight
 
 ADAMW, PRODIGY, SCHEDULE_FREE = KINDS = ("adamw", "prodigy", "schedule_free")
-PACKAGES = {
-    PRODIGY: ("prodigyopt", "Prodigy"),
-    SCHEDULE_FREE: ("schedulefree", "AdamWScheduleFree"),
-}
+PACKAGES = {PRODIGY: "prodigyopt", SCHEDULE_FREE: "schedulefree"}
 # What Prodigy's authors advise for diffusion models,
 # https://github.com/konstmish/prodigy/blob/main/README.md, "Diffusion models"
 OPTIONS: dict[str, dict] = {PRODIGY: {"safeguard_warmup": True, "use_bias_correction": True}}
@@ -65,14 +61,18 @@ def refuse_divided(kind: str, parameters: Mapping[str, Tensor]) -> None:
 
 
 def _found(kind: str) -> Callable[..., torch.optim.Optimizer]:
-    package, name = PACKAGES[kind]
+    package = PACKAGES[kind]
     try:
-        return getattr(importlib.import_module(package), name)
-    except (ImportError, AttributeError) as error:
+        if kind == PRODIGY:
+            from prodigyopt import Prodigy as found
+        else:
+            from schedulefree import AdamWScheduleFree as found
+    except ImportError as error:
         raise ImportError(
             f"the optimizer {kind} needs the package {package}, which cannot be imported ({error}). Install it "
             f"(pip install -U {package}) in the Python that runs this, or choose adamw"
         ) from error
+    return found
 
 
 class PackageUpdates:

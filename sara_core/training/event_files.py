@@ -1,6 +1,5 @@
 """Curves of a run as TensorBoard reads them, written by torch's own writer."""
 
-import importlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -18,12 +17,13 @@ def refuse_missing() -> None:
 
 def _writer_class() -> Callable[..., Any]:
     try:
-        return importlib.import_module("torch.utils.tensorboard").SummaryWriter
+        from torch.utils.tensorboard import SummaryWriter
     except Exception as error:  # beside packages it does not fit, it may fail in any way
         raise ImportError(
             f"event files need the package tensorboard, which cannot be imported ({error}). Install it (pip "
             "install tensorboard) in the Python that runs this, or turn tensorboard off"
         ) from error
+    return SummaryWriter
 
 
 class EventFiles:

@@ -10,7 +10,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = {"torch", "safetensors", "numpy"} | set(sys.stdlib_module_names)
-OPTIONAL = {"eight_bits": {"torchao"}}  # within a function, for those who ask for it
+OPTIONAL = {
+    "eight_bits": {"torchao"},
+    "packages": {"prodigyopt", "schedulefree"},
+}  # within a function, for those who ask for it
 INTERNALS = {"comfy", "comfy_extras", "comfy_execution", "folder_paths", "server", "node_helpers"}
 ROOMS = {  # each may import itself and these; nodes all of the core as well
     "sara_core/weights": set(),

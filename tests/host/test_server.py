@@ -41,7 +41,7 @@ INPUTS = {  # public: saved workflows depend on every name
     "SaraPrompts": "clip prompts before",
     "SaraSampling": "vae positive negative seed steps cfg sampler_name scheduler latent previous",
     "SaraCompareRuns": "run others smoothing",
-    "SaraLoadCheckpoints": "run",
+    "SaraLoadCheckpoints": "run steps",
     "SaraCompare": "model sampling deltas strengths deltas_2 deltas_3 deltas_4",
     "SaraLoadDelta": "delta_name file",
     "SaraSaveDelta": "delta filename_prefix dtype",
