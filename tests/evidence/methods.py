@@ -117,7 +117,7 @@ def low_rank_on_mask(model, rate, rank=8, chosen="layer", fraction=0.1, seed=0):
             part = _OnMask(module.weight, index[f"{path}.weight"], rank, generator)
             parametrize.register_parametrization(module, "weight", part)
             trained += [part.out, part.inner]
-    return _adamw(trained, rate)
+    return adamw(trained, rate)
 
 
 class _OnMask(nn.Module):
@@ -139,7 +139,7 @@ class _OnMask(nn.Module):
 
 def full(model, rate):
     """Every weight."""
-    return _adamw(list(model.parameters()), rate)
+    return adamw(list(model.parameters()), rate)
 
 
 def lora(model, rate, rank=8, seed=0):
@@ -169,7 +169,7 @@ def _peft(model, rate, config, seed):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         inject_adapter_in_model(config, model)
-    return _adamw([p for p in model.parameters() if p.requires_grad], rate)
+    return adamw([p for p in model.parameters() if p.requires_grad], rate)
 
 
 class _ClippedAdamW(torch.optim.AdamW):
@@ -178,7 +178,8 @@ class _ClippedAdamW(torch.optim.AdamW):
         super().step()
 
 
-def _adamw(parameters, rate):
+def adamw(parameters, rate):
+    """The optimizer of all other methods."""
     return _ClippedAdamW(parameters, rate, weight_decay=0.0)
 
 

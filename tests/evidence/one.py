@@ -15,7 +15,8 @@ from PIL import Image
 
 from .bases import BASES, OLD_STYLES
 from .measures import likeness, losses, pictures
-from .methods import METHODS, Average, between, learned_weights, num_trained
+from .methods import METHODS, Average, adamw, between, learned_weights, num_trained
+from .text import TrainedText
 
 STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.25)
 CAPTION_DROPOUT = 0.1
@@ -46,7 +47,7 @@ def gradient_sizes(base, model, style, shown, seed, batch=8, batches=8):
     return sums
 
 
-def train(base, model, optimizer, style, shown, steps, batch, seed, average=None):
+def train(base, model, optimizer, style, shown, steps, batch, seed, average=None, text_rate=0):
     """Fine-tune by a cosine course, or at a constant rate where the optimizer is for that; noise and order depend on the seed alone, whatever the method.
 
     Returns seconds a step.
@@ -54,6 +55,7 @@ def train(base, model, optimizer, style, shown, steps, batch, seed, average=None
     generator = torch.Generator().manual_seed(1_000 + seed)
     z, ids = base.latents(style, shown), base.captions(style, shown)
     peak = optimizer.param_groups[0]["lr"]
+    others = [] if not text_rate else [adamw(list(base.text.parameters()), text_rate)]
     falls = getattr(optimizer, "optimizer", "") != "schedule_free"
     order = torch.empty(0, dtype=torch.long)
     started = time.monotonic()
@@ -65,11 +67,15 @@ def train(base, model, optimizer, style, shown, steps, batch, seed, average=None
         noise = torch.randn(z[i].shape, generator=generator)
         quantiles = torch.rand(batch, generator=generator)
         words = torch.where(dropped[:, None], base.no_caption, ids[i])
+        share = 0.5 * (1 + math.cos(math.pi * step / steps))
         if falls:
-            optimizer.param_groups[0]["lr"] = peak * 0.5 * (1 + math.cos(math.pi * step / steps))
+            optimizer.param_groups[0]["lr"] = peak * share
+        for other in others:
+            other.param_groups[0]["lr"] = text_rate * share
         base.errors(model, z[i], words, noise, quantiles).mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        for each in (optimizer, *others):
+            each.step()
+            each.zero_grad()
         if average is not None:
             average.add()
     return (time.monotonic() - started) / steps
@@ -90,7 +96,9 @@ def run(base, plan):
     options |= {"seed": seed} if plan["method"] != "full" else {}
     if "gradient" in options.get("chosen", ""):
         options["gradients"] = gradient_sizes(base, model, style, shown, seed)
-    decay = options.pop("average", None)
+    decay, text_rate = options.pop("average", None), options.pop("text_rate", 0)
+    if text_rate:
+        base.text = TrainedText(torch.cat([base.captions(style, shown), base.no_caption]))
     if "progressive" in options:
         options["progressive_step"] = round(options.pop("progressive") * plan["steps"])
     optimizer = METHODS[plan["method"]](model, plan["rate"], **options)
@@ -98,7 +106,7 @@ def run(base, plan):
     facts["rate"] = optimizer.param_groups[0]["lr"]
     average = None if decay is None else Average(model, decay)
     facts["seconds"] = train(
-        base, model, optimizer, style, shown, plan["steps"], plan["batch"], seed, average
+        base, model, optimizer, style, shown, plan["steps"], plan["batch"], seed, average, text_rate
     )
     if average is not None:
         average.put()
@@ -110,7 +118,8 @@ def run(base, plan):
     model = base.load()
     facts["losses"] = {}
     for strength in plan.get("strengths", STRENGTHS):
-        with between(model, before, learned, strength):
+        text = base.text.at_strength(strength) if text_rate else contextlib.nullcontext()
+        with between(model, before, learned, strength), text:
             facts["losses"][str(strength)] = losses(base, model, original, style, shown, unseen)
     model.load_state_dict({**model.state_dict(), **learned})
     return facts, model, unseen

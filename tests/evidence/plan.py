@@ -142,6 +142,20 @@ ON_UNET = {  # method, options, rates
     "full": ("full", {}, (5e-6, 1e-5, 2e-5)),
 }
 
+TEXT_RATES = (3e-5, 3e-4, 3e-3)
+
+
+def with_text(base="emoji64-unet", seed=0, rate=2.5e-4):
+    """SaRA with all of the text encoder trained as well, beside SaRA and LoRA without."""
+    compared = {name: ON_UNET[name] for name in ("SaRA 10 %", "LoRA r8")}
+    known = methods(base, compared, seeds=(seed,))
+    common = {"base": base, **COMMON, "method": "sara", "rate": rate, "seed": seed}
+    return known + [
+        {**common, "name": f"and text encoder, {text:g}", "options": {**SARA, "text_rate": text}}
+        for text in TEXT_RATES
+    ]
+
+
 QUESTIONS = {  # title in the report: the plans of its runs
     "Methods at their best": lambda: methods("emoji64"),
     "SaRA with one part changed": lambda: parts("emoji64"),
@@ -149,6 +163,7 @@ QUESTIONS = {  # title in the report: the plans of its runs
     "What it looks like": lambda: looks("emoji64"),
     "Methods at their best, on a UNet": lambda: methods("emoji64-unet", ON_UNET, seeds=(0, 1)),
     "Optimizers that choose their rate": lambda: beside_known("emoji64", OPTIMIZERS),
+    "The text encoder as well, on a UNet": with_text,
 }
 
 
