@@ -24,7 +24,7 @@ SIZES = {
     "EmptyLatentImage": (320, 140), "KSampler": (320, 320), "VAEDecode": (220, 70),
     "SaveImage": (360, 400), "SaraImageFolder": (420, 640), "SaraSampling": (320, 300),
     "SaraTrain": (480, 820), "SaraCompare": (460, 560), "SaraLoadDelta": (360, 260),
-    "SaraApply": (300, 110), "SaraLoadCheckpoints": (340, 110), "SaraAnalyze": (480, 620),
+    "SaraApply": (300, 110), "SaraLoadCheckpoints": (400, 290), "SaraAnalyze": (480, 620),
     "SaraMergeDeltas": (300, 150), "SaraSaveDelta": (320, 130), "LoraLoader": (320, 150),
     "LoadImage": (320, 360), "ControlNetLoader": (340, 80), "ControlNetApplyAdvanced": (320, 220),
 }  # fmt: skip
@@ -165,12 +165,12 @@ EXAMPLE_SPECS = {
         "negative": prompt("", (0, 780), "Negative prompt"),
         "checkpoints": node("SaraLoadCheckpoints", (460, 0)),
         "sampling": node(
-            "SaraSampling", (460, 180), None,
+            "SaraSampling", (460, 340), None,
             {"vae": ("checkpoint", 2), "positive": ("positive", 0), "negative": ("negative", 0)},
             seed=1,
         ),
         "compare": node(
-            "SaraCompare", (840, 0), None,
+            "SaraCompare", (920, 0), None,
             {"model": ("checkpoint", 0), "sampling": ("sampling", 0), "deltas": ("checkpoints", 0)},
             strengths="0, 0.5, 1, 1.5",
         ),

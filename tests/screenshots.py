@@ -31,6 +31,14 @@ FURTHER = {  # nodes that no example has, with the Load SaRA Delta they are conn
     "SaraCreateHook": {},
     "SaraExportDelta": {"format": "LoRA (approximate)"},
 }
+ALONE = {  # nodes that no example has, by themselves; the first is run
+    "SaraCompareRuns": {"run": "fluent3d_00001", "others": "*"},
+    "SaraImportCheckpoint": {},
+    "SaraJoinPictures": {},
+    "SaraReferencePictures": {"folder": "input/fluent3d"},
+    "SaraPrompts": {"prompts": "3d style, fox\n3d style, lemon", "before": "emoji, "},
+    "SaraVideoFolder": {"folder": "input/films"},
+}
 
 
 def save(image, path, longest):
@@ -160,15 +168,18 @@ def further(page, server):
             kind, number,
         )  # fmt: skip
         page.set_widgets(kind, **values)
-    page.js(
-        """const node = LiteGraph.createNode("SaraImportCheckpoint");
-        node.pos = [2600, 2800];
-        window.app.graph.add(node);"""
-    )
-    page.js("window.app.graph.nodes.find((n) => n.type === 'SaraImportCheckpoint').mode = 4")
+    for number, (kind, values) in enumerate(ALONE.items()):
+        page.js(
+            """const node = LiteGraph.createNode(arguments[0]);
+            node.pos = [3600, 900 * arguments[1]];
+            node.mode = arguments[1] ? 4 : 0;
+            window.app.graph.add(node);""",
+            kind, number,
+        )  # fmt: skip
+        page.set_widgets(kind, **values)
     run(page, server)
-    page.js("window.app.graph.nodes.find((n) => n.type === 'SaraImportCheckpoint').mode = 0")
-    for kind in (*FURTHER, "SaraImportCheckpoint"):
+    page.js("for (const node of window.app.graph.nodes) node.mode = 0")
+    for kind in (*FURTHER, *ALONE):
         save(take(page, kind), HELP / f"{kind}.jpg", 900)
 
 
@@ -183,6 +194,12 @@ def main():
             (Path(base) / "models" / name).parent.mkdir(exist_ok=True)
             (Path(base) / "models" / name).touch()
         shutil.copy(Path(base, "input", "fluent3d", "bat.png"), Path(base, "input", "example.png"))
+        pictures = Path(base, "input", "fluent3d")
+        film = Path(base, "input", "films", "fox")
+        film.mkdir(parents=True)
+        for number in range(8):
+            shutil.copy(pictures / "fox.png", film / f"{number}.png")
+        shutil.copy(pictures / "fox.txt", film.with_suffix(".txt"))
         with Server(base, sys.argv[1:]) as server:
             page = Page(server, "vue")
             page.js("document.querySelectorAll('.litegraph-minimap').forEach((e) => e.remove())")
