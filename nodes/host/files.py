@@ -102,10 +102,9 @@ def picture_folders() -> dict[str, str]:
 
 
 def video_folders() -> dict[str, str]:
-    """List the folders with videos as `picture_folders` does, then those with folders of pictures, which may be frames."""
+    """List the folders with videos as `picture_folders` does, then those with pictures, which may be frames."""
     found = _by_rank(_folders_with(VIDEO_ENDINGS))
-    frames = {name: (rank, path) for name, (rank, path) in _folders_with(ENDINGS).items() if rank}
-    return found | {name: path for name, path in _by_rank(frames).items() if name not in found}
+    return found | {name: path for name, path in picture_folders().items() if name not in found}
 
 
 def _folders_with(endings: Collection[str]) -> dict[str, tuple[int, str]]:

@@ -76,6 +76,7 @@ class ModelCalls:
         """
         encoded = []
         copies: dict[tuple, list] = {}  # repeats and windows of a picture share their caption
+        texts: dict[int, Tensor] = {}  # and captions their text
         for (cross_attention, options), latent in zip(captions, latents, strict=True):
             unusable = {"control", "mask", "area", "hooks", "gligen"} & options.keys()
             unusable |= {key for key, whole in WHOLE.items() if options.get(key, whole) != whole}
@@ -86,7 +87,9 @@ class ModelCalls:
                 )
             which = id(cross_attention), id(options)
             if which not in copies:
-                copies[which] = [trackable_copy(cross_attention), trackable_copy(options)]
+                if id(cross_attention) not in texts:
+                    texts[id(cross_attention)] = trackable_copy(cross_attention)
+                copies[which] = [texts[id(cross_attention)], trackable_copy(options)]
                 if self.guidance is not None and takes_guidance(self.patcher):
                     copies[which][1].setdefault("guidance", self.guidance)
             pair = copies[which]
@@ -152,6 +155,11 @@ def _signature(caption: dict) -> str:
     """Describe the shapes of a caption's conditioning; equal ones can share a pass."""
     parts = []
     for name, cond in sorted(caption.items()):
-        is_constant = isinstance(cond, comfy.conds.CONDConstant)
-        parts.append(f"{name}:{cond.cond if is_constant else cond.size()}")
+        if isinstance(cond, comfy.conds.CONDConstant):
+            told = cond.cond
+        elif isinstance(cond, comfy.conds.CONDList):  # its size is that of all together
+            told = [tuple(tensor.shape) for tensor in cond.cond]
+        else:
+            told = cond.size()
+        parts.append(f"{name}:{told}")
     return "|".join(parts)

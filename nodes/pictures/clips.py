@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from itertools import groupby
 
 import numpy as np
 import torch
+from PIL import Image
 
 from ...sara_core.pictures.captions import Problem
 from ...sara_core.pictures.encoding_cache import content_key
@@ -21,7 +23,11 @@ SHORTER = (
     2,
     4,
 )  # parts of the frames asked for that videos too short for all of them are trained at
-SLACK = 1e-4  # of a second, by which a frame may come late
+SLACK, LEAST_SLACK = (
+    0.25,
+    1e-3,
+)  # by which a frame may come late: of the time between two, and in seconds
+VERSION = 1  # of what "frame n" means, for encodings that are kept
 FRAMES_OF_FOLDERS = 16.0  # a second, where nothing says how many
 
 
@@ -57,9 +63,20 @@ class Clip(Variant):
 
 
 def lengths(vae, frames: int) -> tuple[int, ...]:
-    """Return the numbers of frames that videos are trained at, the longest first."""
+    """Return the numbers of frames that videos are trained at, the longest first.
+
+    Raises:
+        ValueError: The VAE takes pictures only, or not so few frames.
+    """
     found = [host.frames_taken(vae, max(1, frames // part)) for part in SHORTER]
-    return tuple(dict.fromkeys(n for n in found if n > 1 or frames == 1))
+    taken = tuple(dict.fromkeys(n for n in found if n > 1 or frames == 1))
+    if not taken:
+        least = next(n for n in range(frames, 1000) if host.frames_taken(vae, n) > 1)
+        raise ValueError(
+            f"frames is {frames}, but this VAE encodes single pictures or at least {least} frames; set it to "
+            f"{least} or more, or to 1"
+        )
+    return taken
 
 
 def frames_of(times: Sequence[float], options: ClipOptions) -> list[tuple[int, ...]]:
@@ -73,20 +90,19 @@ def frames_of(times: Sequence[float], options: ClipOptions) -> list[tuple[int, .
         Clips of the greatest length that fits, spread evenly over the video, a single one in its middle; none
         if the video is too short for any.
     """
-    end = times[-1]
-    rate = options.fps or ((len(times) - 1) / end if end else 1.0)
-    available = int(end * rate + 0.01) + 1
-    length = next((n for n in options.frames if n <= available), None)
+    shown = np.arange(len(times))
+    if options.fps and times[-1]:
+        slack = max(LEAST_SLACK, SLACK * float(np.median(np.diff(times))))
+        moments = np.arange(int(times[-1] * options.fps + SLACK) + 1) / options.fps
+        shown = np.searchsorted(np.asarray(times), moments + slack, side="right") - 1
+    length = next((n for n in options.frames if n <= len(shown)), None)
     if length is None:
         return []
-    room = max(0.0, end - (length - 1) / rate)
-    count = options.clips if room else 1
-    starts = [room / 2] if count == 1 else [room * i / (count - 1) for i in range(count)]
-    found = []
-    for start in starts:
-        moments = start + np.arange(length) / rate + SLACK
-        shown = np.searchsorted(np.asarray(times), moments, side="right") - 1
-        found.append(tuple(int(number) for number in shown.clip(0, len(times) - 1)))
+    room = len(shown) - length
+    starts = [room // 2]
+    if options.clips > 1:
+        starts = [round(room * i / (options.clips - 1)) for i in range(options.clips)]
+    found = [tuple(shown[start : start + length].tolist()) for start in starts]
     return list(dict.fromkeys(found))
 
 
@@ -118,7 +134,7 @@ def plan_clips(looks: dict, options: ClipOptions, vae_facts: list | None, result
     for window in windows:
         same = {field.name: getattr(window, field.name) for field in fields(Variant)}
         for frames in chosen[window.file]:
-            key = content_key(window=window.key, frames=frames)
+            key = content_key(version=VERSION, window=window.key, frames=frames)
             result.variants.append(Clip(**{**same, "key": key}, frames=frames))
 
 
@@ -133,26 +149,35 @@ def _too_short(facts: VideoFacts, options: ClipOptions) -> str:
 def encoded_clips(
     variants: list[Clip], options: ClipOptions, vae, problems: list[Problem]
 ) -> Iterator[tuple[Clip, dict]]:
-    """Yield clips with their latent and a small picture, holding the frames of one at a time."""
-    checked: dict[PictureFile, str] = {}
-    for clip in variants:
+    """Yield clips with their latent and a small picture, each as soon as its last frame is decoded."""
+    for (file, digest), clips in groupby(variants, key=lambda clip: (clip.file, clip.digest)):
         try:
-            if checked.setdefault(clip.file, video_digest(clip.file.path)) != clip.digest:
+            if video_digest(file.path) != digest:
                 raise ValueError("it has changed while the folder was read; run the node again")
-            yield clip, _encode(clip, options.background, vae)
+            for clip, frames in _gathered(list(clips), options.background):
+                yield clip, _encode(clip, frames, vae)
         except (OSError, ValueError) as error:
-            problems.append(Problem(clip.file.name, str(error)))
+            problems.append(Problem(file.name, str(error)))
 
 
-def _encode(clip: Clip, background: str, vae) -> dict:
-    decoded = video_frames(clip.file.path, clip.frames, background)
-    windows = {
-        number: cut(Picture(frame, None), clip.size, clip.window, clip.mirrored)[0]
-        for number, frame in decoded.items()
-    }
-    pixels = np.stack([np.asarray(windows[number], dtype=np.float32) for number in clip.frames])
+def _gathered(clips: list[Clip], background: str) -> Iterator[tuple[Clip, dict[int, Image.Image]]]:
+    """Yield the clips of one video with their frames, cut as they are decoded."""
+    held: dict[int, dict[int, Image.Image]] = {i: {} for i in range(len(clips))}
+    numbers = {number for clip in clips for number in clip.frames}
+    for number, frame in video_frames(clips[0].file.path, numbers, background):
+        host.check_cancelled()
+        for i in [i for i in held if number in clips[i].frames]:
+            clip = clips[i]
+            colour, _ = cut(Picture(frame, None), clip.size, clip.window, clip.mirrored)
+            held[i][number] = colour
+            if number == max(clip.frames):
+                yield clip, held.pop(i)
+
+
+def _encode(clip: Clip, frames: dict[int, Image.Image], vae) -> dict:
+    pixels = np.stack([np.asarray(frames[number], dtype=np.float32) for number in clip.frames])
     (latent,) = host.encode_pixels(vae, torch.from_numpy(pixels / 255))
-    middle = windows[clip.frames[len(clip.frames) // 2]]
+    middle = frames[clip.frames[len(clip.frames) // 2]]
     middle.thumbnail((THUMBNAIL, THUMBNAIL))
     return {
         "latent": latent.clone(),
@@ -161,4 +186,4 @@ def _encode(clip: Clip, background: str, vae) -> dict:
     }
 
 
-VIDEOS = Medium(find_videos, look_at_videos, plan_clips, encoded_clips)
+VIDEOS = Medium("videos", find_videos, look_at_videos, plan_clips, encoded_clips)

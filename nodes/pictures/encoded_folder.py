@@ -44,12 +44,14 @@ class Medium:
     """What is in a folder, and how entries are made of it.
 
     Args:
+        word: For what is in it.
         find: Lists the files, as `find_pictures`.
         look_at: Returns what is to be known of each file before it is decoded, as `look_at`.
         plan: Lists the entries, as `plan_windows`.
         encoded: Yields entries with what is kept of each, as `_encoded_pictures`.
     """
 
+    word: str
     find: Callable
     look_at: Callable
     plan: Callable
@@ -97,7 +99,11 @@ def encode_folder(
     if not result.variants:
         raise ValueError(
             f"{folder.name} has nothing that can be used"
-            + (f":\n{_list(result.problems)}" if result.problems else "; put pictures into it")
+            + (
+                f":\n{_list(result.problems)}"
+                if result.problems
+                else f"; put {medium.word} into it"
+            )
         )
     with ending_together():
         _encode_captions(texts, clip, options, cache, result, progress)
@@ -207,7 +213,7 @@ def _encode(colour: Image.Image, opacity: Image.Image | None, vae) -> dict:
     }
 
 
-PICTURES = Medium(find_pictures, look_at, plan_windows, _encoded_pictures)
+PICTURES = Medium("pictures", find_pictures, look_at, plan_windows, _encoded_pictures)
 
 
 def _encode_captions(texts, clip, options, cache: EncodingCache, result, progress) -> None:

@@ -8,6 +8,7 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
+from ...sara_core.pictures.captions import folded
 from ...sara_core.pictures.picture_folder import PictureFile, describe_files, find_pictures
 from .. import host
 from ..inputs import chosen, refuse_unchosen, searched_as
@@ -30,14 +31,25 @@ def counterparts(names: list[str], folder: Path) -> dict[str, PictureFile]:
         folder: To look in, with all folders in it.
 
     Raises:
-        ValueError: Some have none.
+        ValueError: Some have none, or more than one.
     """
     files, _ = find_pictures(folder, recurse=True)
-    whole = {_stem(file.name): file for file in files}
-    alone = {PurePosixPath(stem).name: file for stem, file in whole.items() if "/" not in stem}
-    found = {
-        name: whole.get(_stem(name)) or alone.get(PurePosixPath(_stem(name)).name) for name in names
-    }
+    exact = {file.name: file for file in files}
+    by_stem: dict[str, list[PictureFile]] = {}
+    for file in files:
+        by_stem.setdefault(_stem(file.name), []).append(file)
+
+    def find(name: str) -> PictureFile | None:
+        stem = _stem(name)
+        candidates = by_stem.get(stem) or by_stem.get(PurePosixPath(stem).name, [])
+        if name not in exact and len(candidates) > 1:
+            raise ValueError(
+                f"{name} may belong to {' or '.join(file.name for file in candidates)} in {folder.name}; leave one "
+                "of them there"
+            )
+        return exact.get(name) or next(iter(candidates), None)
+
+    found = {name: find(name) for name in names}
     if missing := [name for name, file in found.items() if file is None]:
         raise ValueError(
             f"{len(missing)} of {len(found)} pictures have none of the same name in {folder.name}: "
@@ -48,7 +60,7 @@ def counterparts(names: list[str], folder: Path) -> dict[str, PictureFile]:
 
 
 def _stem(name: str) -> str:
-    return PurePosixPath(name).with_suffix("").as_posix().casefold()
+    return folded(PurePosixPath(name).with_suffix("").as_posix())
 
 
 def reference_of(file: PictureFile, place: Place, fit: str, background: str) -> Tensor:

@@ -13,6 +13,9 @@ from ...sara_core.pictures.video_folder import frames_in
 from .picture_files import SMALLEST_SIDE, picture_size, read_file, read_picture
 
 CHUNK = 1 << 24
+# What is opened, whatever a file is called: none of the formats that name other files.
+FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,gif"
+WITH_TIMES = ("mov", "matroska", "gif")  # formats that say when each frame is shown
 
 
 @dataclass(frozen=True)
@@ -42,22 +45,34 @@ def video_facts(path: Path) -> VideoFacts:
         ValueError: It cannot be read; the message says why.
     """
     if path.is_dir():
-        frames = frames_in(path)
-        sizes = {picture_size(read_file(frame), frame.name) for frame in frames}
+        sizes = {_frame(frame, picture_size) for frame in frames_in(path)}
         if len(sizes) > 1:
             raise ValueError(f"its frames have {len(sizes)} different sizes")
-        return VideoFacts(sizes.pop(), (), len(frames))
+        return VideoFacts(sizes.pop(), (), len(frames_in(path)))
     with _opened(path) as (container, stream):
-        marks = [packet.pts for packet in container.demux(stream) if packet.pts is not None]
-        times = sorted(float(mark * stream.time_base) for mark in set(marks))
-        container.seek(0)
         first = next(iter(container.decode(stream)), None)
-        if first is None or len(times) < 1:
+        if first is None:
             raise ValueError("it holds no frame that can be decoded")
-        height, width = _upright(first).shape[:2]
-    if min(width, height) < SMALLEST_SIDE:
-        raise ValueError(f"it is tiny, {width}x{height} pixels")
-    return VideoFacts((width, height), tuple(time - times[0] for time in times), len(times))
+        size = _upright(first, stream).size
+    if min(size) < SMALLEST_SIDE:
+        raise ValueError(f"it is tiny, {size[0]}x{size[1]} pixels")
+    with _opened(path) as (container, stream):
+        times = sorted(_times(container, stream))
+    return VideoFacts(size, tuple(time - times[0] for time in times), len(times))
+
+
+def _times(container, stream) -> list[float]:
+    """Return when each frame is shown, in seconds: from the file's index, or where it has none by decoding."""
+    if any(name in container.format.name for name in WITH_TIMES):
+        packets = [p for p in container.demux(stream) if p.size and not p.is_discard]
+        if all(packet.pts is not None for packet in packets):
+            return [float(packet.pts * stream.time_base) for packet in packets]
+        container.seek(0)
+    rate = float(stream.average_rate or stream.guessed_rate or 25)
+    return [
+        number / rate if frame.time is None else frame.time
+        for number, frame in enumerate(container.decode(stream))
+    ]
 
 
 def video_digest(path: Path) -> str:
@@ -70,43 +85,60 @@ def video_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def video_frames(path: Path, numbers: Collection[int], background: str) -> dict[int, Image.Image]:
-    """Decode some frames of a video, upright, in RGB.
+def video_frames(
+    path: Path, numbers: Collection[int], background: str
+) -> Iterator[tuple[int, Image.Image]]:
+    """Decode some frames of a video one after the other, upright, in RGB.
+
+    They are counted as they are decoded, from the first, since not all formats can be sought in exactly.
 
     Args:
         path: A video file, or a folder of frames.
         numbers: Of the frames, in the order in which they are shown.
         background: Colour under transparent areas of frames in a folder.
 
+    Yields:
+        Number and frame, in that order.
+
     Raises:
         ValueError: One of them cannot be decoded.
     """
+    wanted = sorted(set(numbers))
     if path.is_dir():
         files = frames_in(path)
-        return {
-            number: read_picture(read_file(files[number]), background, files[number].name).colour
-            for number in sorted(set(numbers))
-        }
-    wanted, found = set(numbers), {}
+        for number in wanted:
+            yield (
+                number,
+                _frame(
+                    files[number], lambda data, name: read_picture(data, background, name)
+                ).colour,
+            )
+        return
     with _opened(path) as (container, stream):
-        marks = sorted({p.pts for p in container.demux(stream) if p.pts is not None})
-        places = {mark: number for number, mark in enumerate(marks)}
-        container.seek(marks[min(wanted)], stream=stream, backward=True)
-        for frame in container.decode(stream):
-            number = places.get(frame.pts, -1)
-            if number in wanted:
-                found[number] = Image.fromarray(_upright(frame))
-            if len(found) == len(wanted):
-                break
-    if missing := wanted - found.keys():
-        raise ValueError(f"frame {min(missing) + 1} of {len(marks)} cannot be decoded")
-    return found
+        for number, frame in enumerate(container.decode(stream)):
+            if number == wanted[0]:
+                yield number, _upright(frame, stream)
+                wanted.pop(0)
+                if not wanted:
+                    return
+    raise ValueError(f"frame {wanted[0] + 1} cannot be decoded; the file seems to be cut off")
 
 
-def _upright(frame) -> np.ndarray:
-    """Return a frame `(H, W, 3)` as it is seen; a phone says how it was held."""
+def _frame(file: Path, read):
+    try:
+        return read(read_file(file), file.name)
+    except ValueError as error:
+        raise ValueError(f"{file.name}: {error}") from error
+
+
+def _upright(frame, stream) -> Image.Image:
+    """Return a frame as it is seen: a phone says how it was held, old formats how wide a pixel is."""
+    image = Image.fromarray(frame.to_ndarray(format="rgb24"))
+    wide = stream.sample_aspect_ratio or 1
+    if wide != 1:
+        image = image.resize((max(1, round(image.width * wide)), image.height))
     turns = round(getattr(frame, "rotation", 0) / 90) % 4
-    return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), turns))
+    return Image.fromarray(np.ascontiguousarray(np.rot90(np.asarray(image), turns)))
 
 
 @contextlib.contextmanager
@@ -117,7 +149,8 @@ def _opened(path: Path) -> Iterator[tuple]:
     except ImportError as error:
         raise ValueError("reading videos needs the Python package av (pip install av)") from error
     try:
-        container = av.open(str(path))
+        options = {"format_whitelist": FORMATS, "protocol_whitelist": "file"}
+        container = av.open(str(path), options=options)
     except Exception as error:  # decoders raise anything
         raise ValueError(f"it is not a video that can be read ({error})") from error
     with container:

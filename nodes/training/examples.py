@@ -13,6 +13,13 @@ CAPTIONS = "sara_captions"  # in a conditioning's options: pairs to draw from wh
 # Options of a conditioning that hold latents and masks which models are given beside the noise.
 REFERENCES, GIVEN = "reference_latents", ("concat_latent_image", "concat_mask")
 
+# What text encoders put into the options, of the text itself: comfy/text_encoders
+OF_TEXT = frozenset(
+    "pooled_output minimax_token_tags sam3_multi_cond unprocessed_ltxav_embeds visual_pos_masks "
+    "deepstack_embeds text_input_ids t5xxl_ids t5xxl_weights lyrics_strength".split()
+)
+OF_TEXT_BEGIN = ("attention_mask", "conditioning_")
+
 
 def flatten_latents(latents: list[dict]) -> list[Tensor]:
     """Split LATENT inputs, single or batched, into latents of shape `(1, C, ...)`."""
@@ -112,7 +119,12 @@ def split_captions(pairs: list[list]) -> tuple[list[list], list[list[list]]]:
 def with_options(pair: list, options: dict) -> list:
     """Add options to a pair that it does not have: what nodes have given a caption beside its text."""
     cross_attention, own = pair
-    return [cross_attention, {**options, **own}] if options.keys() - own.keys() else pair
+    added = {
+        key: value
+        for key, value in options.items()
+        if key not in own and key not in OF_TEXT and not key.startswith(OF_TEXT_BEGIN)
+    }
+    return [cross_attention, {**added, **own}] if added else pair
 
 
 @dataclass(frozen=True)
@@ -231,15 +243,20 @@ def describe_examples(examples: Examples) -> dict:
     captions = []
     for pair in (*examples.captions, *examples.different_drawn, examples.empty):
         cross_attention, options = pair or (None, {})
-        given = [options.get(key) for key in ("pooled_output", *GIVEN)]
-        given += options.get(REFERENCES) or []
-        captions += [t for t in (cross_attention, *given) if t is not None]
+        captions += [t for t in (cross_attention, options.get("pooled_output")) if t is not None]
     masks = examples.masks or ()
     return {
         "examples": [_moments(tensor) for tensor in (*examples.latents, *captions, *masks)],
         "regularisation pictures": examples.num_regularisation,
         "masks": len(masks),
+        "given": [_moments(tensor) for pair in examples.captions for tensor in _given(pair[1])],
     }
+
+
+def _given(options: dict) -> list[Tensor]:
+    """Return latents and masks that a model is given beside the noise."""
+    given = [options.get(key) for key in GIVEN]
+    return [t for t in (*given, *(options.get(REFERENCES) or [])) if t is not None]
 
 
 def _moments(tensor: Tensor) -> list:
@@ -259,6 +276,9 @@ def differences(saved: dict, now: dict, other: str = "the run") -> list[str]:
         wrong.append("other pictures would be held out for validation")
     if saved["sampling"] != now["sampling"]:
         wrong.append(f"the sampling is {now['sampling']}, {other}'s {saved['sampling']}")
+    given = saved.get("given", now["given"])  # which runs of before did not tell
+    if len(given) != len(now["given"]) or not all(map(_alike, given, now["given"])):
+        wrong.append("other reference latents or masks are given beside the captions")
     old, new = saved["examples"], now["examples"]
     if len(old) != len(new):
         wrong.append(f"there are {len(new)} latents, embeddings and masks, {other} had {len(old)}")

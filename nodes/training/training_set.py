@@ -63,14 +63,15 @@ class TrainingSet:
         """Encode the empty caption of each picture, once for those of one size that carry nothing else."""
         if examples.empty is None:
             return []
-        found: dict[Hashable, dict] = {}
+        pairs: dict[Hashable, tuple[list, Tensor]] = {}
         which: list[Hashable] = []
         for caption, latent in zip(examples.captions, self._latents, strict=True):
             pair = with_options(examples.empty, caption[1])
             key = latent.shape, None if pair is examples.empty else id(caption[1])
             which.append(key)
-            if key not in found:
-                found[key] = self.encoder.encode_captions([pair], [latent])[0]
+            pairs.setdefault(key, (pair, latent))
+        encoded = self.encoder.encode_captions(*map(list, zip(*pairs.values(), strict=True)))
+        found = dict(zip(pairs, encoded, strict=True))
         return [found[key] for key in which]
 
     def captions_to_learn(self, picture: int) -> range:

@@ -202,7 +202,11 @@ def _left_out(kind: Kind, folder: Path, found: Mapping[str, PictureFile]) -> Ite
         is_plain = path.is_dir() and not path.is_symlink() and not is_hidden(path)
         if is_plain and not REPEATS.fullmatch(path.name) and not kind.is_one(path):
             name = path.relative_to(folder).as_posix()
-            inside = (Path(parent, file) for parent, _, files in os.walk(path) for file in files)
+            inside = (
+                Path(parent, entry)
+                for parent, folders, files in os.walk(path)
+                for entry in (*folders, *files)
+            )
             count = sum(
                 kind.is_one(file) and file.relative_to(folder).as_posix() not in found
                 for file in inside

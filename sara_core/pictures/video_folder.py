@@ -21,7 +21,7 @@ def find_videos(folder: Path, recurse: bool = False) -> tuple[list[PictureFile],
 
 def frames_in(folder: Path) -> list[Path]:
     """Return the frames of a folder of them, in natural order of their names."""
-    frames = [path for path in folder.iterdir() if is_picture(path)]
+    frames = [path for path in folder.iterdir() if is_picture(path) and not path.is_symlink()]
     return sorted(frames, key=lambda path: natural(path.name))
 
 
@@ -32,8 +32,19 @@ def _is_video(path: Path) -> bool:
         return path.suffix.lower() in ENDINGS
     if not path.is_dir() or REPEATS.fullmatch(path.name):
         return False
-    inside = [entry for entry in path.iterdir() if not is_hidden(entry)]
-    return len(inside) >= FEWEST_FRAMES and all(map(is_picture, inside))
+    inside = _inside(path)
+    return len(inside) >= FEWEST_FRAMES and all(map(_is_frame, inside))
+
+
+def _inside(folder: Path) -> list[Path]:
+    try:
+        return [entry for entry in folder.iterdir() if not is_hidden(entry)]
+    except OSError:  # it is named where folders are listed
+        return []
+
+
+def _is_frame(path: Path) -> bool:
+    return is_picture(path) and not path.is_symlink()  # a link may lead out of the folder
 
 
 def _strays(folder: Path, listing: list[Path], used: Collection[Path]) -> list[Problem]:
@@ -43,6 +54,10 @@ def _strays(folder: Path, listing: list[Path], used: Collection[Path]) -> list[P
     found = []
     for path in listing:
         is_known = path in taken or is_hidden(path) or path.name.casefold() in TABLES
+        if not is_known and path.is_dir() and not REPEATS.fullmatch(path.name):
+            if sum(map(is_picture, _inside(path))) >= FEWEST_FRAMES:
+                reason = "pictures beside other files or links; the frames of a video are to be alone in a folder"
+                found.append(Problem(path.relative_to(folder).as_posix(), reason))
         if is_known or path.is_dir():
             continue
         reason = "not a video that is read"

@@ -133,7 +133,65 @@ def test_a_run_with_other_references_is_not_gone_on_with(sara):
     )
     assert one != two
     plain = sara.examples.describe_examples(sara.examples.Examples(latents, captions))
-    assert len(plain["examples"]) + 2 == len(one["examples"])
+    facts = {"model": 0, "held out": 0, "sampling": 0}
+    told = sara.examples.differences
+    (line,) = told(facts | one, facts | two)
+    assert "other reference latents or masks are given" in line
+    assert told(facts | plain, facts | one) == [line]
+    before = {
+        key: value for key, value in one.items() if key != "given"
+    }  # as runs of before have it
+    assert told(facts | before, facts | one) == []
+
+
+def test_references_of_one_area_but_other_shapes_are_passed_apart(sara, tmp_path):
+    import comfy.sd
+
+    zoo.write("Qwen-Image", tmp_path / "model.safetensors")
+    with torch.inference_mode():
+        patcher = comfy.sd.load_diffusion_model(str(tmp_path / "model.safetensors"))
+        latents, captions = zoo.examples("Qwen-Image", 2)
+        shape = list(latents[0].shape)
+        wide, tall = torch.randn(*shape[:-2], 4, 16), torch.randn(*shape[:-2], 16, 4)
+    examples = sara.examples.Examples(latents, with_references(captions, [wide, tall]))
+    with sara.host.trainable(patcher, torch.float32) as calls, torch.no_grad():
+        data = sara.sets.TrainingSet(calls, examples)
+        assert (
+            data.predict(data.latents([0, 1]), torch.tensor([0.3, 0.6]), [0, 1], [0, 0])
+            .isfinite()
+            .all()
+        )
+
+
+def test_what_is_of_the_text_alone_does_not_reach_the_empty_caption(sara):
+    """As Hunyuan's encoders give captions with quoted text the look of its letters."""
+    reference, letters = torch.ones(1, 4), torch.zeros(1, 3)
+    empty = [torch.zeros(1, 2), {"pooled_output": torch.zeros(1)}]
+    given = {"conditioning_byt5small": letters, "attention_mask": letters, "guidance": 2.0, "reference_latents": [reference]}  # fmt: skip
+    text, options = sara.examples.with_options(empty, given)
+    assert text is empty[0]
+    assert options.keys() == {"pooled_output", "guidance", "reference_latents"}
+    of_text = {"conditioning_byt5small": letters}
+    assert sara.examples.with_options(empty, of_text) is empty
+
+
+def test_pictures_of_one_name_but_two_endings_are_told_apart(server):
+    make(server, "twins", **{"a.png": noise(64, 64, 460), "a.bmp": noise(64, 64, 461)})
+    graph = Graph(server)
+    checkpoint, _, _ = emoji64(graph)
+    data = folder_node(graph, checkpoint, "input/twins")
+    keep(graph, data, "twins")
+    encoded(graph, checkpoint, references(graph, data, "input/twins"), "of_twins")
+    graph.run()
+    for latent, reference in zip(saved(server, "twins"), saved(server, "of_twins"), strict=True):
+        torch.testing.assert_close(latent, reference, rtol=0, atol=1e-4)
+    make(server, "one_of_twins", **{"a.webp": noise(64, 64, 462)})
+    graph = Graph(server)
+    checkpoint, _, _ = emoji64(graph)
+    data = folder_node(graph, checkpoint, "input/one_of_twins")
+    graph("PreviewImage", images=references(graph, data, "input/twins"))
+    with pytest.raises(PromptError, match="a.webp may belong to a.bmp or a.png in twins"):
+        graph.run()
 
 
 @pytest.fixture

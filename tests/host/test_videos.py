@@ -1,5 +1,6 @@
 """SaRA Video Folder: which frames are taken, how they look, and a training on clips and pictures together."""
 
+import types
 from fractions import Fraction
 
 import numpy as np
@@ -14,16 +15,19 @@ from .graphs import Graph, emoji64
 SHADES = 12  # frame i is of the grey 20 i
 
 
-def write_video(path, count=SHADES, rate=8, size=(64, 48)):
+def write_video(path, count=SHADES, rate=8, size=(64, 48), wide=None, b_frames=0):
     import av
 
     with av.open(str(path), "w") as container:
         stream = container.add_stream("ffv1" if path.suffix == ".mkv" else "mpeg4", rate=rate)
+        stream.codec_context.max_b_frames = b_frames
+        if wide:
+            stream.codec_context.sample_aspect_ratio = wide
         stream.width, stream.height = size
         stream.pix_fmt = "bgr0" if path.suffix == ".mkv" else "yuv420p"
         stream.time_base = Fraction(1, rate)
         for i in range(count):
-            pixels = np.full((size[1], size[0], 3), 20 * i, dtype=np.uint8)
+            pixels = np.full((size[1], size[0], 3), 20 * i % 256, dtype=np.uint8)
             pixels[:8, :, 0] = 255  # red on top
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
             frame.pts = i
@@ -58,9 +62,9 @@ def test_frames_are_those_asked_for_upright_and_in_order(videos, tmp_path):
     assert (facts.size, facts.count) == ((64, 48), SHADES)
     assert facts.times == pytest.approx([i / 8 for i in range(SHADES)], abs=1e-3)
     for wanted in ([0], [11], [3, 5, 4], range(SHADES)):
-        found = video_files.video_frames(path, list(wanted), "white")
+        found = dict(video_files.video_frames(path, list(wanted), "white"))
         assert shades(found) == {number: number for number in wanted}
-    top = np.asarray(video_files.video_frames(path, [2], "white")[2])[0, 0]
+    top = np.asarray(dict(video_files.video_frames(path, [2], "white"))[2])[0, 0]
     assert tuple(top) == (255, 40, 40)
 
 
@@ -69,14 +73,16 @@ def test_a_compressed_file_and_a_folder_of_frames_hold_the_same(videos, tmp_path
     path = write_video(tmp_path / "a.mp4")
     frames = tmp_path / "frames"
     frames.mkdir()
-    lossless = video_files.video_frames(write_video(tmp_path / "b.mkv"), range(SHADES), "white")
+    lossless = dict(
+        video_files.video_frames(write_video(tmp_path / "b.mkv"), range(SHADES), "white")
+    )
     for number, image in lossless.items():
         image.save(frames / f"{number}.png")
     assert video_files.video_facts(frames).at_rate(8).times == pytest.approx(
         video_files.video_facts(path).times, abs=1e-3
     )
-    assert shades(video_files.video_frames(path, [1, 6, 11], "white")) == {1: 1, 6: 6, 11: 11}
-    found = video_files.video_frames(frames, [11, 1], "white")
+    assert shades(dict(video_files.video_frames(path, [1, 6, 11], "white"))) == {1: 1, 6: 6, 11: 11}
+    found = dict(video_files.video_frames(frames, [11, 1], "white"))
     assert all(np.array_equal(found[n], lossless[n]) for n in (1, 11))
     before = video_files.video_digest(frames)
     Image.new("RGB", (64, 48)).save(frames / "3.png")
@@ -95,10 +101,52 @@ def test_a_phones_frames_come_as_they_were_held(videos, rotation, corner):
             )
 
     Frame.rotation = rotation
-    found = video_files._upright(Frame())[..., 0]
+    found = np.asarray(
+        video_files._upright(Frame(), types.SimpleNamespace(sample_aspect_ratio=None))
+    )
+    found = found[..., 0]
     corners = [found[0, 0], found[0, -1], found[-1, 0], found[-1, -1]]
     assert corners.index(1) == corner  # of what was at the top left
     assert found.shape == ((2, 3) if rotation in (0, 180) else (3, 2))
+
+
+@pytest.mark.parametrize("b_frames", [0, 2])
+@pytest.mark.parametrize("ending", ["avi", "mpg", "mp4", "mov"])
+def test_frames_are_counted_alike_in_formats_that_cannot_be_sought_in(
+    videos, tmp_path, ending, b_frames
+):
+    _, video_files = videos
+    path = write_video(tmp_path / f"a.{ending}", rate=25, b_frames=b_frames)
+    facts = video_files.video_facts(path)
+    assert facts.count == SHADES
+    assert facts.times == pytest.approx([i / 25 for i in range(SHADES)], abs=2e-3)
+    found = shades(dict(video_files.video_frames(path, range(SHADES), "white")))
+    assert found == {number: number for number in range(SHADES)}
+
+
+def test_times_that_the_file_rounds_leave_no_frame_out(videos, tmp_path):
+    """Matroska counts in milliseconds, so frames at 30 a second come up to half of one late."""
+    clips, video_files = videos
+    times = video_files.video_facts(write_video(tmp_path / "a.mkv", count=70, rate=30)).times
+    for fps in (0.0, 30.0):
+        (frames,) = clips.frames_of(times, options(clips, frames=(65,), fps=fps))
+        assert frames == tuple(range(frames[0], frames[0] + 65))
+
+
+def test_old_formats_come_as_wide_as_they_are_seen(videos, tmp_path):
+    _, video_files = videos
+    path = write_video(tmp_path / "a.mpg", rate=25, size=(64, 48), wide=Fraction(4, 3))
+    assert video_files.video_facts(path).size == (85, 48)
+    ((_, frame),) = video_files.video_frames(path, [5], "white")
+    assert frame.size == (85, 48)
+
+
+def test_a_file_that_names_others_is_not_opened(videos, tmp_path):
+    _, video_files = videos
+    write_video(tmp_path / "secret.mkv")
+    (tmp_path / "a.mp4").write_text("ffconcat version 1.0\nfile secret.mkv\n")
+    with pytest.raises(ValueError, match="it is not a video that can be read"):
+        video_files.video_facts(tmp_path / "a.mp4")
 
 
 def test_what_cannot_be_read_is_explained(videos, tmp_path):
@@ -117,7 +165,7 @@ def test_clips_are_chosen_by_time(videos):
     at8 = [i / 8 for i in range(12)]
     for changes, expected in (
         ({"frames": (5,)}, [(3, 4, 5, 6, 7)]),  # the middle, every frame
-        ({"frames": (5,), "fps": 4.0}, [(1, 3, 5, 7, 9)]),
+        ({"frames": (5,), "fps": 4.0}, [(0, 2, 4, 6, 8)]),
         ({"frames": (5,), "fps": 16.0}, [(4, 5, 5, 6, 6)]),
         ({"frames": (5,), "clips": 2}, [(0, 1, 2, 3, 4), (7, 8, 9, 10, 11)]),
         ({"frames": (33, 17, 9, 5)}, [(1, 2, 3, 4, 5, 6, 7, 8, 9)]),  # the longest that fits
@@ -201,7 +249,7 @@ def test_clips_are_encoded_as_the_vae_encodes_their_frames_and_train(
     from sara_pack.nodes.pictures.video_files import video_frames
 
     for path, variant in zip(paths, found.variants, strict=False):
-        images = video_frames(path, variant.frames, "white")
+        images = dict(video_frames(path, variant.frames, "white"))
         pixels = torch.stack([
             torch.from_numpy(np.array(images[n].resize(variant.size, Image.Resampling.LANCZOS, variant.window)))
             for n in variant.frames
@@ -215,7 +263,7 @@ def test_clips_are_encoded_as_the_vae_encodes_their_frames_and_train(
     again = encoded(sara, folder, wan_vae, cache, frames=10, fps=0.0, max_upscale=2.0)
     assert again.read == 2
     faster = encoded(sara, folder, wan_vae, cache, frames=5, fps=4.0, max_upscale=2.0)
-    assert [v.frames for v in faster.variants] == [(1, 3, 5, 7, 9)]
+    assert [v.frames for v in faster.variants] == [(0, 2, 4, 6, 8)]
 
     zoo.write("Wan 2.1", tmp_path / "wan.safetensors")
     with torch.inference_mode():
@@ -255,6 +303,10 @@ def test_the_numbers_of_frames_are_those_a_vae_keeps_whole(sara, wan_vae):
     assert sara.host.frames_taken(wan_vae, 36) == 33
     assert lengths(wan_vae, 33) == (33, 13, 5)
     assert lengths(wan_vae, 1) == (1,)
+    with pytest.raises(
+        ValueError, match="frames is 3, but this VAE encodes single pictures or at least 5"
+    ):
+        lengths(wan_vae, 3)
 
 
 def test_videos_and_pictures_train_a_video_model_in_a_server(server, wan_vae):

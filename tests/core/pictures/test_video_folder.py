@@ -60,6 +60,26 @@ def test_what_is_not_taken_is_named(tmp_path):
     assert list(files) == ["a.mp4", "deep/c.mkv"]
 
 
+def test_folders_that_are_no_videos_say_why(tmp_path):
+    make(tmp_path, "a.mp4", *(f"noted/{i}.png" for i in range(6)), "noted/notes.pdf")
+    linked = tmp_path / "linked"
+    make(tmp_path.parent / "outside", *(f"{i}.png" for i in range(6)))
+    linked.mkdir()
+    for i in range(6):
+        (linked / f"{i}.png").symlink_to(tmp_path.parent / "outside" / f"{i}.png")
+    make(tmp_path, *(f"deep/walk/{i}.png" for i in range(6)))
+    files, problems = found(tmp_path)
+    assert list(files) == ["a.mp4"]
+    reason = (
+        "pictures beside other files or links; the frames of a video are to be alone in a folder"
+    )
+    assert problems == {
+        f"noted: {reason}",
+        f"linked: {reason}",
+        "deep: videos in it are not taken (1); turn subfolders on, or choose it itself",
+    }
+
+
 def test_the_folder_of_pictures_says_who_reads_videos(tmp_path):
     make(tmp_path, "a.mp4", "b.png")
     files, problems = find_pictures(tmp_path)
