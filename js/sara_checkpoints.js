@@ -18,7 +18,7 @@ function toggle(widget, step) {
   widget.callback?.(widget.value);
 }
 
-function cell({ step, best, picture }, card) {
+function cell({ step, best, picture, isGone }, card) {
   const button = document.createElement("button"), label = document.createElement("div");
   button.dataset.step = step;
   button.style.cssText = `flex:none;width:${PICTURE + 8}px;margin:0 4px 0 0;padding:2px;cursor:pointer;` +
@@ -31,6 +31,10 @@ function cell({ step, best, picture }, card) {
     button.append(image);
   }
   label.textContent = best ? text("checkpoint_best", { step }) : text("step", { step });
+  if (isGone) {
+    button.dataset.gone = "true";
+    label.textContent += " (?)";
+  }
   button.append(label);
   button.addEventListener("click", (event) => {
     event.stopPropagation();
@@ -41,7 +45,10 @@ function cell({ step, best, picture }, card) {
 }
 
 function mark(card) {
-  const chosen = stepsIn(card.steps), cells = [...card.strip.children];
+  const chosen = stepsIn(card.steps);
+  for (const button of [...card.strip.children])
+    if (button.dataset.gone && !chosen.has(button.dataset.step)) button.remove();
+  const cells = [...card.strip.children].filter((button) => !button.dataset.gone);
   let count = 0;
   for (const button of cells) {
     const isChosen = chosen.has(button.dataset.step);
@@ -67,7 +74,10 @@ async function show(card, widget) {
   if (card.name !== name) return; // another one was chosen meanwhile
   const isChosen = widget.options?.values?.indexOf?.(name) !== 0;
   card.caption.textContent = told.error ? (isChosen ? told.error : text("choose_run")) : "";
-  card.strip.replaceChildren(...(told.checkpoints ?? []).map((one) => cell(one, card)));
+  const found = told.checkpoints ?? [], known = new Set(found.map((one) => String(one.step)));
+  const gone = [...stepsIn(card.steps)].filter((step) => !known.has(step)); // chosen in another run
+  card.strip.replaceChildren(...[...found, ...gone.map((step) => ({ step, isGone: true }))]
+    .map((one) => cell(one, card)));
   mark(card);
 }
 

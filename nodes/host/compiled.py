@@ -1,5 +1,6 @@
 """torch.compile of a MODEL, as TorchCompileModel asks for it, while it trains."""
 
+import inspect
 import logging
 
 from comfy.patcher_extension import WrappersMP
@@ -33,6 +34,8 @@ def compile_wrappers(patcher, is_reloaded: bool) -> dict:
         )
         return {}
     if is_reloaded:
-        set_torch_compile_wrapper(patcher, **patcher.model_options[TORCH_COMPILE_KWARGS])
+        compiled = inspect.getclosurevars(wrappers[0]).nonlocals.get("compiled_module_dict", {})
+        options = patcher.model_options[TORCH_COMPILE_KWARGS]
+        set_torch_compile_wrapper(patcher, **options, keys=list(compiled))
         wrappers = patcher.get_wrappers(WrappersMP.APPLY_MODEL, COMPILE_KEY)
     return {WrappersMP.APPLY_MODEL: {COMPILE_KEY: list(wrappers)}}

@@ -63,6 +63,21 @@ def each_step_once(found: list, facts) -> list:
     return list(filter(is_shown, found))
 
 
+def files_of_steps(checkpoints: list[dict], steps: set[int], run: str) -> list[str]:
+    """Return the files of some steps of a run; none for all of them.
+
+    Raises:
+        ValueError: A step of which there is no checkpoint.
+    """
+    there = {entry["step"]: entry["file"] for entry in checkpoints}
+    if missing := sorted(steps - there.keys()):
+        raise ValueError(
+            f"{run} has no checkpoint of step {', '.join(map(str, missing))}; there are "
+            f"{', '.join(map(str, sorted(there)))}"
+        )
+    return [there[step] for step in sorted(steps)]
+
+
 def chosen_steps(text: str) -> set[int]:
     """Read the steps that are to be loaded; none for all.
 

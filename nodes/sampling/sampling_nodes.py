@@ -9,7 +9,7 @@ from .. import host, output_folder
 from ..delta.load_save_apply import CATEGORY
 from ..inputs import chosen, refuse_unchosen, searched_as
 from ..sockets import SaraDelta, SaraSampling
-from .checkpoint_strip import chosen_steps, each_step_once
+from .checkpoint_strip import chosen_steps, each_step_once, files_of_steps, look
 from .comparison import compare, parse_strengths, steps_of
 
 
@@ -192,22 +192,18 @@ class SaraLoadCheckpoints(io.ComfyNode):
 
     @classmethod
     def execute(cls, run, steps="") -> io.NodeOutput:
-        chosen, loaded, broken = chosen_steps(steps), [], []
-        for file in output_folder.deltas_of_run(run):
+        files = {file.name: file for file in output_folder.deltas_of_run(run)}
+        told = look({"name": run})["checkpoints"]
+        wanted = files_of_steps(told, chosen_steps(steps), run)
+        loaded, broken = [], []
+        for name in wanted or files:
             try:
-                loaded.append((SparseDelta.load(file), file.name))
+                loaded.append((SparseDelta.load(files[name]), name))
             except (OSError, ValueError) as error:
                 broken.append(str(error))
         if not loaded:
             raise ValueError(f"no delta in {run} can be read:\n" + "\n".join(broken))
         loaded = each_step_once(loaded, lambda pair: (steps_of(pair[0]), pair[1]))
-        there = {steps_of(delta) for delta, _ in loaded}
-        if missing := sorted(chosen - there):
-            raise ValueError(
-                f"{run} has no checkpoint of step {', '.join(map(str, missing))}; there are "
-                f"{', '.join(map(str, sorted(there)))}"
-            )
-        loaded = [pair for pair in loaded if not chosen or steps_of(pair[0]) in chosen]
         lines = [f"{len(loaded)} deltas", *(f"left out: {problem}" for problem in broken)]
         return io.NodeOutput(
             [delta for delta, _ in loaded],

@@ -27,7 +27,7 @@ def chosen_runs(run: str, others: str) -> list[str]:
     for pattern in others.replace("\n", ",").split(","):
         if not (pattern := pattern.strip()):
             continue
-        matches = [name for name in known if fnmatch(name, pattern)]
+        matches = [name for name in known if name == pattern or fnmatch(name, pattern)]
         if not matches:
             raise ValueError(
                 f"there is no run {pattern!r} in output/sara; there are {', '.join(known) or 'none'}"

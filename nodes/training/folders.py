@@ -81,7 +81,8 @@ def old_folder(patcher, name: str, settings: RunSettings, more_steps: int) -> Ru
     folder = RunFolder(output_folder.run_path(name))
     try:
         own = folder.settings.resumed_with(settings)
-        _refuse_missing(own)
+        if more_steps or not is_finished(folder):
+            _refuse_missing(own)
         _refuse_other_prediction(patcher, own)
         if more_steps and is_finished(folder):
             own = own.extended_by(more_steps, settings)

@@ -44,8 +44,8 @@ def optimizer_inputs() -> list:
             optional=True,
             tooltip="What makes the updates. prodigy finds the learning rate by itself; leave learning_rate at 0 "
             "then. schedule_free averages what it learns instead of lowering the rate, so lr_schedule does not "
-            "count. They need the Python packages prodigyopt and schedulefree, and 4 bytes more for each "
-            "trained weight than adamw.",
+            "count. They need the Python packages prodigyopt and schedulefree, and 4 to 8 bytes more for "
+            "each trained weight than adamw.",
         ),
         io.String.Input(
             "layer_rates",

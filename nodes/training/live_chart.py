@@ -126,9 +126,9 @@ class LiveChart:
         self._last_sent = time.monotonic()
         if self.node_id is None:
             return
-        state = self.state()
-        page_state.keep(KIND, state)
         try:
+            state = self.state()
+            page_state.keep(KIND, state)
             host.send_event(EVENT, state)
         except Exception as error:
             logger.warning("SaRA Train: the chart is not shown: %s", error)

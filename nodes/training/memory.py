@@ -17,6 +17,7 @@ from .reporter import Reporter
 
 GRADIENT = 4  # bytes of a trained weight that come and go with each step
 AVERAGE = 4  # bytes of a trained weight for its average
+PASSING = 8  # bytes of a trained weight that a package's optimizer takes within an update
 GIB = 1024**3
 LEFT_FREE = GIB  # of what could hold weights: for previews, and for what is not seen of kernels
 
@@ -95,7 +96,9 @@ def measure(
     one = _rehearsed(training, 1)
     if one is None:
         return None
-    need = MemoryNeed(base, trained, max(0, one - count * GRADIENT), one, free, 1)
+    passing = count * (PASSING if settings.optimizer != packages.ADAMW else 0)
+    least = max(0, one - count * GRADIENT, passing)
+    need = MemoryNeed(base, trained, least, one, free, 1)
     size = settings.batch_size
     if size == 1:
         return need
@@ -144,7 +147,7 @@ def remedies(
         if one is not None:
             least = min(need.activations, one * need.batch_size)
             found.append(("turn gradient_checkpointing on", need.total - need.activations + least))
-    if settings.moments == "fp32":
+    if settings.moments == "fp32" and settings.optimizer == packages.ADAMW:
         saved = (BYTES["fp32"] - BYTES["8bit"]) * training.optimizer.num_trainable
         found.append(("set moments to 8bit", need.total - saved))
     if batch := need.largest_batch():

@@ -98,7 +98,7 @@ class SaraTrain(io.ComfyNode):
         try:  # what would else be refused after the pictures are encoded; None is linked
             if moments[0] is not None:
                 refuse_unusable(moments[0])
-            if optimizer[0] is not None:
+            if resume[0] == NEW_RUN and optimizer[0] is not None:
                 packages.refuse_unusable(optimizer[0])
             if tensorboard[0]:
                 event_files.refuse_missing()

@@ -43,7 +43,7 @@ def refuse_bad_rates(rates: Rates | None) -> None:
 def _pairs(rates: Rates) -> list[tuple[str, float]]:
     if isinstance(rates, str):
         parts = [part.strip() for part in rates.replace("\n", ",").split(",")]
-        given = [part.replace("=", ":").rpartition(":")[::2] for part in parts if part]
+        given = [_halves(part.replace("=", ":")) for part in parts if part]
     else:
         given = [(pattern, str(factor)) for pattern, factor in rates.items()]
     pairs = []
@@ -59,3 +59,9 @@ def _pairs(rates: Rates) -> list[tuple[str, float]]:
             )
         pairs.append((pattern.strip(), factor))
     return pairs
+
+
+def _halves(text: str) -> tuple[str, str]:
+    """Return pattern and factor; one without a colon is a pattern without a factor."""
+    pattern, colon, factor = text.rpartition(":")
+    return (pattern, factor) if colon else (text, "")

@@ -1,7 +1,7 @@
 """Updates by optimizers that other packages maintain, on flat values of the trained weights.
 
-They are given what is learned of each weight, which begins at zero, so that their weight decay pulls that to
-zero, as SaRA's own does.
+With weight decay they are given what is learned of each weight, which begins at zero, so that it is that which
+is pulled to zero, as by SaRA's own; without, the trained values, so that no base value has to be read.
 """
 
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
@@ -16,8 +16,11 @@ ADAMW, PRODIGY, SCHEDULE_FREE = KINDS = ("adamw", "prodigy", "schedule_free")
 PACKAGES = {PRODIGY: "prodigyopt", SCHEDULE_FREE: "schedulefree"}
 # What Prodigy's authors advise for diffusion models,
 # https://github.com/konstmish/prodigy/blob/main/README.md, "Diffusion models"
-OPTIONS: dict[str, dict] = {PRODIGY: {"safeguard_warmup": True, "use_bias_correction": True}}
-BYTES = {PRODIGY: 12, SCHEDULE_FREE: 12}  # kept of a trained weight, an average included
+OPTIONS: dict[str, dict] = {
+    PRODIGY: {"safeguard_warmup": True, "use_bias_correction": True},
+    SCHEDULE_FREE: {"foreach": False},  # which would take copies of all weights at once
+}
+BYTES = {PRODIGY: 16, SCHEDULE_FREE: 12}  # kept of a trained weight, an average included
 
 
 def refuse_unusable(kind: str) -> None:
@@ -46,6 +49,18 @@ def refuse_beside_package(kind: str, **options) -> None:
                 f"{name} is {value!r}, which is for the optimizer adamw, but optimizer is {kind!r}; leave out "
                 "one of them"
             )
+
+
+def refuse_bad_rates(kind: str, lr: float | None, betas: Sequence[float], eps: float) -> None:
+    """Raise at values that a package's optimizer cannot work with, before a model is touched.
+
+    Raises:
+        ValueError: Naming the first.
+    """
+    if kind == PRODIGY and (lr == 0 or eps == 0):
+        raise ValueError(f"lr is {lr!r} and eps {eps!r}; Prodigy needs both above 0")
+    if kind == SCHEDULE_FREE and betas[0] == 0:
+        raise ValueError(f"betas are {betas!r}; schedule-free AdamW needs the first above 0")
 
 
 def refuse_divided(kind: str, parameters: Mapping[str, Tensor]) -> None:
@@ -106,21 +121,22 @@ class PackageUpdates:
         Where the optimizer averages, the average is left as that of the weight, which is then what is learned.
         """
         updated = [weight for weight in weights if weight.gradient is not None]
-        bases = [weight.base.to(weight.dtype) for weight in updated]
+        decays = bool(group["weight_decay"])
         holders = [weight.leaf.data for weight in updated]
         try:
-            for weight, base in zip(updated, bases, strict=True):
-                weight.leaf.data = weight.trained - base
+            for weight in updated:
+                weight.leaf.data = weight.trained - _base(weight) if decays else weight.trained
             self._inner.step()
             learned = [weight.leaf.data for weight in updated]
         finally:
             for weight, holder in zip(updated, holders, strict=True):
                 weight.leaf.data = holder
-        for weight, base, change in zip(updated, bases, learned, strict=True):
-            weight.write_(base + change, weight.index)
+        for weight, values in zip(updated, learned, strict=True):
+            base = _base(weight) if decays else 0.0
             if self._kind == SCHEDULE_FREE:
                 behind = 1 - 1 / group["betas"][0]
-                weight.average = base + change.lerp(states[weight.leaf]["z"], behind)
+                weight.average = values.lerp(states[weight.leaf]["z"], behind) + base
+            weight.write_(values + base if decays else values, weight.index)
 
     def keep(
         self,
@@ -152,6 +168,10 @@ class PackageUpdates:
                 key: value.to(leaf.device, copy=True) if isinstance(value, Tensor) else value
                 for key, value in state.items()
             }
+
+
+def _base(weight: SparseWeight) -> Tensor:
+    return weight.base.to(weight.dtype)
 
 
 def _part(value, mark: Tensor):

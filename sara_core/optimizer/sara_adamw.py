@@ -71,7 +71,7 @@ class SaraAdamW(TrainedModel, torch.optim.Optimizer):
         optimizer: Which one makes the updates: "adamw", which is torch's; "prodigy" (Mishchenko and Defazio
             2023, arXiv:2306.06101), which finds its rate by itself, from the package prodigyopt; or
             "schedule_free" (Defazio et al. 2024, arXiv:2405.15682), which is for a constant rate and puts
-            out an average, from the package schedulefree. The other two keep 12 bytes a trained weight.
+            out an average, from the package schedulefree. They keep 16 and 12 bytes a trained weight.
         rates: Factors of the learning rate by patterns of parameter names, see `layer_rates.rates_of`.
         max_grad_norm: Gradients of a larger norm are scaled down to it in each step; 0 is off. The
             model's own parameters have none that `clip_grad_norm_` could find.
@@ -140,6 +140,7 @@ class SaraAdamW(TrainedModel, torch.optim.Optimizer):
         refuse_bad_decay(ema_decay)
         adam_moments.refuse_unusable(moments)
         packages.refuse_unusable(optimizer)
+        packages.refuse_bad_rates(optimizer, lr, betas, eps)
         packages.refuse_beside_package(optimizer, moments=moments, ema_decay=ema_decay, rates=rates)
         refuse_wrapped(model)
         reshard(model)

@@ -7,7 +7,7 @@ from .objective import NoiseSchedule
 
 NUM_LEVELS = 10
 FEW = 16  # losses of a level that make up its mean at first
-KEPT = 0.99  # of what is recent, from batch to batch
+KEPT = 0.99  # of what is recent, from step to step
 
 
 class NoiseTally:
@@ -21,10 +21,23 @@ class NoiseTally:
         inner = [schedule.sigma_at(level / NUM_LEVELS) for level in range(1, NUM_LEVELS)]
         self._edges = torch.tensor(inner, dtype=torch.float32)
         self._first = self._recent = torch.zeros(2, NUM_LEVELS)  # sums, and how many they are of
+        self._noted: list[tuple[Tensor, Tensor]] = []
+
+    def note(self, sigma: Tensor, losses: Tensor) -> None:
+        """Note losses `(B,)` at noise levels `(B,)`, of a step that may still be retried."""
+        self._noted.append((sigma, losses.detach()))
+
+    def forget(self) -> None:
+        """Leave out what was noted, as it counts for nothing."""
+        self._noted = []
 
     @torch.no_grad()
-    def add(self, sigma: Tensor, losses: Tensor) -> None:
-        """Take in losses `(B,)` at noise levels `(B,)`; those that are not finite are left out."""
+    def count(self) -> None:
+        """Take in what was noted, of a whole step; losses that are not finite are left out."""
+        if not self._noted:
+            return
+        sigma, losses = (torch.cat(parts) for parts in zip(*self._noted, strict=True))
+        self._noted = []
         device = losses.device
         self._edges = self._edges.to(device)
         self._first, self._recent = self._first.to(device), self._recent.to(device)

@@ -121,7 +121,7 @@ class Passes:
     ) -> Tensor:
         losses = self.losses(pictures, latents, sigma, noise, captions)
         if tally is not None:
-            tally.add(sigma, losses.detach())
+            tally.note(sigma, losses)
         weighting, gamma = self._config.loss_weighting, self._config.snr_gamma
         return (losses * self.task.schedule.weight(sigma, weighting, gamma)).mean()
 

@@ -217,6 +217,8 @@ class RunFolder:
             self._lock = hold(self.path / LOCK)
             for table in (self._losses, self._validation):
                 table.forget()
+            self._events.close()
+            self._events = EventFiles(self.path / EVENTS)
             self.log("the folder was gone and has been made again; losses before are not in it")
 
     def _forget_checkpoints(self, step: int, keep: int) -> None:

@@ -214,6 +214,7 @@ class TrainingRun:
         )
 
     def _rewind(self) -> None:
+        self.noise_tally.forget()
         self.optimizer.zero_grad()
         generator, remaining, self.passes.num_parts, draws = self._marked
         self._set_remaining(remaining)
@@ -245,6 +246,7 @@ class TrainingRun:
             self.processes.fail(error)
             raise
         self.step += 1
+        self.noise_tally.count()
         self._mark()
         loss, *prior = losses.tolist()
         return StepReport(
@@ -298,7 +300,8 @@ class TrainingRun:
                 weight_of_part = weight * part / self.config.grad_accumulation_steps
                 with self.optimizer.no_sync():
                     factor_of_part = weight_of_part * self.processes.size
-                    loss = self.passes.backward(draw, factor_of_part, self.noise_tally)
+                    tally = self.noise_tally if order is self._orders[0] else None
+                    loss = self.passes.backward(draw, factor_of_part, tally)
                 sums.append(loss * part)
         return torch.stack([torch.stack(sums).mean() for sums in losses])
 

@@ -84,5 +84,10 @@ def test_a_click_on_a_picture_chooses_its_step(page, run):  # noqa: F811
     assert steps() == "2"
     page.set_widgets("SaraLoadCheckpoints", steps="3, 4")  # as typed
     page.wait("return arguments[0].querySelectorAll('button[aria-pressed=true]').length === 2", box)
+    page.set_widgets("SaraLoadCheckpoints", steps="3, 77")  # of another run
+    page.set_widgets("SaraLoadCheckpoints", run=run)
+    page.wait("return arguments[0].innerText.includes('step 77 (?)')", box)
+    click(77)
+    assert steps() == "3"
     page.set_widgets("SaraLoadCheckpoints", steps="")
     page.wait("return arguments[0].innerText.includes('all 4 are loaded')", box)

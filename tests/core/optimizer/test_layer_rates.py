@@ -28,6 +28,11 @@ def test_what_is_no_rate_is_refused(text):
         rates_of(NAMES, text)
 
 
+def test_a_pattern_without_a_factor_is_named():
+    with pytest.raises(ValueError, match="the rate of 'attn' is ''"):
+        rates_of(NAMES, "mlp=2, attn")
+
+
 def test_a_pattern_that_occurs_nowhere_is_refused():
     with pytest.raises(ValueError, match="'atn' is that of no parameter that trains"):
         SaraAdamW(Net(), THRESHOLD, rates="atn=2")

@@ -24,7 +24,7 @@ BETA = 0.9
 class Dense:
     """What is learned of every weight is a dense parameter that the package trains; the mask is on gradients."""
 
-    def __init__(self, net, kind):
+    def __init__(self, net, kind, decay):
         self.net, self.kind = net, kind
         self.names = [name for name, p in net.named_parameters() if p.dim() > 1]
         params = dict(net.named_parameters())
@@ -33,7 +33,7 @@ class Dense:
         self.changes = {
             name: nn.Parameter(torch.zeros(int(mask.sum()))) for name, mask in self.masks.items()
         }
-        common = {"lr": RATES[kind], "weight_decay": DECAY}
+        common = {"lr": RATES[kind], "weight_decay": decay}
         if kind == "prodigy":
             self.inner = Prodigy(
                 self.changes.values(), safeguard_warmup=True, use_bias_correction=True, **common
@@ -82,10 +82,11 @@ def made(kind, dtype=torch.float32, **options):
     return net, optimizer
 
 
+@pytest.mark.parametrize("decay", [0.0, DECAY])
 @pytest.mark.parametrize("kind", RATES)
-def test_it_learns_what_the_package_learns_on_dense_copies(kind):
-    net, optimizer = made(kind)
-    dense = Dense(Net(), kind)
+def test_it_learns_what_the_package_learns_on_dense_copies(kind, decay):
+    net, optimizer = made(kind, weight_decay=decay)
+    dense = Dense(Net(), kind, decay)
     for seed in range(STEPS[kind]):
         dense.step(seed)
         train(net, optimizer, [seed])
@@ -104,15 +105,17 @@ def test_it_learns_what_the_package_learns_on_dense_copies(kind):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("decay", [0.0, DECAY])
 @pytest.mark.parametrize("kind", RATES)
 @pytest.mark.parametrize("stop", [2, 5])
-def test_a_saved_run_goes_on_exactly(kind, dtype, stop, tmp_path):
-    straight, whole = made(kind, dtype, progressive_step=4)
+def test_a_saved_run_goes_on_exactly(kind, decay, dtype, stop, tmp_path):
+    options = {"progressive_step": 4, "weight_decay": decay}
+    straight, whole = made(kind, dtype, **options)
     train(straight, whole, range(7))
-    stopped, first = made(kind, dtype, progressive_step=4)
+    stopped, first = made(kind, dtype, **options)
     train(stopped, first, range(stop))
     write_state(tmp_path / "state", {"optimizer": snapshot(first.state_dict())})
-    resumed, second = made(kind, dtype, progressive_step=4)
+    resumed, second = made(kind, dtype, **options)
     second.load_state_dict(read_state(tmp_path / "state")["optimizer"])
     train(resumed, second, range(stop, 7))
     assert second.stage == 2
@@ -175,6 +178,17 @@ def test_a_state_of_another_optimizer_is_refused_and_nothing_changes():
     _, third = made("prodigy")
     with pytest.raises(ValueError, match="the saved state is damaged"):
         third.load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("prodigy", {"lr": 0.0}), ("prodigy", {"eps": 0.0}), ("schedule_free", {"betas": (0.0, 0.9)})],
+)
+def test_what_a_package_cannot_work_with_is_refused_before_the_model_is_touched(kind, options):
+    net = Net()
+    with pytest.raises(ValueError, match="above 0"):
+        SaraAdamW(net, THRESHOLD, optimizer=kind, **options)
+    assert all(p.requires_grad for p in net.parameters())
 
 
 def test_a_missing_package_is_named(monkeypatch):

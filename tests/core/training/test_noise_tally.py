@@ -19,7 +19,9 @@ def test_a_flow_goes_by_sigma_and_others_by_the_place_among_the_timesteps():
         (EPSILON, TABLE[torch.tensor([50, 550, 999])]),
     ):
         tally = NoiseTally(schedule)
-        tally.add(sigma, torch.tensor([1.0, 2.0, 3.0]))
+        tally.note(sigma[:1], torch.tensor([1.0]))
+        tally.note(sigma[1:], torch.tensor([2.0, 3.0]))
+        tally.count()
         means = tally.means()
         assert {i: pair for i, pair in enumerate(means) if pair != [None, None]} == {
             0: [1.0, 1.0], 5: [2.0, 2.0], 9: [3.0, 3.0],
@@ -29,7 +31,10 @@ def test_a_flow_goes_by_sigma_and_others_by_the_place_among_the_timesteps():
 def test_first_and_recent_means_are_those_by_hand():
     tally, losses = NoiseTally(FLOW), [2.0 + i for i in range(3 * FEW)]
     for loss in losses:
-        tally.add(torch.tensor([0.31]), torch.tensor([loss]))
+        tally.note(torch.tensor([0.31]), torch.tensor([99.0]))
+        tally.forget()  # of a step that was retried
+        tally.note(torch.tensor([0.31]), torch.tensor([loss]))
+        tally.count()
     weights = [KEPT ** (len(losses) - 1 - i) for i in range(len(losses))]
     recent = sum(w * loss for w, loss in zip(weights, losses, strict=True)) / sum(weights)
     assert tally.means()[3] == pytest.approx([sum(losses[:FEW]) / FEW, recent], rel=1e-5)
@@ -37,6 +42,7 @@ def test_first_and_recent_means_are_those_by_hand():
 
 def test_losses_that_are_not_finite_are_left_out():
     tally = NoiseTally(FLOW)
-    tally.add(torch.full((3,), 0.5), torch.tensor([1.0, math.nan, math.inf]))
+    tally.note(torch.full((3,), 0.5), torch.tensor([1.0, math.nan, math.inf]))
+    tally.count()
     assert tally.means()[5] == [1.0, 1.0]
     assert NoiseTally(FLOW).means() == [[None, None]] * 10
