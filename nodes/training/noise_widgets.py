@@ -18,7 +18,8 @@ def weighting_inputs() -> list:
             optional=True,  # workflows in API form from before it was there
             tooltip="What the noise levels count. none counts all as the family does; min_snr counts low "
             "noise less, so that detail disturbs coarse shapes less; debiased counts high noise more. Both "
-            "are for epsilon and v models above all. Validation is not weighted.",
+            "are for epsilon and v models above all. cosmap is for flow models: it counts middle noise more, and goes with "
+            "timestep_distribution uniform. Validation is not weighted.",
         ),
         io.Float.Input(
             "snr_gamma",

@@ -6,6 +6,7 @@ family was trained with. Sigma is the noise level in ComfyUI's convention: noise
 or for flow models the share of noise in `[0, 1]`.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -21,7 +22,7 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "huber": F.huber_loss,
     "smooth_l1": F.smooth_l1_loss,
 }
-WEIGHTINGS = ("none", "min_snr", "debiased")
+WEIGHTINGS = ("none", "min_snr", "debiased", "cosmap")
 EDM_LOG_MEAN, EDM_LOG_STD = -1.2, 1.2  # Karras et al. 2022, arXiv:2206.00364, table 1
 
 
@@ -106,15 +107,23 @@ class NoiseSchedule:
         Of the error in x0, `min_snr` keeps min(SNR, gamma) (Hang et al. 2023, arXiv:2303.09556, section
         3.4) and `debiased` the root of SNR (Yu et al. 2023, arXiv:2310.08442, eq. 8), whatever the
         family predicts: for epsilon that is min(SNR, gamma) / SNR and 1 / root of SNR, for v
-        min(SNR, gamma) / (SNR + 1).
+        min(SNR, gamma) / (SNR + 1). `cosmap` counts the middle of a flow most, as if its times were drawn by
+        the density 2 / (pi - 2 pi t + 2 pi t^2) (Esser et al. 2024, arXiv:2403.03206, section 3.1).
 
         Raises:
-            ValueError: Unknown weighting.
+            ValueError: Unknown weighting, or one of flows for another family.
         """
         if weighting not in WEIGHTINGS:
             raise ValueError(f"weighting is {weighting!r}; expected one of {', '.join(WEIGHTINGS)}")
         if weighting == "none":
             return torch.ones_like(sigma)
+        if weighting == "cosmap":
+            if self.prediction != "flow":
+                raise ValueError(
+                    f"loss_weighting is 'cosmap', which is for flow models, but the model predicts {self.prediction}; "
+                    "choose none, min_snr or debiased"
+                )
+            return 2 / (math.pi * (1 - 2 * sigma + 2 * sigma**2))
         snr = self.snr(sigma)
         kept = snr.clamp(max=gamma) if weighting == "min_snr" else snr.sqrt()
         return kept / self.error_scale(sigma) ** 2

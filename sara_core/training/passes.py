@@ -38,6 +38,7 @@ class Passes:
         self._levels: dict[tuple, NoiseLevels] = {}
         for to_learn in (False, True):  # what cannot be drawn is refused before the first step
             self._levels_of(task.latents([task.training[0]]).shape, to_learn)
+        task.schedule.weight(torch.full((1,), 0.5), config.loss_weighting, config.snr_gamma)
         pictures = (*task.training, *task.regularisation)
         self._has_choice = any(len(task.captions_to_learn(picture)) > 1 for picture in pictures)
         self.in_place = False

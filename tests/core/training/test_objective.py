@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -54,6 +56,16 @@ def test_weights_are_those_of_the_papers(prediction, min_snr, debiased):
     assert plain.weight(sigma, "none").tolist() == [1, 1, 1]
     with pytest.raises(ValueError, match="weighting is 'p2'; expected one of none, min_snr"):
         plain.weight(sigma, "p2")
+
+
+def test_the_weight_of_a_flows_middle_is_the_papers_density():
+    sigma = torch.tensor([0.0, 0.25, 0.5, 1.0], dtype=torch.float64)
+    expected = [2 / math.pi, 3.2 / math.pi, 4 / math.pi, 2 / math.pi]
+    assert schedule("flow").weight(sigma, "cosmap").tolist() == pytest.approx(expected)
+    middle = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    assert schedule("flow").weight(middle, "cosmap").mean().item() == pytest.approx(1.0, abs=1e-5)
+    with pytest.raises(ValueError, match="for flow models, but the model predicts epsilon"):
+        schedule("epsilon").weight(sigma, "cosmap")
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
