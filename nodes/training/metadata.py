@@ -36,6 +36,14 @@ def run_metadata(patcher, settings: RunSettings, optimizer: SaraAdamW) -> dict[s
     }
 
 
+def with_end(metadata: dict[str, str], ended_at: int) -> dict[str, str]:
+    """Return what a file says, with the step after which the run was ended, if it was before its last."""
+    if not ended_at:
+        return metadata
+    settings = json.loads(metadata["sara.settings"]) | {"ended_at": ended_at}
+    return metadata | {"sara.settings": json.dumps(settings, sort_keys=True)}
+
+
 def identity(patcher, examples: Examples, held_out: Sequence[int]) -> dict:
     """Say what a run is of, to recognise it when it is resumed, or in another process."""
     return {

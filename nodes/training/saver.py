@@ -16,7 +16,7 @@ from .. import host, output_folder
 from .ending import add_line, how_it_ended
 from .examples import Examples, differences
 from .folders import best_of, put_out
-from .metadata import identity, present_metadata, run_metadata
+from .metadata import identity, present_metadata, run_metadata, with_end
 from .previews import Previews
 from .reporter import Reporter
 
@@ -190,7 +190,7 @@ class Saver:
         try:
             if settings.keep_state and self._last_saved < settings.last_step:
                 self.save()
-            delta = optimizer.delta(self._metadata | present)
+            delta = optimizer.delta(with_end(self._metadata, settings.ended_at) | present)
             self.folder.finish(delta, path, self._dtype, settings.last_step, settings.keep_state)
         except BaseException as error:
             self.save_at_the_end(error)

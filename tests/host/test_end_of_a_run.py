@@ -1,5 +1,6 @@
 """How a run ends before its last step, what it puts out, and how often it goes over the pictures."""
 
+import json
 import threading
 
 import pytest
@@ -69,7 +70,10 @@ def test_patience_ends_it_and_the_best_is_kept_and_put_out(sd15, sara, tmp_path,
 def test_an_early_end_leaves_what_the_same_steps_leave(sd15, sara, tmp_path, measured):
     path, _, _ = run(sara, sd15, tmp_path / "ended", held_out(sara, patience=2))
     assert path.name == "run_5_steps.safetensors"
-    equal(sara.core.SparseDelta.load(path), after(sara, sd15, tmp_path / "whole", 5))
+    delta = sara.core.SparseDelta.load(path)
+    equal(delta, after(sara, sd15, tmp_path / "whole", 5))
+    told = json.loads(delta.metadata["sara.settings"])
+    assert (told["steps"], told["ended_at"]) == (7, 5)
 
 
 def test_more_steps_after_an_early_end(sd15, sara, tmp_path, measured):
