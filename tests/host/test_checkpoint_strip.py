@@ -5,7 +5,7 @@ import pytest
 from ..harness.server import PromptError
 from .browser import find_chromium
 from .graphs import Graph, dataset, emoji64
-from .test_browser import idle, no_errors_of_ours, page  # noqa: F401
+from .test_browser import page  # noqa: F401
 
 
 @pytest.fixture(scope="module")
@@ -91,3 +91,4 @@ def test_a_click_on_a_picture_chooses_its_step(page, run):  # noqa: F811
     assert steps() == "3"
     page.set_widgets("SaraLoadCheckpoints", steps="")
     page.wait("return arguments[0].innerText.includes('all 4 are loaded')", box)
+    assert page.errors() == []
