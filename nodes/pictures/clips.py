@@ -18,15 +18,10 @@ from .folder_plan import EncodedFolder, FolderOptions, Variant, plan_windows
 from .picture_files import Picture
 from .video_files import VideoFacts, video_digest, video_facts, video_frames
 
-SHORTER = (
-    1,
-    2,
-    4,
-)  # parts of the frames asked for that videos too short for all of them are trained at
-SLACK, LEAST_SLACK = (
-    0.25,
-    1e-3,
-)  # by which a frame may come late: of the time between two, and in seconds
+# Parts of the frames asked for, that videos too short for all of them are trained at.
+SHORTER = (1, 2, 4)
+# By which a frame may come late: a share of the time between two, and seconds.
+SLACK, LEAST_SLACK = 0.25, 1e-3
 VERSION = 1  # of what "frame n" means, for encodings that are kept
 FRAMES_OF_FOLDERS = 16.0  # a second, where nothing says how many
 

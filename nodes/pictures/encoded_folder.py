@@ -58,6 +58,20 @@ class Medium:
     encoded: Callable
 
 
+def refuse_missing(vae, clip) -> None:
+    """Raise if a loader had no VAE or CLIP to put out.
+
+    Raises:
+        ValueError: Naming the one that is missing.
+    """
+    for socket, given in (("vae", vae), ("clip", clip)):
+        if given is None:
+            raise ValueError(
+                f"{socket} is connected to a checkpoint without {socket.upper()}; connect a Load "
+                f"{socket.upper()} node with the one that the model was trained with"
+            )
+
+
 def encode_folder(
     folder: Path,
     vae,

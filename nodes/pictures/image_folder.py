@@ -11,7 +11,7 @@ from .. import host
 from ..inputs import chosen, refuse_unchosen, searched_as
 from ..training.examples import CAPTIONS, NAME, PICTURE, WINDOW
 from .contact_sheet import contact_sheet
-from .encoded_folder import encode_folder, mask_of
+from .encoded_folder import encode_folder, mask_of, refuse_missing
 from .folder_inputs import folder_inputs, folder_options
 from .folder_plan import EncodedFolder, Variant
 
@@ -148,12 +148,7 @@ class SaraImageFolder(io.ComfyNode):
 
     @classmethod
     def execute(cls, vae, clip, folder, model=None, **widgets) -> io.NodeOutput:
-        for socket, given in (("vae", vae), ("clip", clip)):
-            if given is None:
-                raise ValueError(
-                    f"{socket} is connected to a checkpoint without {socket.upper()}; connect a Load "
-                    f"{socket.upper()} node with the one that the model was trained with"
-                )
+        refuse_missing(vae, clip)
         unit = host.compression(vae) * PATCH
         options, limit = folder_options(unit, model, **widgets)
         cache = EncodingCache(host.cache_folder(), limit)

@@ -12,7 +12,7 @@ from ..inputs import advanced, chosen, refuse_unchosen, searched_as
 from ..training.examples import NAME, PICTURE
 from .clips import VIDEOS, ClipOptions, lengths
 from .contact_sheet import contact_sheet
-from .encoded_folder import encode_folder
+from .encoded_folder import encode_folder, refuse_missing
 from .folder_inputs import SHOWN, folder_inputs, folder_options
 from .image_folder import PATCH, conditioning_of, report
 
@@ -124,12 +124,7 @@ class SaraVideoFolder(io.ComfyNode):
 
     @classmethod
     def execute(cls, vae, clip, folder, frames, fps, clips, model=None, **widgets) -> io.NodeOutput:
-        for socket, given in (("vae", vae), ("clip", clip)):
-            if given is None:
-                raise ValueError(
-                    f"{socket} is connected to a checkpoint without {socket.upper()}; connect a Load "
-                    f"{socket.upper()} node with the one that the model was trained with"
-                )
+        refuse_missing(vae, clip)
         unit = host.compression(vae) * PATCH
         plain, limit = folder_options(unit, model, **PLAIN, **widgets)
         same = {field.name: getattr(plain, field.name) for field in dataclasses.fields(plain)}
