@@ -41,7 +41,7 @@ from .files import (
     video_folder,
     video_folders,
 )
-from .model_calls import ModelCalls
+from .model_calls import ModelCalls, size_of
 from .patches import (
     SparseAdapter,
     ZeroSmallWeights,
@@ -117,6 +117,7 @@ __all__ = [
     "register_folders",
     "sampling_summary",
     "send_event",
+    "size_of",
     "trainable",
     "trainable_weights",
     "trained_side",

@@ -135,6 +135,14 @@ class ModelCalls:
         return self.model.apply_model(noisy, sigma, **conds, transformer_options=options)
 
 
+def size_of(caption: dict) -> int:
+    """Return how many numbers a caption's conditioning holds, as `encode_captions` returns it."""
+    sizes = []
+    for cond in caption.values():
+        map_tensors(cond.cond, lambda tensor: sizes.append(tensor.numel()) or tensor)
+    return sum(sizes)
+
+
 def _trackable(cond):
     """Replace what autograd cannot save, of objects that options held, such as a picture's CLIP features."""
     tensors = map_tensors(

@@ -79,6 +79,11 @@ class TrainingSet:
         count = len(self._captions[picture])
         return range(1, count) if count > 1 else range(1)
 
+    def longest_caption(self, picture: int) -> int:
+        """Return the number of the picture's caption that takes most memory."""
+        sizes = [host.size_of(caption) for caption in self._captions[picture]]
+        return sizes.index(max(sizes))
+
     def latents(self, pictures: list[int]) -> Tensor:
         """Return the latents of pictures of one size, `(B, C, ...)`, float32, on the device."""
         return send(torch.cat([self._latents[i] for i in pictures]), self.encoder.device)

@@ -35,6 +35,9 @@ class TrainingTask(Protocol):
     def captions_to_learn(self, picture: int) -> range:
         """Return the numbers of the captions that are drawn from when a picture is learned."""
 
+    def longest_caption(self, picture: int) -> int:
+        """Return the number of the picture's caption that takes most memory."""
+
     def predict(
         self, noisy: Tensor, sigma: Tensor, pictures: list[int], captions: list[int | None]
     ) -> Tensor:

@@ -160,7 +160,7 @@ class TrainingRun:
     def rehearse(self, count: int) -> int:
         """Return the most bytes that a forward and backward pass over so many pictures takes.
 
-        They are those with the largest latents. Neither gradients nor random numbers of the run are
+        They are those with the largest latents, each with its longest caption. Neither gradients nor random numbers of the run are
         touched.
         """
         keys = by_key(self.task.keys, [*self.task.training, *self.task.regularisation])
@@ -169,7 +169,9 @@ class TrainingRun:
         try:
             device = self.task.latents(pictures[:1]).device
             with LiveBytes(device) as live, self.optimizer.no_sync():
-                self.passes.backward(self.passes.draw(pictures, torch.Generator()), 1.0)
+                *draw, _ = self.passes.draw(pictures, torch.Generator())
+                longest = [self.task.longest_caption(picture) for picture in pictures]
+                self.passes.backward((*draw, longest), 1.0)
         finally:
             self.optimizer.zero_grad()
         return live.peak

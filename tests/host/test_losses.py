@@ -218,3 +218,30 @@ def test_masks_reach_the_loss_at_the_latents_size(sd15, sara):
     assert torch.allclose(mask[2, 0], by_hand)
     with pytest.raises(ValueError, match="3 pictures but 2 masks"):
         sara.examples.flatten_masks(masks[:2], 3)
+
+
+def test_memory_is_measured_with_the_longest_caption_to_draw_from(sd15, sara, monkeypatch):
+    latents, captions = pairs(2)
+    (long,) = pairs(1, length=154, seed=5)[1]
+    carried = [captions[0][0], {**captions[0][1], "sara_captions": [captions[0], long]}]
+    batch = [{"samples": latent} for latent in latents]
+    examples = sara.examples.gather_examples(
+        batch, [[carried], [captions[1]]], None, None, None, None
+    )
+    with sara.host.trainable(sd15, None) as calls:
+        data = sara.sets.TrainingSet(calls, examples)
+        assert [data.longest_caption(picture) for picture in (0, 1)] == [2, 0]
+        asked = []
+        predict = data.predict
+
+        def seen(noisy, sigma, pictures, numbers):
+            asked.append(list(zip(pictures, numbers, strict=True)))
+            return predict(noisy, sigma, pictures, numbers)
+
+        monkeypatch.setattr(data, "predict", seen)
+        options = sara.settings.RunSettings(steps=2, batch_size=2, fraction=0.05)
+        optimizer = sara.core.SaraAdamW(calls.model.diffusion_model, **options.optimizer_options)
+        training = sara.run.TrainingRun(optimizer, data, options)
+        assert training.rehearse(2) > 0
+        assert asked == [[(0, 2), (1, 0)]]
+        optimizer.restore()

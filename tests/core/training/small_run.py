@@ -23,6 +23,9 @@ class Task:
     def mask(self, pictures):
         return None
 
+    def longest_caption(self, picture):
+        return 0
+
     def captions_to_learn(self, picture):
         return range(1)
 

@@ -97,6 +97,9 @@ class Task:
     schedule = NoiseSchedule("flow", "uniform", lambda t: 0.1 + 0.8 * t)
     def mask(self, pictures):
         return None
+    def longest_caption(self, picture):
+        return 0
+
     def captions_to_learn(self, picture):
         return range(1)
     def latents(self, pictures):

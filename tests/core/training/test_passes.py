@@ -77,6 +77,9 @@ class Several:
     def __getattr__(self, name):
         return getattr(self.task, name)
 
+    def longest_caption(self, picture):
+        return 0
+
     def captions_to_learn(self, picture):
         return range(1, 4) if picture == 1 else range(1)
 
