@@ -6,6 +6,7 @@ import comfy.sampler_helpers
 import comfy.samplers
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from ...sara_core.training.inference_tensors import is_tracked, map_tensors, trackable_copy
 from .families import takes_guidance
@@ -137,10 +138,8 @@ class ModelCalls:
 
 def size_of(caption: dict) -> int:
     """Return how many numbers a caption's conditioning holds, as `encode_captions` returns it."""
-    sizes = []
-    for cond in caption.values():
-        map_tensors(cond.cond, lambda tensor: sizes.append(tensor.numel()) or tensor)
-    return sum(sizes)
+    leaves = tree_leaves([cond.cond for cond in caption.values()])
+    return sum(leaf.numel() for leaf in leaves if isinstance(leaf, Tensor))
 
 
 def _trackable(cond):

@@ -1,6 +1,5 @@
 """Turn a folder of videos into a training set."""
 
-import dataclasses
 from pathlib import Path
 
 from comfy_api.latest import io, ui
@@ -16,11 +15,8 @@ from .encoded_folder import encode_folder, refuse_missing
 from .folder_inputs import SHOWN, folder_inputs, folder_options
 from .image_folder import PATCH, conditioning_of, report
 
-OF_PICTURES = {
-    "crops",
-    "alpha",
-    "more_sizes",
-}  # widgets of SaRA Image Folder that videos do not have
+# Widgets of SaRA Image Folder that videos do not have.
+OF_PICTURES = {"crops", "alpha", "more_sizes"}
 PLAIN = {"crops": 1, "alpha": "background"}
 
 
@@ -127,8 +123,7 @@ class SaraVideoFolder(io.ComfyNode):
         refuse_missing(vae, clip)
         unit = host.compression(vae) * PATCH
         plain, limit = folder_options(unit, model, **PLAIN, **widgets)
-        same = {field.name: getattr(plain, field.name) for field in dataclasses.fields(plain)}
-        options = ClipOptions(**same, frames=lengths(vae, frames), fps=fps, clips=clips)
+        options = ClipOptions(**vars(plain), frames=lengths(vae, frames), fps=fps, clips=clips)
         cache = EncodingCache(host.cache_folder(), limit)
         path = Path(host.video_folder(folder))
         try:

@@ -16,18 +16,20 @@ def look(query: Mapping[str, str]) -> dict:
 
     Returns:
         `error` alone if there is no such run; else `checkpoints`: `file`, `step`, whether it is the `best`
-        by its loss on pictures held out, and its `picture` as a data URL, or none.
+        by its loss on pictures held out, and its `picture` as a data URL, or none; and `broken`: files that
+        cannot be read.
     """
     try:
         files = output_folder.deltas_of_run(query.get("name", ""))
     except ValueError as error:
         return {"error": str(error)}
-    found = []
+    found, broken = [], []
     for file in files:
         try:
             with safe_open(file, framework="pt") as opened:
                 told = opened.metadata() or {}
-        except (OSError, SafetensorError):
+        except (OSError, SafetensorError) as error:
+            broken.append(f"{file.name}: {error}")
             continue
         found.append(
             {
@@ -37,7 +39,8 @@ def look(query: Mapping[str, str]) -> dict:
                 "picture": told.get("modelspec.thumbnail"),
             }
         )
-    return {"checkpoints": each_step_once(found, lambda entry: (entry["step"], entry["file"]))}
+    shown = each_step_once(found, lambda entry: (entry["step"], entry["file"]))
+    return {"checkpoints": shown, "broken": broken}
 
 
 def step_of(metadata: Mapping[str, str]) -> int:
@@ -63,17 +66,19 @@ def each_step_once(found: list, facts) -> list:
     return list(filter(is_shown, found))
 
 
-def files_of_steps(checkpoints: list[dict], steps: set[int], run: str) -> list[str]:
-    """Return the files of some steps of a run; none for all of them.
+def files_of_steps(run: str, steps: set[int]) -> list[str]:
+    """Return the files of some steps of a run, as `look` finds them.
 
     Raises:
         ValueError: A step of which there is no checkpoint.
     """
-    there = {entry["step"]: entry["file"] for entry in checkpoints}
+    told = look({"name": run})
+    there = {entry["step"]: entry["file"] for entry in told["checkpoints"]}
     if missing := sorted(steps - there.keys()):
         raise ValueError(
             f"{run} has no checkpoint of step {', '.join(map(str, missing))}; there are "
             f"{', '.join(map(str, sorted(there)))}"
+            + "".join(f"; {line}" for line in told["broken"])
         )
     return [there[step] for step in sorted(steps)]
 

@@ -9,7 +9,7 @@ from .. import host, output_folder
 from ..delta.load_save_apply import CATEGORY
 from ..inputs import chosen, refuse_unchosen, searched_as
 from ..sockets import SaraDelta, SaraSampling
-from .checkpoint_strip import chosen_steps, each_step_once, files_of_steps, look
+from .checkpoint_strip import chosen_steps, each_step_once, files_of_steps
 from .comparison import compare, parse_strengths, steps_of
 
 
@@ -193,10 +193,10 @@ class SaraLoadCheckpoints(io.ComfyNode):
     @classmethod
     def execute(cls, run, steps="") -> io.NodeOutput:
         files = {file.name: file for file in output_folder.deltas_of_run(run)}
-        told = look({"name": run})["checkpoints"]
-        wanted = files_of_steps(told, chosen_steps(steps), run)
+        chosen = chosen_steps(steps)
+        wanted = files_of_steps(run, chosen) if chosen else files
         loaded, broken = [], []
-        for name in wanted or files:
+        for name in wanted:
             try:
                 loaded.append((SparseDelta.load(files[name]), name))
             except (OSError, ValueError) as error:

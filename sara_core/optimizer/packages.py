@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..weights.shards import is_sharded
 from .sparse_weight import SparseWeight
+from .updates import hand_on
 
 ADAMW, PRODIGY, SCHEDULE_FREE = KINDS = ("adamw", "prodigy", "schedule_free")
 PACKAGES = {PRODIGY: "prodigyopt", SCHEDULE_FREE: "schedulefree"}
@@ -146,10 +147,7 @@ class PackageUpdates:
         stopped: Sequence[SparseWeight],
     ) -> None:
         """Hand on what is remembered; what has stopped does so at its average, not on the way to it."""
-        for mark, (weight, kept) in zip(marks, changes, strict=True):
-            state = states.pop(weight.leaf, None)
-            if kept is not None and state:
-                states[kept.leaf] = {key: _part(value, mark) for key, value in state.items()}
+        hand_on(states, changes, marks, _part)
         for weight in stopped if self._kind == SCHEDULE_FREE else ():
             if weight.average is not None:
                 weight.write_(weight.average, weight.index)
@@ -174,8 +172,11 @@ def _base(weight: SparseWeight) -> Tensor:
     return weight.base.to(weight.dtype)
 
 
-def _part(value, mark: Tensor):
-    return value[mark] if isinstance(value, Tensor) and value.shape == mark.shape else value
+def _part(state: dict, mark: Tensor) -> dict:
+    return {
+        key: value[mark] if isinstance(value, Tensor) and value.shape == mark.shape else value
+        for key, value in state.items()
+    }
 
 
 def is_sound(state: Mapping, count: int) -> bool:

@@ -1,6 +1,6 @@
 """AdamW's update of the selected weights, as many in one go as memory should hold copies of."""
 
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,23 @@ def clip_(leaves: Sequence[nn.Parameter], max_norm: float) -> None:
     for leaf in leaves:
         if leaf.grad is not None:
             held(leaf.grad).mul_(factor.to(leaf.device))
+
+
+def hand_on(
+    states: MutableMapping[Tensor, dict],
+    changes: Sequence[tuple[SparseWeight, SparseWeight | None]],
+    marks: Sequence[Tensor],
+    part: Callable[[dict, Tensor], dict],
+) -> None:
+    """Give what remains of each weight its part of what is remembered; see `AdamWUpdates.keep`."""
+    for mark, (weight, kept) in zip(marks, changes, strict=True):
+        state = states.pop(weight.leaf, None)
+        if kept is not None and state:
+            states[kept.leaf] = part(state, mark)
+
+
+def _part(state: dict, mark: Tensor) -> dict:
+    return {"step": state["step"], **adam_moments.part(state, mark)}
 
 
 class AdamWUpdates:
@@ -109,10 +126,7 @@ class AdamWUpdates:
             marks: Which of its selected values remain.
             stopped: What has stopped of them.
         """
-        for mark, (weight, kept) in zip(marks, changes, strict=True):
-            state = states.pop(weight.leaf, None)
-            if kept is not None and state:
-                states[kept.leaf] = {"step": state["step"], **adam_moments.part(state, mark)}
+        hand_on(states, changes, marks, _part)
 
     def take_over(
         self,

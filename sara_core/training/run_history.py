@@ -11,11 +11,8 @@ from pathlib import Path
 from .run_folder import LOSSES, SETTINGS, VALIDATION
 from .run_settings import RunSettings
 
-NAMES_ALONE = {
-    "output_name",
-    "ended_at",
-    "schedule_start",
-}  # of settings, which change nothing by themselves
+# Settings that change nothing by themselves.
+NAMES_ALONE = {"output_name", "ended_at", "schedule_start"}
 
 
 @dataclass(frozen=True)
@@ -69,8 +66,7 @@ def _pairs(path: Path) -> list[tuple[int, float]]:
     if path.is_file():
         with open(path, newline="", encoding="utf-8", errors="replace") as file:
             for row in csv.reader(file):
-                with contextlib.suppress(
-                    ValueError, IndexError
-                ):  # the head, and a row being written
+                # The head, and a row that is being written.
+                with contextlib.suppress(ValueError, IndexError):
                     found[int(row[0])] = float(row[1])
     return sorted(found.items())

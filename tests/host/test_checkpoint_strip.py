@@ -46,6 +46,14 @@ def test_the_steps_that_are_named_are_loaded(server, run):
     outputs = graph.run()
     assert outputs[some]["text"][0] == "2 deltas"
     assert outputs[every]["text"][0] == "4 deltas"
+    broken = server.base / "output" / "sara" / run / "checkpoint_0000005_steps.safetensors"
+    broken.write_bytes(b"cut off")
+    assert [line.split(":")[0] for line in server.get(f"/sara/checkpoints?name={run}")["broken"]] == [broken.name]  # fmt: skip
+    wrong = Graph(server)
+    wrong("PreviewAny", source=wrong("SaraLoadCheckpoints", run=run, steps="5").out(1))
+    with pytest.raises(PromptError, match=f"there are 2, 3, 4, 6; {broken.name}"):
+        wrong.run()
+    broken.unlink()
     for steps, message in (("5", "no checkpoint of step 5; there are 2, 3, 4, 6"), ("last", "steps holds 'last'")):  # fmt: skip
         wrong = Graph(server)
         wrong("PreviewAny", source=wrong("SaraLoadCheckpoints", run=run, steps=steps).out(1))
