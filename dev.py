@@ -10,7 +10,7 @@ usage: python dev.py COMMAND
   bench         measure memory and time beside other methods (--quick, --executor, --processes)
   evidence      measure what each method learns and forgets: hours (--quick); needs npm
   screenshots   take the pictures of the help pages and example workflows anew; needs chromium
-  examples      write the example workflows anew from tests/example_workflows.py
+  examples      write the example workflows anew from tests/examples
   server        start the same ComfyUI with the pack and the small model, to click through
   setup         only do the set-up of the above
 
@@ -89,7 +89,7 @@ def screenshots(arguments):
 
 def examples(arguments):
     """Write the example workflows anew."""
-    return run_module("tests.example_workflows", *arguments)
+    return run_module("tests.examples.write", *arguments)
 
 
 def serve():

@@ -12,19 +12,29 @@ from pathlib import Path
 
 from PIL import Image
 
+from .examples.families import FAMILY_SPECS
 from .harness.server import Server, make_base
 from .harness.workflows import TRAIN, USE
 from .host.browser import Page
 
 ROOT = Path(__file__).resolve().parents[1]
 HELP, EXAMPLES = ROOT / "js" / "docs" / "images", ROOT / "example_workflows"
-RESUME, NOT_RUN = "3 Stop and go on", ("7 With a LoRA and a ControlNet",)
+RESUME, NOT_RUN = (
+    "3 Stop and go on",
+    ("7 With a LoRA and a ControlNet", "8 Train an edit", "9 Train on videos"),
+)
 STEPS = 300
 SHORTER = {"SaraTrain": {"steps": STEPS, "preview_every_steps": 100, "validation_split": 0.1,
                          "validate_every_steps": 25, "save_every_steps": 100}}  # fmt: skip
 STAND_INS = (  # named in an example, never loaded
     "checkpoints/v1-5-pruned-emaonly-fp16.safetensors", "loras/your_lora.safetensors",
     "controlnet/control_v11p_sd15_scribble_fp16.safetensors",
+    *(
+        f"{model['directory']}/{model['name']}"
+        for nodes in FAMILY_SPECS.values()
+        for node in nodes.values()
+        for model in node["models"]
+    ),
 )  # fmt: skip
 FURTHER = {  # nodes that no example has, with the Load SaRA Delta they are connected to
     "SaraBlockStrengths": {"strengths": "joint_blocks.0: 0.5\njoint_blocks.[23]: 0"},

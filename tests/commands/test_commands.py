@@ -111,10 +111,15 @@ def test_the_study_runs_each_method_and_writes_its_report(tmp_path):
     printed = run("evidence", "--quick", "--folder", tmp_path / "runs", "--out", tmp_path)
     assert f"written: {tmp_path / 'evidence.md'}" in printed
     runs = json.loads((tmp_path / "evidence.json").read_text())
-    methods = {"none", "sara", "masked", "full", "lora", "shira", "low rank on mask"}
+    methods = {"none", "sara", "masked", "full", "lora", "shira", "low rank on mask", "zero"}
     assert {run["method"] for run in runs} == methods
-    (base,) = (run["losses"]["0"] for run in runs if run["method"] == "none")
-    for found in (run["losses"]["1.0"] for run in runs if run["method"] != "none"):
+    curves = [run["losses"] for run in runs if "losses" in run]
+    (base,) = (losses["0"] for losses in curves if "0" in losses)
+    (merged,) = (run["mixes"] for run in runs if "together" in run.get("mixes", ()))
+    assert merged["3d alone"]["losses"]["3d"] < base["new"]
+    (zeroed,) = (run["zeroed"] for run in runs if "zeroed" in run)
+    assert zeroed["0.5"]["noto"] > zeroed["0.0"]["noto"]
+    for found in (losses["1.0"] for losses in curves if "1.0" in losses):
         assert found["new"] < base["new"]  # three steps teach a little
         assert found["drift"] > 0
     assert pixels(tmp_path / "images" / "evidence_1.png").std() > 5

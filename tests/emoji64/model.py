@@ -41,6 +41,13 @@ def load_pictures(path):
     )
 
 
+def load_subject(path):
+    """Pictures of one subject that `pictures.py` wrote, float32 (faces, 3, 64, 64), and what each shows."""
+    data = np.load(path)
+    x = torch.from_numpy(data["subject"]).permute(0, 3, 1, 2).float() / 255
+    return x, [str(n).replace("-", " ") for n in data["faces"]]
+
+
 class Vae:
     """A small model's VAE; pictures in `[0, 1]`, latents as the diffusion model sees them."""
 

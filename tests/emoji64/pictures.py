@@ -4,7 +4,8 @@ usage: python -m tests.emoji64.pictures OUT.npz     (needs npm, resvg-py, numpy 
 
 OUT.npz holds `x`, uint8 (styles, concepts, 64, 64, 3), `styles`, `concepts` and `drawn`, bool (styles,
 concepts): the concepts of the categories below that the base's three styles draw, and which of them
-each other style draws as well; the rest of `x` is white.
+each other style draws as well; the rest of `x` is white. `subject`, uint8 (faces, 64, 64, 3), and `faces` are
+twemoji's cats with red and blue exchanged: one blue cat in several moods, which no style knows.
 """
 
 import io
@@ -28,7 +29,10 @@ PACKAGES = {
     "fluent": "@iconify-json/fluent-emoji-flat@1.2.6",  # MIT, Microsoft
     "noto-v1": "@iconify-json/noto-v1@1.2.5",  # Apache-2.0, Google
     "3d": "@lobehub/fluent-emoji-3d@1.1.0",  # MIT
+    "contrast": "@iconify-json/fluent-emoji-high-contrast@1.2.6",  # MIT, Microsoft; black silhouettes
+    "openmoji": "@iconify-json/openmoji@1.2.29",  # CC BY-SA 4.0, OpenMoji; black outlines
 }
+VERSION = 2  # of what OUT.npz holds
 CATEGORIES = ("Food & Drink", "Animals & Nature")
 SKIN_TONE = re.compile(r"(^|-)(light|medium-light|medium|medium-dark|dark)-skin-tone")
 
@@ -131,8 +135,18 @@ def concepts(styles, category):
     )
 
 
+def blue_cats(style):
+    """Moods of one subject: their names, and uint8 (moods, 64, 64, 3)."""
+    names = sorted(
+        name
+        for name, category in style.category.items()
+        if category == "Smileys & Emotion" and "cat" in name.split("-")
+    )
+    return names, np.stack([style.render(name, 64)[..., ::-1] for name in names])
+
+
 def main(out):
-    """Render all styles."""
+    """Render all styles, and the subject."""
     styles = read_styles(Path(out).parent / "emoji")
     names = concepts(styles, styles["twemoji"].category)
     drawn = np.array([[name in style.names() for name in names] for style in styles.values()])
@@ -140,7 +154,10 @@ def main(out):
     for i, style in enumerate(styles.values()):
         for j in np.flatnonzero(drawn[i]):
             x[i, j] = style.render(names[j], 64)
-    np.savez_compressed(out, x=x, drawn=drawn, styles=list(styles), concepts=names)
+    faces, subject = blue_cats(styles["twemoji"])
+    np.savez_compressed(
+        out, x=x, drawn=drawn, styles=list(styles), concepts=names, subject=subject, faces=faces
+    )
     for style, count in zip(styles, drawn.sum(1), strict=True):
         print(f"{style}: {count} of {len(names)} concepts")
 

@@ -5,13 +5,17 @@ Needs ComfyUI on the path (`COMFYUI_PATH`), whose own network classes are used.
 
 from functools import cached_property, lru_cache
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 
 from ..emoji64 import BASE_STYLES, unet
 from ..emoji64 import model as mmdit
-from ..emoji64.model import Text, load_pictures
+from ..emoji64.model import Text, load_pictures, load_subject
 
-SIDE = 8
+SUBJECT = "blue cat"  # goes for a style of its own, though drawn and captioned as the first of the base's styles
+WORD = "sks"  # what captions call it by
+RELATIVES = ("cat face", "cat", "black cat", "tiger face", "dog face")  # that the base knows
 
 
 class Base:
@@ -32,7 +36,17 @@ class Base:
         self.drawn = {
             style: row.nonzero()[0] for style, row in zip(self.styles, drawn, strict=True)
         }
+        self._add_subject(*load_subject(pictures))
         self.text = Text()
+
+    def _add_subject(self, pixels, faces):
+        """Count the subject's pictures as concepts that no other style draws."""
+        known = len(self.names)
+        self.names = self.names + [f"{WORD} {face}" for face in faces]
+        self.styles = [*self.styles, SUBJECT]
+        self.pixels = F.pad(self.pixels, (0, 0, 0, 0, 0, 0, 0, len(faces), 0, 1), value=1.0)
+        self.pixels[-1, known:] = pixels
+        self.drawn[SUBJECT] = np.arange(known, len(self.names))
 
     def pictures(self, style, concepts):
         """Pictures (n, 3, 64, 64) of concepts by number."""
@@ -47,8 +61,13 @@ class Base:
         return self._latents(style, tuple(int(number) for number in concepts))
 
     def captions(self, style, concepts):
-        """Token ids (n, 77) of `3d style, red apple`."""
-        return self.text.ids([f"{style} style, {self.names[i]}" for i in concepts])
+        """Token ids (n, 77) of their captions."""
+        return self.text.ids(self.prompts(style, concepts))
+
+    def prompts(self, style, concepts):
+        """Captions, `3d style, red apple`."""
+        label = BASE_STYLES[0] if style == SUBJECT else style
+        return [f"{label} style, {self.names[i]}" for i in concepts]
 
     def errors(self, model, z, ids, noise, quantiles):
         """Squared errors (n,) of the model's own prediction.

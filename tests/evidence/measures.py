@@ -2,7 +2,7 @@
 
 import torch
 
-from .bases import OLD_STYLES
+from .bases import OLD_STYLES, RELATIVES, SUBJECT
 
 BATCH = 64
 SEED = 987_654_321  # of the noise that all models are measured at
@@ -49,20 +49,27 @@ def drift(base, model, original, style, concepts):
 
 
 def losses(base, model, original, style, shown, unseen):
-    """Losses on the new style, concepts shown and not, and on the styles of the base; and the drift there."""
-    old = unseen[:: max(1, len(unseen) // 120)]
-    return {
-        "new": loss(base, model, style, unseen),
+    """Losses on the new style, concepts shown and not, and on the styles of the base; and the drift there.
+
+    Of a subject, of which few pictures are left to be measured on, at more noises; and on its relatives.
+    """
+    known = torch.from_numpy(base.drawn[OLD_STYLES[0]]) if style == SUBJECT else unseen
+    old = known[:: max(1, len(known) // 120)]
+    found = {
+        "new": loss(base, model, style, unseen, draws=max(2, 128 // len(unseen))),
         "shown": loss(base, model, style, shown, draws=4),
         **{name: loss(base, model, name, old) for name in OLD_STYLES},
         "drift": drift(base, model, original, OLD_STYLES[0], old),
     }
+    if style == SUBJECT:
+        relatives = [base.names.index(name) for name in RELATIVES]
+        found["relatives"] = loss(base, model, OLD_STYLES[0], relatives, draws=24)
+    return found
 
 
 def pictures(base, model, style, concepts, seed=0):
     """Pictures a model makes of concepts in a style, (n, 3, 64, 64)."""
-    prompts = [f"{style} style, {base.names[i]}" for i in concepts]
-    return base.decode(base.sample(model, prompts, seed))
+    return base.decode(base.sample(model, base.prompts(style, concepts), seed))
 
 
 def likeness(base, features, made, style, concepts):

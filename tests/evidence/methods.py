@@ -11,7 +11,7 @@ from sara_core import SaraAdamW
 from sara_core.optimizer import sara_adamw
 from sara_core.weights.selection import Selection
 
-WORDS, UNUSED = 768, 0.25  # columns that the text fills, and the size of weights behind the others
+from .chosen import positions_of
 
 
 def sara(model, rate, fraction=0.1, low_rank_weight=5e-4, kind=SaraAdamW, **options):
@@ -47,7 +47,7 @@ def masked(
 
     def choose(parameters, **rule):
         nonlocal limit
-        index, limit = _positions(parameters, chosen, fraction, among, gradients)
+        index, limit = positions_of(parameters, chosen, fraction, among, gradients)
         return Selection(
             float(limit or 1.0), index, sum(p.numel() for p in parameters.values()), 0, False
         )
@@ -71,45 +71,10 @@ class _ByLayerSize(SaraAdamW):
             weight.write_(torch.lerp(old, weight.trained, factor), weight.index)
 
 
-def _positions(parameters, chosen, fraction, among=0.3, gradients=None):
-    """Choose weights; returns their flat positions by name, and the size of the largest small one."""
-    size = torch.cat([p.detach().abs().flatten() for p in parameters.values()])
-    limit = size.kthvalue(round(among * len(size))).values if "small" in chosen else None
-    keys = {
-        name: _keys(p, chosen, number, gradients and gradients[name], limit)
-        for number, (name, p) in enumerate(parameters.items())
-    }
-    cut = torch.cat(list(keys.values())).kthvalue(round(fraction * len(size))).values
-    index = {name: (key <= cut).nonzero()[:, 0].int() for name, key in keys.items()}
-    return {name: positions for name, positions in index.items() if len(positions)}, limit
-
-
-def _keys(parameter, chosen, number, gradient, limit):
-    """What is smaller for weights that are chosen first, (n,)."""
-    size = parameter.detach().abs()
-    if chosen == "random":
-        key = torch.rand(parameter.shape, generator=torch.Generator().manual_seed(number))
-    elif chosen in ("largest", "smallest"):
-        key = -size if chosen == "largest" else size.clone()
-    elif chosen == "layer":
-        key = size.flatten().argsort().argsort().view_as(size) / size.numel()
-    elif chosen == "rows":
-        key = size.flatten(1).square().mean(1).view(-1, *[1] * (size.dim() - 1)).expand_as(size)
-        key = key.clone()
-    else:
-        key = -gradient
-        if limit is not None:
-            key = key.masked_fill(size > limit, torch.inf)
-    if parameter.dim() == 2 and parameter.shape[1] > WORDS:
-        unused = parameter.detach()[:, WORDS:].abs() == UNUSED
-        key[:, WORDS:][unused] = torch.inf
-    return key.flatten()
-
-
 def low_rank_on_mask(model, rate, rank=8, chosen="layer", fraction=0.1, seed=0):
     """Train a product of two thin matrices for each layer, of which only the chosen weights take part."""
     chosen_from = {n: p for n, p in model.named_parameters() if p.dim() > 1}
-    index, _ = _positions(chosen_from, chosen, fraction)
+    index, _ = positions_of(chosen_from, chosen, fraction)
     model.requires_grad_(False)
     generator, trained = torch.Generator().manual_seed(seed), []
     for path, module in list(model.named_modules()):

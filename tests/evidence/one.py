@@ -16,6 +16,7 @@ from PIL import Image
 from .bases import BASES, OLD_STYLES
 from .measures import likeness, losses, pictures
 from .methods import METHODS, Average, adamw, between, learned_weights, num_trained
+from .plan import kind
 from .text import TrainedText
 
 STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.25)
@@ -81,17 +82,13 @@ def train(base, model, optimizer, style, shown, steps, batch, seed, average=None
     return (time.monotonic() - started) / steps
 
 
-def run(base, plan):
-    """Do one run of the plan; returns what is known about it."""
-    style, seed = plan["style"], plan["seed"]
-    shown, unseen = concepts_of(base, style, plan["pictures"], seed, plan.get("concepts"))
-    model = base.load()
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    facts = dict(plan)
-    original = base.load()
-    if plan["method"] == "none":
-        facts["losses"] = {"0": losses(base, model, original, style, shown, unseen)}
-        return facts, model, unseen
+def fine_tune(base, plan, style, shown, model):
+    """Fine-tune a fresh model on a style's pictures of the concepts that are shown.
+
+    Returns the weights that it then acts with, by name, and facts about the training.
+    """
+    seed = plan["seed"]
+    names = [name for name, _ in model.named_parameters()]
     options = dict(plan["options"])
     options |= {"seed": seed} if plan["method"] != "full" else {}
     if "gradient" in options.get("chosen", ""):
@@ -102,8 +99,7 @@ def run(base, plan):
     if "progressive" in options:
         options["progressive_step"] = round(options.pop("progressive") * plan["steps"])
     optimizer = METHODS[plan["method"]](model, plan["rate"], **options)
-    facts["trained"] = num_trained(optimizer)
-    facts["rate"] = optimizer.param_groups[0]["lr"]
+    facts = {"trained": num_trained(optimizer), "rate": optimizer.param_groups[0]["lr"]}
     average = None if decay is None else Average(model, decay)
     facts["seconds"] = train(
         base, model, optimizer, style, shown, plan["steps"], plan["batch"], seed, average, text_rate
@@ -112,17 +108,27 @@ def run(base, plan):
         average.put()
     has_average = getattr(optimizer, "has_average", False)
     with optimizer.at_strength(1.0) if has_average else contextlib.nullcontext():
-        learned = learned_weights(model, before)
-    if hasattr(optimizer, "detach"):
-        optimizer.detach()
-    model = base.load()
-    facts["losses"] = {}
+        return learned_weights(model, names), facts
+
+
+def run(base, plan):
+    """Do one run of the plan; returns what is known about it, the model, and concepts not shown."""
+    style, seed = plan["style"], plan["seed"]
+    shown, unseen = concepts_of(base, style, plan["pictures"], seed, plan.get("concepts"))
+    model, original = base.load(), base.load()
+    if plan["method"] == "none":
+        found = {"0": losses(base, model, original, style, shown, unseen)}
+        return {**plan, "losses": found}, model, unseen
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    learned, facts = fine_tune(base, plan, style, shown, base.load())
+    found = {}
     for strength in plan.get("strengths", STRENGTHS):
-        text = base.text.at_strength(strength) if text_rate else contextlib.nullcontext()
+        trains_text = isinstance(base.text, TrainedText)
+        text = base.text.at_strength(strength) if trains_text else contextlib.nullcontext()
         with between(model, before, learned, strength), text:
-            facts["losses"][str(strength)] = losses(base, model, original, style, shown, unseen)
+            found[str(strength)] = losses(base, model, original, style, shown, unseen)
     model.load_state_dict({**model.state_dict(), **learned})
-    return facts, model, unseen
+    return {**plan, **facts, "losses": found}, model, unseen
 
 
 def likenesses(base, model, style, unseen):
@@ -138,17 +144,32 @@ def likenesses(base, model, style, unseen):
     return found, made
 
 
+def looked_at(base, plan, out):
+    """Do one run of which pictures are made as well; a row of them is kept beside what is found."""
+    facts, model, unseen = run(base, plan)
+    facts["likeness"], made = likenesses(base, model.eval(), plan["style"], unseen)
+    row = (torch.cat([*made[:SHOWN]], 2).permute(1, 2, 0).clamp(0, 1) * 255).byte()
+    Image.fromarray(row.numpy()).save(Path(out).with_suffix(".png"))
+    facts["concepts_shown"] = [base.names[i] for i in unseen[:SHOWN]]
+    return facts
+
+
 def main(source, out, plan):
     """Do it and write it."""
+    from . import merging, zeroing
+
     torch.set_num_threads(1)
     plan = json.loads(plan)
     base = BASES[plan["base"]](source)
-    facts, model, unseen = run(base, plan)
-    if plan.get("likeness"):
-        facts["likeness"], made = likenesses(base, model.eval(), plan["style"], unseen)
-        row = (torch.cat([*made[:SHOWN]], 2).permute(1, 2, 0).clamp(0, 1) * 255).byte()
-        Image.fromarray(row.numpy()).save(Path(out).with_suffix(".png"))
-        facts["concepts_shown"] = [base.names[i] for i in unseen[:SHOWN]]
+    what = kind(plan)
+    if what == "merging":
+        facts = merging.run(base, plan)
+    elif what == "zeroing":
+        facts = zeroing.run(base, plan)
+    elif what == "looks":
+        facts = looked_at(base, plan, out)
+    else:
+        facts, *_ = run(base, plan)
     part = Path(f"{out}.part")
     part.write_text(json.dumps(facts, indent=1))
     part.replace(out)

@@ -7,6 +7,7 @@ import json
 SEEDS = (0, 1, 2)
 COMMON = {"style": "3d", "pictures": 40, "steps": 300, "batch": 8}
 SARA = {"fraction": 0.1, "progressive": 0.5}
+SHARE = 0.6  # of each of two styles, where both are in one model
 
 GRIDS = {  # name: method, options, rates
     "SaRA 10 %": ("sara", SARA, (1.25e-4, 2.5e-4, 5e-4, 1e-3)),
@@ -156,6 +157,60 @@ def with_text(base="emoji64-unet", seed=0, rate=2.5e-4):
     ]
 
 
+ELSEWHERE = {  # method, options, rates
+    "SaRA 10 %": ("sara", SARA, (1.25e-4, 2.5e-4, 5e-4)),
+    "smallest of each layer": ("masked", {"chosen": "layer"}, (6e-5, 1.25e-4, 2.5e-4)),
+    "random 10 %": ("masked", {"chosen": "random"}, (1.25e-4, 2.5e-4, 5e-4)),
+    "LoRA r8": ("lora", {"rank": 8}, (1e-4, 2e-4, 4e-4)),
+    "full": ("full", {}, (5e-6, 1e-5, 2e-5)),
+}
+
+SHARES = {  # method, options, rates
+    "SaRA 1 %": ("sara", {**SARA, "fraction": 0.01}, (5e-4, 1e-3, 2e-3)),
+    "SaRA 3 %": ("sara", {**SARA, "fraction": 0.03}, (2.5e-4, 5e-4, 1e-3)),
+    "SaRA 30 %": ("sara", {**SARA, "fraction": 0.3}, (6e-5, 1.25e-4, 2.5e-4)),
+}
+
+LONGER = {  # steps: methods with their options and rates
+    1000: {
+        "SaRA 10 %": ("sara", SARA, (6e-5, 1.25e-4, 2.5e-4)),
+        "LoRA r8": ("lora", {"rank": 8}, (5e-5, 1e-4, 2e-4)),
+    },
+    3000: {
+        "SaRA 10 %": ("sara", SARA, (3e-5, 6e-5, 1.25e-4)),
+        "LoRA r8": ("lora", {"rank": 8}, (2.5e-5, 5e-5, 1e-4)),
+    },
+}
+
+
+def merged(base="emoji64", seeds=(0, 1)):
+    """Two styles learned apart and put into one model, each method at its rate of `LOOKS`."""
+    common = {"base": base, **COMMON, "other": "contrast"}
+    plans = [
+        {**common, "name": "base", "method": "none", "options": {}, "rate": 0, "seed": seeds[0]}
+    ]
+    for seed, (name, rate) in itertools.product(seeds, LOOKS.items()):
+        method, options, _ = GRIDS[name]
+        facts = {"name": name, "method": method, "options": options, "rate": rate, "seed": seed}
+        plans.append({**common, **facts})
+    return plans
+
+
+def zeroed(seeds=(0, 1, 2)):
+    """Both bases with some weights at zero."""
+    drawn = [(base, "random", seed) for base in ("emoji64", "emoji64-unet") for seed in seeds]
+    chosen = itertools.product(("emoji64", "emoji64-unet"), ("smallest", "layer", "largest"), (0,))
+    return [
+        {"base": base, "name": name, "method": "zero", "rate": 0, "seed": seed}
+        for base, name, seed in (*chosen, *drawn)
+    ]
+
+
+def some(*names):
+    """Some of the methods of `ELSEWHERE`."""
+    return {name: ELSEWHERE[name] for name in names}
+
+
 QUESTIONS = {  # title in the report: the plans of its runs
     "Methods at their best": lambda: methods("emoji64"),
     "SaRA with one part changed": lambda: parts("emoji64"),
@@ -164,17 +219,51 @@ QUESTIONS = {  # title in the report: the plans of its runs
     "Methods at their best, on a UNet": lambda: methods("emoji64-unet", ON_UNET, seeds=(0, 1)),
     "Optimizers that choose their rate": lambda: beside_known("emoji64", OPTIMIZERS),
     "The text encoder as well, on a UNet": with_text,
+    "Another style: silhouettes": lambda: methods("emoji64", ELSEWHERE, (0, 1), style="contrast"),
+    "Another style: outlines": lambda: methods(
+        "emoji64", some("SaRA 10 %", "smallest of each layer", "LoRA r8"), (0, 1), style="openmoji"
+    ),
+    "A subject": lambda: methods("emoji64", ELSEWHERE, (0, 1), style="blue cat", pictures=5),
+    "Two styles together": merged,
+    "Ten pictures": lambda: methods(
+        "emoji64", some("SaRA 10 %", "LoRA r8", "full"), (0, 1), pictures=10
+    ),
+    "A hundred and sixty pictures": lambda: methods(
+        "emoji64", some("SaRA 10 %", "LoRA r8", "full"), (0, 1), pictures=160
+    ),
+    "Shares of the weights": lambda: beside_known("emoji64", SHARES),
+    "A thousand steps": lambda: methods("emoji64", LONGER[1000], (0, 1), steps=1000),
+    "Three thousand steps": lambda: methods("emoji64", LONGER[3000], (0,), steps=3000),
+    "Weights at zero": zeroed,
 }
 
 
-def quick(plans):
-    """One short run of each method on few concepts, which says nothing but that it works."""
-    first = {plan["method"]: plan for plan in reversed(plans)}
+def kind(plan):
+    """What a run is for: `merging`, `zeroing`, `looks`, or `curves`."""
+    if "other" in plan:
+        return "merging"
+    if plan["method"] == "zero":
+        return "zeroing"
+    return "looks" if plan.get("likeness") else "curves"
+
+
+def quick(questions):
+    """One short run of each method on few concepts, which says nothing but that it works; by title."""
+    first = {}
+    for title, plans in questions.items():
+        for plan in plans:
+            name = title if kind(plan) in ("merging", "zeroing") else "The machinery"
+            first.setdefault(name, {}).setdefault(plan["method"], plan)
     few = {"pictures": 8, "steps": 3, "strengths": [0.5, 1.0], "concepts": 24, "likeness": False}
-    return [{**plan, **few} for plan in reversed(first.values())]
+    found = {name: [{**plan, **few} for plan in plans.values()] for name, plans in first.items()}
+    return {
+        name: plans[:2] if kind(plans[0]) == "merging" else plans for name, plans in found.items()
+    }
 
 
-FOUND = ("losses", "trained", "seconds", "likeness", "concepts_shown")  # by a run, beside its plan
+FOUND = (  # by a run, beside its plan
+    "losses", "trained", "seconds", "likeness", "concepts_shown", "mixes", "zeroed",
+)  # fmt: skip
 
 
 def plan_of(run):

@@ -4,7 +4,9 @@ import json
 import statistics
 
 from . import curves
+from .plan import kind
 from .plot import draw, draw_rows
+from .sections import looks_section, merging_section, zeroing_section
 
 SHARES = (0.1, 0.25, 0.5, 0.75, 1.0)  # of what all methods reach, where their losses are shown
 TITLE = "# What each method learns and forgets"
@@ -14,23 +16,27 @@ RIVAL = "LoRA"  # names of what is compared with begin so
 
 def settings_table(runs):
     """Lines of every setting at full strength, means over seeds."""
-    start = {run["seed"]: curves.forgotten(run["losses"]["0"]) for run in runs if is_base(run)}
-    lines = [
-        "| method | trained | rate | seeds | learned: not shown | shown | forgotten |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    start = {run["seed"]: run["losses"]["0"] for run in runs if is_base(run)}
+    has_relatives = all("relatives" in losses for losses in start.values())
+    head = ["method", "trained", "rate", "seeds", "learned: not shown", "shown", "forgotten"]
+    head += ["of its relatives"] if has_relatives else []
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     groups = {}
     for run in runs:
         if not is_base(run):
             groups.setdefault((run["name"], run["rate"]), []).append(run)
     for (name, rate), group in groups.items():
         ends = [run["losses"]["1.0"] for run in group]
-        grown = [
-            curves.forgotten(losses) - start[run["seed"]]
-            for run, losses in zip(group, ends, strict=True)
-        ]
-        new, shown = ([losses[what] for losses in ends] for what in ("new", "shown"))
-        cells = " | ".join(f"{statistics.mean(values):.4f}" for values in (new, shown, grown))
+        begun = [start[run["seed"]] for run in group]
+        found = [[losses[what] for losses in ends] for what in ("new", "shown")]
+        found.append(
+            [curves.forgotten(e) - curves.forgotten(b) for e, b in zip(ends, begun, strict=True)]
+        )
+        if has_relatives:
+            found.append(
+                [e["relatives"] - b["relatives"] for e, b in zip(ends, begun, strict=True)]
+            )
+        cells = " | ".join(f"{statistics.mean(values):.4f}" for values in found)
         trained = f"{group[0]['trained'] / 1e6:.2f} M"
         lines.append(f"| {name} | {trained} | {rate:g} | {len(group)} | {cells} |")
     return lines
@@ -91,32 +97,6 @@ def section(title, runs, picture):
     ]
 
 
-def looks_section(title, runs, picture):
-    """Lines on runs that made pictures."""
-    plan = runs[0]
-    styles = list(plan["likeness"])
-    head = " | ".join(f"{style}: distance | its concept" for style in styles)
-    lines = [
-        f"## {title}",
-        "",
-        f"{plan['base']}: *{', '.join(plan['concepts_shown'])}*, none of them shown in training, each model at a rate at "
-        "which about as much is forgotten.",
-        "",
-        f"![a row for each model]({picture})",
-        "",
-        "Kernel distance x 1000 to the real pictures of the style (lower is better), and the share of pictures whose "
-        "nearest real one is of the concept asked for:",
-        "",
-        f"| model | rate | {head} |",
-        "|---" * (2 + 2 * len(styles)) + "|",
-    ]
-    for run in runs:
-        found = [run["likeness"][style] for style in styles]
-        cells = " | ".join(f"{f['distance']:.0f} | {f['top-1']:.0%}" for f in found)
-        lines.append(f"| {run['name']} | {run['rate'] or ''} | {cells} |")
-    return [*lines, ""]
-
-
 def write(questions, runs, out, rows=None):
     """Write evidence.json, evidence.md and a picture for each question into a folder.
 
@@ -142,6 +122,10 @@ def write(questions, runs, out, rows=None):
             if all(file.is_file() for file in rows[title]):  # else the picture there stays
                 draw_rows(rows[title], [run["name"] for run in found]).save(out / picture)
             text += looks_section(title, found, picture)
+        elif kind(found[0]) == "merging":
+            text += merging_section(title, found)
+        elif kind(found[0]) == "zeroing":
+            text += zeroing_section(title, found)
         else:
             draw(curves.points(found), RIVAL).save(out / picture)
             text += section(title, found, picture)

@@ -67,7 +67,7 @@ def main():
     options.folder.mkdir(parents=True, exist_ok=True)
     if not (options.anew or options.quick):
         recall(options.folder, with_pictures=options.report)
-    drawn = CACHE / "evidence-pictures" / "emoji64.npz"
+    drawn = CACHE / "evidence-pictures" / f"emoji64-{emoji.VERSION}.npz"
     if not drawn.is_file():
         drawn.parent.mkdir(exist_ok=True)
         emoji.main(drawn)
@@ -77,7 +77,7 @@ def main():
         if number in options.questions or not options.questions
     }
     if options.quick:
-        asked = {"The machinery": quick([plan for plans in asked.values() for plan in plans])}
+        asked = quick(asked)
     every = {key(plan): plan for plans in asked.values() for plan in plans}
     first, step = map(int, options.part.split("/"))
     for plan in [] if options.report else list(every.values())[first::step]:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from . import curves, plot, report
+from . import curves, plot, report, sections
 
 
 def run(name, seed, losses, method="sara"):
@@ -87,3 +87,47 @@ def test_the_report_leaves_what_was_written_by_hand(tmp_path):
     assert text.endswith(report.END + "\n\nBelow.\n")
     assert "## Second" in text
     assert "## First" not in text
+
+
+def test_two_styles_in_one_model_are_told_by_method():
+    def mix(first, second, old=0.1):
+        looks = {"distance": 100 * first, "top-1": second}
+        losses = {"s": first, "t": second, **dict.fromkeys(curves.BASE_STYLES, old)}
+        return {"losses": losses, "likeness": {"s": looks, "t": looks}}
+
+    common = {"base": "b", "style": "s", "other": "t", "pictures": 1, "steps": 2, "seed": 0}
+    base = {**common, "method": "none", "name": "base", "rate": 0, "mixes": {"base": mix(0.9, 0.8)}}
+    mixes = {
+        "s alone": mix(0.1, 0.8), "t alone": mix(0.9, 0.2), "s at 0.6": mix(0.3, 0.8),
+        "t at 0.6": mix(0.9, 0.4), "together": mix(0.5, 0.6, old=0.7),
+    }  # fmt: skip
+    ours = {**common, "method": "m", "name": "ours", "rate": 0.5, "mixes": mixes}
+    lines = sections.merging_section("Both", [base, ours])
+    assert lines[-2] == (
+        "| ours | 0.5 | 1 | 0.1000 | 0.3000 | 0.5000 | 10 | 50 | 80% | 60% "
+        "| 0.2000 | 0.4000 | 0.6000 | 90 | 50 | 20% | 60% | 0.7000 |"
+    )
+    assert lines[-3].startswith("| base |  | 1 | 0.9000 | 0.9000 | 0.9000 | 90 | 90 |")
+    assert lines[-3].count("|") == lines[-4].count("|") == lines[-5].count("|")
+
+
+def test_weights_at_zero_are_told_by_share():
+    def zeroed(seed, loss):
+        values = {"0.0": 0.1, "0.5": loss}
+        found = {share: dict.fromkeys(curves.BASE_STYLES, v) for share, v in values.items()}
+        return {"base": "b", "name": "random", "method": "zero", "seed": seed, "zeroed": found}
+
+    lines = sections.zeroing_section("Zero", [zeroed(0, 0.4), zeroed(1, 0.6)])
+    assert lines[-4:-1] == [
+        "| base | weights | 0% | 50% |", "|---|---|---|---|", "| b | random | 0.1000 | 0.5000 |",
+    ]  # fmt: skip
+
+
+def test_what_is_forgotten_of_a_subjects_relatives_is_told():
+    losses = {"new": 0.5, "shown": 0.4, **dict.fromkeys(curves.BASE_STYLES, 0.1), "relatives": 0.2}
+    facts = {"name": "ours", "rate": 0.5, "seed": 0, "trained": 1e6}
+    runs = [
+        {"method": "none", "seed": 0, "losses": {"0": losses}},
+        {**facts, "method": "m", "losses": {"1.0": {**losses, "new": 0.3, "relatives": 0.25}}},
+    ]
+    assert report.settings_table(runs)[-1].endswith("| 0.3000 | 0.4000 | 0.0000 | 0.0500 |")

@@ -51,3 +51,22 @@ def write_mini_checkpoint(path, seed=0):
     state |= {f"first_stage_model.{k}": v for k, v in vae.state_dict().items()}
     state |= {f"cond_stage_model.transformer.{k}": v for k, v in clip_l().items()}
     save_file({k: v.detach().contiguous() for k, v in state.items()}, path)
+
+
+def wan_vae_weights():
+    """Wan 2.1's VAE with few channels and random weights."""
+    import comfy.ldm.wan.vae
+
+    model = comfy.ldm.wan.vae.WanVAE(
+        dim=8, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2, attn_scales=[],
+        temperal_downsample=[False, True, True], dropout=0.0,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+
+    def weight(name, shape):
+        if "gamma" in name:
+            return torch.ones(shape)
+        random = torch.randn(shape, generator=generator) * 0.05
+        return random if len(shape) > 1 else torch.zeros(shape)
+
+    return {name: weight(name, tensor.shape) for name, tensor in model.state_dict().items()}

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from . import zoo
 from .builders import settings
 from .graphs import Graph, emoji64
+from .models import wan_vae_weights
 
 SHADES = 12  # frame i is of the grey 20 i
 
@@ -179,22 +181,10 @@ def test_clips_are_chosen_by_time(videos):
 
 @pytest.fixture
 def wan_vae():
-    """Wan 2.1's VAE with few channels and random weights."""
-    import comfy.ldm.wan.vae
     import comfy.sd
 
-    torch.manual_seed(0)
-    model = comfy.ldm.wan.vae.WanVAE(
-        dim=8, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2, attn_scales=[],
-        temperal_downsample=[False, True, True], dropout=0.0,
-    )  # fmt: skip
-    state = {
-        name: torch.ones(tensor.shape) if "gamma" in name
-        else torch.randn(tensor.shape) * 0.05 if tensor.dim() > 1 else torch.zeros(tensor.shape)
-        for name, tensor in model.state_dict().items()
-    }  # fmt: skip
     with torch.inference_mode():
-        return comfy.sd.VAE(sd=state)
+        return comfy.sd.VAE(sd=wan_vae_weights())
 
 
 class Text:
@@ -309,14 +299,11 @@ def test_the_numbers_of_frames_are_those_a_vae_keeps_whole(sara, wan_vae):
         lengths(wan_vae, 3)
 
 
-def test_videos_and_pictures_train_a_video_model_in_a_server(server, wan_vae):
-    from safetensors.torch import save_file
-
+def test_videos_and_pictures_train_a_video_model_in_a_server(server):
     models, folder = server.base / "models", server.base / "input" / "films"
     for kind in ("vae", "diffusion_models"):
         (models / kind).mkdir(exist_ok=True)
-    state = {k: v.detach().contiguous() for k, v in wan_vae.first_stage_model.state_dict().items()}
-    save_file(state, models / "vae" / "mini_wan.safetensors")
+    save_file(wan_vae_weights(), models / "vae" / "mini_wan.safetensors")
     zoo.write("Wan 2.1", models / "diffusion_models" / "mini_wan.safetensors")
     folder.mkdir()
     for name, count in (("a", 12), ("b", 9)):

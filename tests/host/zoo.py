@@ -221,13 +221,19 @@ FAMILIES = {
 }  # fmt: skip
 
 
+KONTEXT = Family(  # with emoji64's text encoders
+    "Flux", _flux(guidance_embed=True, depth_single_blocks=0, context_in_dim=4096, vec_in_dim=2048),
+    (1, 16, 8, 8), (77, 4096), {"pooled_output": (1, 2048)}, large=True,
+)  # fmt: skip
+
+
 def weights_of(family, seed=0):
-    """Random weights of a miniature, by the names its file has."""
+    """Random weights of a miniature, a family or its name, by the names its file has."""
     import comfy.ops
 
-    build = FAMILIES[family].build
-    dtype = torch.float16 if FAMILIES[family].large else torch.float32
-    net = build(dtype=dtype, device="meta", operations=comfy.ops.disable_weight_init)
+    spec = family if isinstance(family, Family) else FAMILIES[family]
+    dtype = torch.float16 if spec.large else torch.float32
+    net = spec.build(dtype=dtype, device="meta", operations=comfy.ops.disable_weight_init)
     generator = torch.Generator().manual_seed(seed)
     state = {}
     for name, tensor in net.state_dict().items():
@@ -240,7 +246,7 @@ def weights_of(family, seed=0):
     if family == "SD2.1 v":  # by the spread of this bias ComfyUI tells v-prediction
         bias = "output_blocks.11.1.transformer_blocks.0.norm1.bias"
         state[bias] = torch.empty(state[bias].shape).normal_(0, 0.2, generator=generator)
-    return state | {key: torch.zeros(shape) for key, shape in FAMILIES[family].extra.items()}
+    return state | {key: torch.zeros(shape) for key, shape in spec.extra.items()}
 
 
 def write(family, path, seed=0):

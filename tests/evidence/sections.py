@@ -1,0 +1,107 @@
+"""Sections of the report that are no curves: pictures, two styles in one model, weights at zero."""
+
+import statistics
+
+from ..emoji64 import BASE_STYLES
+from .plan import SHARE
+
+
+def looks_section(title, runs, picture):
+    """Lines on runs that made pictures."""
+    plan = runs[0]
+    styles = list(plan["likeness"])
+    head = " | ".join(f"{style}: distance | its concept" for style in styles)
+    lines = [
+        f"## {title}",
+        "",
+        f"{plan['base']}: *{', '.join(plan['concepts_shown'])}*, none of them shown in training, each model at a rate at "
+        "which about as much is forgotten.",
+        "",
+        f"![a row for each model]({picture})",
+        "",
+        "Kernel distance x 1000 to the real pictures of the style (lower is better), and the share of pictures whose "
+        "nearest real one is of the concept asked for:",
+        "",
+        f"| model | rate | {head} |",
+        "|---" * (2 + 2 * len(styles)) + "|",
+    ]
+    for run in runs:
+        found = [run["likeness"][style] for style in styles]
+        cells = " | ".join(f"{f['distance']:.0f} | {f['top-1']:.0%}" for f in found)
+        lines.append(f"| {run['name']} | {run['rate'] or ''} | {cells} |")
+    return [*lines, ""]
+
+
+def _mean(values, form):
+    return f"{statistics.mean(values):{form}}"
+
+
+def _by(runs, *keys):
+    """Runs in groups that agree in some facts."""
+    groups = {}
+    for run in runs:
+        groups.setdefault(tuple(run[key] for key in keys), []).append(run)
+    return groups
+
+
+def merging_section(title, runs):
+    """Lines on two styles that were learned apart and put into one model."""
+    plan, styles = runs[0], (runs[0]["style"], runs[0]["other"])
+    head = " | ".join(
+        f"{style}: alone | at {SHARE} | both | distance alone | both | its concept alone | both"
+        for style in styles
+    )
+    lines = [
+        f"## {title}",
+        "",
+        f"{plan['base']}, {plan['pictures']} pictures in each of the styles {' and '.join(styles)}, "
+        f"{plan['steps']} steps each; both changes are then added, {SHARE} of each. Loss on concepts that were not "
+        "shown; kernel distance x 1000 of pictures to real ones of the style; share of pictures whose nearest real "
+        "one is of the concept asked for; loss on the base's own styles with both. Means over seeds.",
+        "",
+        f"| method | rate | seeds | {head} | old styles, both |",
+        "|---" * (4 + 7 * len(styles)) + "|",
+    ]
+    for (name, rate), group in _by(runs, "name", "rate").items():
+        mixes = [run["mixes"] for run in group]
+        names = {"alone": "{} alone", "part": f"{{}} at {SHARE}", "both": "together"}
+        cells = []
+        for style in styles:
+            at = {
+                which: [m[form.format(style) if "base" not in m else "base"] for m in mixes]
+                for which, form in names.items()
+            }
+            cells += [_mean([m["losses"][style] for m in at[which]], ".4f") for which in names]
+            for what, form in (("distance", ".0f"), ("top-1", ".0%")):
+                for which in ("alone", "both"):
+                    cells.append(_mean([m["likeness"][style][what] for m in at[which]], form))
+        old = [
+            statistics.mean(m.get("together", m.get("base"))["losses"][s] for s in BASE_STYLES)
+            for m in mixes
+        ]
+        cells.append(_mean(old, ".4f"))
+        lines.append(f"| {name} | {rate or ''} | {len(group)} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def zeroing_section(title, runs):
+    """Lines on what bases lose where weights are set to zero."""
+    shares = list(runs[0]["zeroed"])
+    names = {"layer": "smallest of each layer", "random": "random", "smallest": "smallest",
+             "largest": "largest"}  # fmt: skip
+    lines = [
+        f"## {title}",
+        "",
+        "Loss on the base's own styles with a share of the weights of its matrices and convolutions set to zero, "
+        "without any training; means over seeds where weights are drawn.",
+        "",
+        f"| base | weights | {' | '.join(f'{float(share):.0%}' for share in shares)} |",
+        "|---" * (2 + len(shares)) + "|",
+    ]
+    for (base, name), group in _by(runs, "base", "name").items():
+        cells = [
+            _mean([run["zeroed"][share][style] for run in group for style in BASE_STYLES], ".4f")
+            for share in shares
+        ]
+        lines.append(f"| {base} | {names[name]} | {' | '.join(cells)} |")
+    return [*lines, ""]

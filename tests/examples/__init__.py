@@ -1,0 +1,1 @@
+"""The example workflows, from what they consist of."""
