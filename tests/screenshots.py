@@ -19,10 +19,8 @@ from .host.browser import Page
 
 ROOT = Path(__file__).resolve().parents[1]
 HELP, EXAMPLES = ROOT / "js" / "docs" / "images", ROOT / "example_workflows"
-RESUME, NOT_RUN = (
-    "3 Stop and go on",
-    ("7 With a LoRA and a ControlNet", "8 Train an edit", "9 Train on videos"),
-)
+RESUME = "3 Stop and go on"
+NOT_RUN = ("7 With a LoRA and a ControlNet", *FAMILY_SPECS)
 STEPS = 300
 SHORTER = {"SaraTrain": {"steps": STEPS, "preview_every_steps": 100, "validation_split": 0.1,
                          "validate_every_steps": 25, "save_every_steps": 100}}  # fmt: skip
@@ -143,10 +141,11 @@ def pictures_made(server):
 def example(page, server, name):
     """Load and run an example; take its nodes, and what it makes as its thumbnail."""
     page.drop(EXAMPLES / f"{name}.json")
-    page.set_for_the_small_model()
-    for kind, values in SHORTER.items():
-        page.set_widgets(kind, **values)
-    if name != TRAIN:
+    if name not in FAMILY_SPECS:
+        page.set_for_the_small_model()
+        for kind, values in SHORTER.items():
+            page.set_widgets(kind, **values)
+    if name not in (TRAIN, *FAMILY_SPECS):
         choose_what_was_trained(page, server)
     thumbnail = EXAMPLES / f"{name}.jpg"
     if name not in NOT_RUN:

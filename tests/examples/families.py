@@ -33,7 +33,7 @@ def loaders(model, vae):
     """Loaders of a diffusion model and a VAE, and where the encoder's prompts begin."""
     return {
         "model": node("UNETLoader", (0, 400), models=[model], unet_name=model["name"]),
-        "vae": node("VAELoader", (0, 680), models=[vae], vae_name=vae["name"]),
+        "vae": node("VAELoader", (0, 760), models=[vae], vae_name=vae["name"]),
     }
 
 
@@ -51,30 +51,30 @@ FAMILY_SPECS = {
             "**captions** of the folder."
         ),
         **loaders(KONTEXT, FLUX_VAE),
-        "clip": node("DualCLIPLoader", (0, 520), models=[CLIP_L, T5], clip_name1=CLIP_L["name"],
+        "clip": node("DualCLIPLoader", (0, 550), models=[CLIP_L, T5], clip_name1=CLIP_L["name"],
                      clip_name2=T5["name"], type="flux"),
         "folder": node(
             "SaraImageFolder", (420, 0), "After the edit",
             {"vae": ("vae", 0), "clip": ("clip", 0), "model": ("model", 0)}, default_caption=EDIT,
         ),
         "references": node(
-            "SaraReferencePictures", (420, 1020), "Before the edit", {"latents": ("folder", 0)}
+            "SaraReferencePictures", (420, 740), "Before the edit", {"latents": ("folder", 0)}
         ),
         "encoded": node(
             "VAEEncode", (880, 1020), None, {"pixels": ("references", 0), "vae": ("vae", 0)}
         ),
         "positive": node(
-            "ReferenceLatent", (880, 1110), None,
+            "ReferenceLatent", (880, 1140), None,
             {"conditioning": ("folder", 1), "latent": ("encoded", 0)},
         ),
         "image": node("LoadImage", (880, 0), "Picture of the previews", image="example.png"),
-        "scaled": node("FluxKontextImageScale", (880, 400), None, {"image": ("image", 0)}),
+        "scaled": node("FluxKontextImageScale", (880, 450), None, {"image": ("image", 0)}),
         "encoded image": node(
-            "VAEEncode", (880, 470), None, {"pixels": ("scaled", 0), "vae": ("vae", 0)}
+            "VAEEncode", (880, 550), None, {"pixels": ("scaled", 0), "vae": ("vae", 0)}
         ),
-        "prompt": prompt(EDIT, (880, 560), "Prompt of the previews", clip=("clip", 0)),
+        "prompt": prompt(EDIT, (880, 670), "Prompt of the previews", clip=("clip", 0)),
         "asked": node(
-            "ReferenceLatent", (880, 750), None,
+            "ReferenceLatent", (880, 880), None,
             {"conditioning": ("prompt", 0), "latent": ("encoded image", 0)},
         ),
         "sampling": node(
@@ -103,7 +103,7 @@ FAMILY_SPECS = {
             "height x frames: begin with short clips and size 480."
         ),
         **loaders(WAN, WAN_VAE),
-        "clip": node("CLIPLoader", (0, 520), models=[UMT5], clip_name=UMT5["name"], type="wan"),
+        "clip": node("CLIPLoader", (0, 560), models=[UMT5], clip_name=UMT5["name"], type="wan"),
         "videos": node(
             "SaraVideoFolder", (420, 0), None,
             {"vae": ("vae", 0), "clip": ("clip", 0), "model": ("model", 0)},
