@@ -53,7 +53,7 @@ def test_pictures_and_masks_go_through_comfyuis_node_into_the_training(server, s
             )
             positive = graph(
                 "InpaintModelConditioning", positive=data.out(1), negative=data.out(3),
-                vae=checkpoint.out(2), pixels=own, mask=graph("ImageToMask", image=masks),
+                vae=checkpoint.out(2), pixels=own, mask=graph("ImageToMask", image=masks, channel="red"),
                 noise_mask=False,
             )  # fmt: skip
         node = graph(
