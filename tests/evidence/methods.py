@@ -1,6 +1,8 @@
 """Ways to fine-tune a model: each returns an optimizer, and adds what it trains to the model in place."""
 
 import contextlib
+import os
+import sys
 from unittest import mock
 
 import torch
@@ -55,6 +57,21 @@ def masked(
     kind = _ByLayerSize if by_layer_size else SaraAdamW
     with mock.patch.object(sara_adamw, "select", choose):
         return sara(model, rate, fraction, kind=kind, **options)
+
+
+def authors(model, rate, fraction=0.1, seed=0):
+    """The authors' optimizer with their defaults, from a checkout of their repository, `SARA_OFFICIAL`.
+
+    It fails where it re-selects, so it never does; its low-rank loss has no effect.
+    """
+    if "SARA_OFFICIAL" not in os.environ:
+        raise LookupError("set SARA_OFFICIAL to a checkout of github.com/sjtuplayer/SaRA")
+    sys.path.insert(0, os.environ["SARA_OFFICIAL"])
+    from optim.adamw import AdamW
+
+    size = torch.cat([p.detach().abs().flatten() for p in model.parameters() if p.dim() > 1])
+    threshold = float(size.sort().values[round(fraction * len(size))])
+    return _clipped(AdamW)(model, lr=rate, threshold=threshold, progressive_iter=10**9)
 
 
 class _ByLayerSize(SaraAdamW):
@@ -137,20 +154,25 @@ def _peft(model, rate, config, seed):
     return adamw([p for p in model.parameters() if p.requires_grad], rate)
 
 
-class _ClippedAdamW(torch.optim.AdamW):
-    def step(self):
-        nn.utils.clip_grad_norm_(self.param_groups[0]["params"], 1.0)
-        super().step()
+def _clipped(kind):
+    """A kind of optimizer that clips gradients as the others do."""
+
+    class Clipped(kind):
+        def step(self):
+            nn.utils.clip_grad_norm_(self.param_groups[0]["params"], 1.0)
+            super().step()
+
+    return Clipped
 
 
 def adamw(parameters, rate):
     """The optimizer of all other methods."""
-    return _ClippedAdamW(parameters, rate, weight_decay=0.0)
+    return _clipped(torch.optim.AdamW)(parameters, rate, weight_decay=0.0)
 
 
 METHODS = {
     "sara": sara, "masked": masked, "low rank on mask": low_rank_on_mask, "full": full, "lora": lora,
-    "shira": shira,
+    "shira": shira, "authors": authors,
 }  # fmt: skip
 
 

@@ -119,6 +119,9 @@ OPTIMIZERS = {  # method, options, rates; Prodigy's is a factor of its own
 }  # fmt: skip
 
 
+AUTHORS = {"the authors' code": ("authors", {}, (1.25e-4, 2.5e-4, 5e-4))}  # method, options, rates
+
+
 LOOKS = {  # rates at which about as much is forgotten
     "SaRA 10 %": 2.5e-4, "random 10 %": 2.5e-4, "LoRA r8": 2e-4, "full": 2e-5,
 }  # fmt: skip
@@ -235,6 +238,7 @@ QUESTIONS = {  # title in the report: the plans of its runs
     "A thousand steps": lambda: methods("emoji64", LONGER[1000], (0, 1), steps=1000),
     "Three thousand steps": lambda: methods("emoji64", LONGER[3000], (0,), steps=3000),
     "Weights at zero": zeroed,
+    "The authors' code": lambda: beside_known("emoji64", AUTHORS),
 }
 
 
@@ -252,6 +256,8 @@ def quick(questions):
     first = {}
     for title, plans in questions.items():
         for plan in plans:
+            if plan["method"] == "authors":  # needs a checkout
+                continue
             name = title if kind(plan) in ("merging", "zeroing") else "The machinery"
             first.setdefault(name, {}).setdefault(plan["method"], plan)
     few = {"pictures": 8, "steps": 3, "strengths": [0.5, 1.0], "concepts": 24, "likeness": False}
