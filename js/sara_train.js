@@ -119,7 +119,10 @@ function describe(state) {
       state.validation.length
         ? text("validation", { value: state.validation.at(-1)[1].toFixed(4) }) : "",
       state.rates.length
-        ? text("learning_rate", { value: state.rates.at(-1)[1].toExponential(2) }) : "",
+        ? text("learning_rate", {
+          value: state.rates.at(-1)[1].toExponential(2),
+          highest: Math.max(...state.rates.map(([, rate]) => rate)).toExponential(2),
+        }) : "",
     ].filter(Boolean).join(", "),
     [
       state.seconds_per_step == null ? "" : text("per_step", { time: time(state.seconds_per_step) }),

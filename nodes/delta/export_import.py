@@ -54,8 +54,8 @@ class SaraExportDelta(io.ComfyNode):
                 io.String.Input(
                     "filename_prefix",
                     default="loras/sara",
-                    tooltip="Name below the output folder; a number is added. Move the file to "
-                    "models/loras.",
+                    tooltip="Name below the output folder; a number is added. In the folder loras "
+                    "Load LoRA lists it after R is pressed; from elsewhere move it to models/loras.",
                 ),
             ],
             outputs=[

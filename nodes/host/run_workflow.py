@@ -49,7 +49,7 @@ def read_workflow(path: Path) -> dict:
     nodes = list(workflow.values()) if isinstance(workflow, dict) else []
     if not nodes or not all(isinstance(node, dict) and "class_type" in node for node in nodes):
         raise WorkflowError(
-            f"{path} is not a workflow in API form; in ComfyUI's page choose Workflow, Export (API)"
+            f"{path} is not a workflow in API form; in ComfyUI's page choose File, Export (API)"
         )
     return workflow
 

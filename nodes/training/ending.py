@@ -10,7 +10,7 @@ from .. import host
 
 MEMORY_ADVICE = (
     "To need less memory: turn gradient_checkpointing on, lower batch_size, use smaller pictures, "
-    "train a smaller fraction, set moments to 8bit (of adamw), turn offloading on, set trained_in to main memory."
+    "train a smaller fraction, set optimizer_moments to 8bit (of adamw), turn offloading on, set trained_in to main memory."
 )
 
 

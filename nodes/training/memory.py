@@ -149,7 +149,7 @@ def remedies(
             found.append(("turn gradient_checkpointing on", need.total - need.activations + least))
     if settings.moments == "fp32" and settings.optimizer == packages.ADAMW:
         saved = (BYTES["fp32"] - BYTES["8bit"]) * training.optimizer.num_trainable
-        found.append(("set moments to 8bit", need.total - saved))
+        found.append(("set optimizer_moments to 8bit", need.total - saved))
     if batch := need.largest_batch():
         found.append((f"set batch_size to {batch}", need.with_batch(batch).total))
     elif need.batch_size > 1:

@@ -75,7 +75,7 @@ class Session:
             which = f"the smallest {self.settings.fraction:.1%} of each layer"
         self.reporter.say(
             f"training {optimizer.num_trainable} of {optimizer.num_considered} weights, {which}, for {self.settings.steps} steps at a learning rate "
-            f"of {self.training.learning_rate(self.settings.schedule_start):.3g}, in {folder.path}"
+            f"of at most {self.training.peak_rate:.3g}, in {folder.path}"
         )
         chart = self.reporter.chart
         chart.by_noise = self.training.noise_tally.means

@@ -71,8 +71,8 @@ def main_inputs() -> list:
             max=1.0,
             step=0.0000001,
             tooltip="Peak learning rate. 0 takes the paper's rule, 0.001 * exp(-350 * threshold), for "
-            "thresholds up to 0.005, and 0.00017 for larger ones; the chart shows the rate it comes to. If "
-            "the pictures hardly change, set two to four times that.",
+            "thresholds up to 0.005, and 0.00017 for larger ones; the chart shows the highest rate. If the "
+            "pictures hardly change, train longer or double it.",
         ),
         io.String.Input(
             "output_name",
@@ -112,8 +112,8 @@ def main_inputs() -> list:
             tooltip="A cancelled or failed run to go on with, exactly where it stopped, or a finished "
             "one to give more_steps. Its own settings are used; of the widgets here only "
             "gradient_checkpointing, offloading, weights_on_device, trained_in, save_every_steps, "
-            "keep_checkpoints, keep_state, lora_file, trigger_words, patience, put_out, tensorboard, moments if it is 8bit, and those of previews count. Press R to refresh "
-            "the list.",
+            "keep_checkpoints, keep_state, lora_file, trigger_words, patience, put_out, tensorboard, optimizer_moments if it is 8bit, and those of previews count; for more_steps of "
+            "a finished run also learning_rate, lr_schedule, warmup_steps and lr_cycles. Press R to refresh the list.",
         ),
         io.Int.Input(
             "more_steps",

@@ -75,7 +75,7 @@ class TrainingRun:
         own = Processes(optimizer.parameters()[0].device, optimizer.distributed)
         self.processes = processes or own
         self._set_batches(config.batch_size * self.processes.size)
-        self._peak_rate = optimizer.param_groups[0]["lr"]
+        self.peak_rate = optimizer.param_groups[0]["lr"]
         self._bad_steps = 0
         self._half_made = False
         self._is_enough = False
@@ -117,7 +117,7 @@ class TrainingRun:
             "step": self.step,
             "generator": generator,
             "remaining": remaining,
-            "peak_rate": self._peak_rate,
+            "peak_rate": self.peak_rate,
             "batch": self.batch_size,
             "num_parts": num_parts,
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
@@ -135,7 +135,7 @@ class TrainingRun:
             self.scaler.load_state_dict(state["scaler"])
         self.step = state["step"]
         if not 0 < self.step == self.config.schedule_start:  # else a new course begins here
-            self._peak_rate = state["peak_rate"]
+            self.peak_rate = state["peak_rate"]
         self.passes.num_parts, self._bad_steps = state["num_parts"], 0
         self._generator.set_state(state["generator"])
         self._set_batches(state.get("batch", self.config.batch_size))
@@ -226,7 +226,7 @@ class TrainingRun:
     def learning_rate(self, step: int) -> float:
         """Return the learning rate of a step, counted from 0, on the present course."""
         config, start = self.config, self.config.schedule_start
-        return self._peak_rate * factor(
+        return self.peak_rate * factor(
             step - start,
             config.steps - start,
             "constant" if self.optimizer.optimizer == SCHEDULE_FREE else config.lr_schedule,

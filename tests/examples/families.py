@@ -46,7 +46,8 @@ FAMILY_SPECS = {
             "**default_caption**.\n\n1. **SaRA Image Folder**: the pictures after the edit.\n2. **SaRA "
             "Reference Pictures**: the folder of those before it. It cuts each to the same window.\n3. "
             "**VAE Encode** and **ReferenceLatent** give every caption its picture, as they do for "
-            "sampling.\n4. **Load Image**: a picture that is in neither folder, for the previews.\n\nFor "
+            "sampling.\n4. **Load Image**: a picture that is in neither folder, for the previews.\n\n**optimizer_moments** "
+            "is *8bit*, which needs `pip install torchao` in ComfyUI's Python; without it choose *fp32*.\n\nFor "
             "Qwen-Image-Edit take TextEncodeQwenImageEdit in place of ReferenceLatent: its prompt is "
             "**captions** of the folder."
         ),

@@ -47,8 +47,8 @@ SD15_SPECS = {
             "## Train on your pictures\n\nSet three things:\n\n1. **Load Checkpoint**: the model to "
             "train.\n2. **SaRA Image Folder**: a folder with 10 to 400 pictures. Put it into ComfyUI's "
             "*input* folder and press R. Text files of the same names are their captions.\n3. A "
-            f"**name**: *{STYLE}* is the word that will call up what was learned. Replace it in trigger, "
-            "output_name and the prompt.\n\nThen queue. SaRA Train shows the loss and previews as it "
+            f"**name**: *{STYLE}* is the word that will call up what was learned. Replace it in **trigger_word**, "
+            "**output_name**, the prompt, and **trigger_words** among all settings of SaRA Train.\n\nThen queue. SaRA Train shows the loss and previews as it "
             "goes; Cancel whenever you like, nothing is lost. Below at the right the same picture before "
             "(0) and after (1)."
         ),
