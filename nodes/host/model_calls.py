@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from ...sara_core.training.inference_tensors import is_tracked, map_tensors, trackable_copy
+from .attention import with_gradients
 from .families import takes_guidance
 from .schedules import noise_schedule
 from .weights import architecture, device_of
@@ -129,7 +130,7 @@ class ModelCalls:
     def _denoise_group(self, noisy: Tensor, sigma: Tensor, captions: list[dict]) -> Tensor:
         _forget_last_step()
         conds = comfy.samplers.cond_cat(captions)
-        options = dict(self.patcher.model_options["transformer_options"])
+        options = with_gradients(self.patcher.model_options["transformer_options"])
         options.update(cond_or_uncond=[0], sigmas=sigma)
         if self._wrappers:
             options["wrappers"] = self._wrappers

@@ -14,6 +14,7 @@ from comfy.model_patcher import LowVramPatch
 
 from ...sara_core.training.inference_tensors import make_trackable
 from ...sara_core.weights.quantised import Quantised, numbers_on_use
+from .attention import differentiable_attention
 from .compiled import compile_wrappers
 from .model_calls import ModelCalls
 from .weights import (
@@ -66,6 +67,7 @@ def trainable(
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
+        differentiable_attention(),
         _numbers_on_use(model, computes_in(patcher), device_of(patcher), learned_on),
     ):
         _unpin(patcher)
