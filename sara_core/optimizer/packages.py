@@ -142,15 +142,15 @@ class PackageUpdates:
     def keep(
         self,
         states: MutableMapping[Tensor, dict],
-        changes: Sequence[tuple[SparseWeight, SparseWeight | None]],
-        marks: Sequence[Tensor],
-        stopped: Sequence[SparseWeight],
+        weight: SparseWeight,
+        kept: SparseWeight | None,
+        stopped: SparseWeight,
+        mark: Tensor,
     ) -> None:
         """Hand on what is remembered; what has stopped does so at its average, not on the way to it."""
-        hand_on(states, changes, marks, _part)
-        for weight in stopped if self._kind == SCHEDULE_FREE else ():
-            if weight.average is not None:
-                weight.write_(weight.average, weight.index)
+        hand_on(states, weight, kept, mark, _part)
+        if self._kind == SCHEDULE_FREE and stopped.average is not None:
+            stopped.write_(stopped.average, stopped.index)
 
     def take_over(
         self,

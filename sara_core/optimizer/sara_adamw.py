@@ -4,6 +4,7 @@ import contextlib
 import logging
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -258,6 +259,7 @@ class SaraAdamW(TrainedModel, torch.optim.Optimizer):
             clip_(self.parameters(), self.max_grad_norm)
         if any(leaf.grad is None for leaf in self.parameters()) and not self._has_updated:
             self._weights.refuse_replaced()
+            self._weights.tell_of_those_without_gradient()
         self._has_updated = True
         self._updates.update_(
             self._weights.active, self.state, self.param_groups[0], self.num_steps
@@ -269,6 +271,8 @@ class SaraAdamW(TrainedModel, torch.optim.Optimizer):
         if self.ema_decay:
             follow_(self._weights.every, self.ema_decay, self.num_steps)
         if self.num_steps == self.progressive_step:
+            for leaf in self.parameters():
+                leaf.grad = None  # used, and not worth handing on
             self.reselect()
         return loss
 
@@ -300,9 +304,7 @@ class SaraAdamW(TrainedModel, torch.optim.Optimizer):
                 num_before, self.threshold,
             )  # fmt: skip
             return
-        num_frozen = len(self._weights.frozen)
-        changes = self._weights.freeze(marks)
-        self._updates.keep(self.state, changes, marks, self._weights.frozen[num_frozen:])
+        self._weights.freeze(marks, partial(self._updates.keep, self.state))
         self.param_groups[0]["params"] = self.parameters()
         self.stage = 2
         logger.info("progressive adjustment: %d of %d trained weights go on", num_left, num_before)

@@ -1,6 +1,7 @@
 """The selected weights of a whole model, and the model's way there and back."""
 
 import contextlib
+import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -14,8 +15,16 @@ from ..weights.shards import is_sharded, reshard, total
 from .convolution import InParts, is_large
 from .sparse_weight import SparseWeight
 
+# Told of a weight, of what goes on of it, of what has stopped of it, and of the mask of what goes on.
+HandOn = Callable[[SparseWeight, SparseWeight | None, SparseWeight, Tensor], None]
 OWNER = "sara_owner"  # attribute of a parameter that is being trained
+NAMED, LARGE_SHARE = (
+    3,
+    0.05,
+)  # of weights without a gradient: how many are named, and when it is a warning
 IGNORED_BY_DDP = "_ddp_params_and_buffers_to_ignore"  # attribute of a module, known to torch
+
+logger = logging.getLogger("comfyui-sara")
 
 
 class SparseModel:
@@ -150,6 +159,18 @@ class SparseModel:
                     "first, then make the optimizer"
                 )
 
+    def tell_of_those_without_gradient(self) -> None:
+        """Log which active weights have got no gradient, such as those of layers that were not called."""
+        silent = [weight for weight in self.active if weight.leaf.grad is None]
+        count = sum(weight.num_whole for weight in silent)
+        share = count / sum(weight.num_whole for weight in self.active)
+        names = ", ".join(weight.name for weight in silent[:NAMED])
+        logger.log(
+            logging.WARNING if share > LARGE_SHARE else logging.INFO,
+            "%d selected weights (%.1f %%) have got no gradient and stay as they are, in %s%s",
+            count, 100 * share, names, ", ..." if len(silent) > NAMED else "",
+        )  # fmt: skip
+
     def detach(self) -> None:
         """Let go of the module as it is: remove the hooks, give `requires_grad` back."""
         self._unhook()
@@ -217,28 +238,40 @@ class SparseModel:
         pairs = zip(self.active, marks, strict=True)
         return marks, int(sum(total(weight.parameter, mark.sum()) for weight, mark in pairs))
 
-    def freeze(self, marks: Sequence[Tensor]) -> list[tuple[SparseWeight, SparseWeight | None]]:
+    def freeze(self, marks: Sequence[Tensor], hand_on: HandOn) -> None:
         """Go on with the marked active weights only; the others keep their learned value.
+
+        One weight is taken after the other, and what it was is let go, so that little is there twice.
 
         Args:
             marks: One bool mask `(k,)` per active weight: those that go on.
-
-        Returns:
-            Each former active weight with what remains of it, None for nothing.
+            hand_on: Called for each weight of which something stops, with what goes on of it (None for
+                nothing), with what has stopped, and with its mask.
         """
-        changes: list[tuple[SparseWeight, SparseWeight | None]] = []
-        for weight, mark in zip(self.active, marks, strict=True):
+        self._unhook()
+        self._let_go_of_quantised()
+        place = 0
+        for mark in marks:
+            weight = self.active[place]
             num_kept = int(total(weight.parameter, mark.sum()))
-            if num_kept == weight.num_whole:
-                changes.append((weight, weight))
-                continue
-            stopped = weight.part(~mark)
-            stopped.gradient = None
-            self.frozen.append(stopped)
-            changes.append((weight, weight.part(mark) if num_kept else None))
-        self.active = [kept for _, kept in changes if kept is not None]
+            if num_kept < weight.num_whole:
+                kept = weight.part(mark) if num_kept else None
+                stopped = weight.part(~mark)
+                stopped.gradient = weight.gradient = None
+                hand_on(weight, kept, stopped, mark)
+                self.frozen.append(stopped)
+                self.active[place : place + 1] = [] if kept is None else [kept]
+            place += bool(num_kept)
         self.attach()
-        return changes
+
+    def _let_go_of_quantised(self) -> None:
+        """Have quantised parameters hold none of these weights, until they are attached again."""
+        ours = {id(weight) for weight in self._acting}
+        for parameter in self.parameters.values():
+            if isinstance(parameter, Quantised):
+                learned = parameter.source.learned
+                parameter.source.learned = [w for w in learned if id(w) not in ours]
+        self._acting = []
 
     def entries(self) -> dict[str, DeltaEntry]:
         """Return learned minus base of active and frozen weights, on the CPU, in module order."""

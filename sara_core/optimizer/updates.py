@@ -53,15 +53,15 @@ def clip_(leaves: Sequence[nn.Parameter], max_norm: float) -> None:
 
 def hand_on(
     states: MutableMapping[Tensor, dict],
-    changes: Sequence[tuple[SparseWeight, SparseWeight | None]],
-    marks: Sequence[Tensor],
+    weight: SparseWeight,
+    kept: SparseWeight | None,
+    mark: Tensor,
     part: Callable[[dict, Tensor], dict],
 ) -> None:
-    """Give what remains of each weight its part of what is remembered; see `AdamWUpdates.keep`."""
-    for mark, (weight, kept) in zip(marks, changes, strict=True):
-        state = states.pop(weight.leaf, None)
-        if kept is not None and state:
-            states[kept.leaf] = part(state, mark)
+    """Give what remains of a weight its part of what is remembered; see `AdamWUpdates.keep`."""
+    state = states.pop(weight.leaf, None)
+    if kept is not None and state:
+        states[kept.leaf] = part(state, mark)
 
 
 def _part(state: dict, mark: Tensor) -> dict:
@@ -114,19 +114,21 @@ class AdamWUpdates:
     def keep(
         self,
         states: MutableMapping[Tensor, dict],
-        changes: Sequence[tuple[SparseWeight, SparseWeight | None]],
-        marks: Sequence[Tensor],
-        stopped: Sequence[SparseWeight],
+        weight: SparseWeight,
+        kept: SparseWeight | None,
+        stopped: SparseWeight,
+        mark: Tensor,
     ) -> None:
-        """Hand on what is remembered of each weight to the part of it that goes on.
+        """Hand on what is remembered of a weight to the part of it that goes on.
 
         Args:
             states: By leaf; changed in place.
-            changes: Each former weight with what remains of it, as `SparseModel.freeze` returns them.
-            marks: Which of its selected values remain.
-            stopped: What has stopped of them.
+            weight: As it was.
+            kept: What goes on of it, None for nothing.
+            stopped: What has stopped of it.
+            mark: Which of its selected values go on, bool `(k,)`.
         """
-        hand_on(states, changes, marks, _part)
+        hand_on(states, weight, kept, mark, _part)
 
     def take_over(
         self,

@@ -6,6 +6,7 @@ from torch import nn
 
 from sara_core import SaraAdamW
 from sara_core.optimizer.sparse_weight import SparseWeight
+from sara_core.training.memory_need import LiveBytes
 
 from ..helpers import loss_of, pair
 
@@ -72,3 +73,26 @@ def test_bytes_per_trained_weight(dtype, expected):
             todo.append(vars(item))
     assert optimizer.num_trainable == pytest.approx(20_000, rel=0.001)  # equal magnitudes in half
     assert held / optimizer.num_trainable == pytest.approx(expected, abs=0.01)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "schedule_free"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_second_stage_begins_within_what_a_step_takes(kind, dtype):
+    """One layer after the other, with gradients that are used up gone."""
+    torch.manual_seed(0)
+    net = nn.Sequential(*(nn.Linear(60, 60, bias=False) for _ in range(20))).to(dtype)
+    most = {}
+    with LiveBytes(torch.device("cpu")) as live:
+        optimizer = SaraAdamW(
+            net, fraction=0.5, lr=3e-2, low_rank_weight=0, progressive_step=3, optimizer=kind
+        )
+        for step in range(3):
+            x = torch.ones(3, 60, dtype=dtype)
+            sum(layer(x).square().mean() for layer in net).backward()
+            live.peak = live.now
+            optimizer.step()
+            most[step] = live.peak
+            optimizer.zero_grad()
+    assert optimizer.stage == 2
+    assert 0.2 < optimizer.num_trainable / optimizer.delta().num_values < 0.95
+    assert most[2] <= 1.01 * most[1]

@@ -145,3 +145,18 @@ def test_what_was_learned_outlasts_restore_and_later_changes():
         assert torch.equal(optimizer.delta().entries["weight"].values, before)
         assert torch.equal(optimizer.state_dict()["sara"]["weights"][0]["values"], state)
         assert before.abs().min() > 0
+
+
+def test_layers_that_get_no_gradient_are_named_once(caplog):
+    caplog.set_level("INFO")
+    net = nn.ModuleDict({"used": nn.Linear(40, 40), "idle": nn.Linear(40, 4)})
+    optimizer = SaraAdamW(net, fraction=0.5, lr=1e-3, low_rank_weight=0)
+    for _ in range(2):
+        net["used"](torch.ones(1, 40)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    count = int((optimizer.delta().entries["idle.weight"].values == 0).sum())
+    (record,) = [r for r in caplog.records if "have got no gradient" in r.message]
+    assert record.levelname == "WARNING"
+    assert record.message.startswith(f"{count} selected weights (")
+    assert record.message.endswith("in idle.weight")
