@@ -97,7 +97,7 @@ class SaraAnalyze(io.ComfyNode):
     @classmethod
     def execute(cls, model, threshold, fraction, count, include, exclude, zeros) -> io.NodeOutput:
         weights = host.trainable_weights(model)
-        weights = weights.only(filter_parameters(weights.stored, include, exclude))
+        weights = weights.only(filter_parameters(weights.kinds, include, exclude))
         rule = selection_rule(threshold, fraction, count)
         analysis = analyze(weights, **rule, zeros=host.zero_rule(model, zeros))
         value = analysis.cutoff.threshold

@@ -1,6 +1,7 @@
 """VAE and CLIP."""
 
 import comfy.model_management
+import torch
 from comfyui_version import __version__
 from torch import Tensor
 
@@ -23,8 +24,13 @@ def vae_facts(vae) -> list | None:
         __version__,
         type(model).__name__,
         str(vae.vae_dtype),
-        weights_digest(model.state_dict()),
+        weights_digest(_tensors(model)),
     ]
+
+
+def _tensors(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name; `state_dict` of ComfyUI-GGUF's layers has no numbers."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 def clip_facts(clip) -> list | None:
@@ -35,7 +41,7 @@ def clip_facts(clip) -> list | None:
     model, tokenizer = clip.cond_stage_model, clip.tokenizer
     options = sorted((str(k), str(v)) for k, v in clip.tokenizer_options.items())
     names = [__version__, type(model).__name__, type(tokenizer).__name__]
-    return [*names, str(clip.layer_idx), options, weights_digest(model.state_dict())]
+    return [*names, str(clip.layer_idx), options, weights_digest(_tensors(model))]
 
 
 def frames_taken(vae, count: int) -> int:

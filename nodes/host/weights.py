@@ -50,6 +50,15 @@ class BaseWeights(Mapping):
     def __len__(self) -> int:
         return len(self.stored)
 
+    @property
+    def kinds(self) -> dict[str, Tensor]:
+        """Tensors without data to choose among by: of the weights' shapes, and floating-point as they are."""
+        return {
+            name: torch.empty(tuple(weight.shape), device="meta")
+            for name, weight in self.stored.items()
+            if weight.is_floating_point() or is_quantised(weight)
+        }
+
     def only(self, names: Iterable[str]) -> "BaseWeights":
         """Return those of the names."""
         return BaseWeights({name: self.stored[name] for name in names}, self._convert, self._patch)

@@ -1,6 +1,7 @@
 """Captions: beside the pictures or in a table, in the forms other trainers write them."""
 
 import csv
+import io
 import json
 import os
 import re
@@ -173,7 +174,7 @@ def _rows(text: str, file: str) -> Iterator[tuple[str, object]]:
                     yield f"line {number}", None
         return
     if file.endswith(".csv"):
-        for number, row in enumerate(csv.DictReader(text.splitlines()), 2):
+        for number, row in enumerate(csv.DictReader(io.StringIO(text, newline="")), 2):
             yield f"line {number}", {key: value for key, value in row.items() if key}
         return
     data = json.loads(text)

@@ -36,7 +36,7 @@ def weights_digest(weights: Mapping[str, Tensor]) -> str:
         last, count = max(0, len(flat) - 1), min(NUM_SAMPLES, len(flat))
         where = torch.linspace(0, last, count, dtype=torch.float64)
         sample = flat[where.long().to(flat.device)]
-        digest.update(sample.to("cpu", torch.float64).numpy().tobytes())
+        digest.update(sample.cpu().double().numpy().tobytes())
     return digest.hexdigest()
 
 

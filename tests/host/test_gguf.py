@@ -108,3 +108,36 @@ def test_a_delta_applies_to_a_gguf_model(sara, pack, tmp_path, form):
     assert (found - expected).norm() < 0.01 * (expected - base).norm()
     assert torch.equal(output(patcher), base)
     assert delta.fits_base(sara.host.patched_weights(patcher))
+
+
+def test_analyze_counts_packed_weights_as_the_numbers_they_stand_for(sara, pack, tmp_path):
+    from sara_pack.nodes.analysis.analyze import SaraAnalyze
+
+    patcher = load(pack, tmp_path, "Q8_0")
+    base = sara.host.base_weights(patcher)
+    numbers = {n: w.detach().float() for n, w in base.items() if w.dim() > 1}
+    SaraAnalyze.hidden = type("hidden", (), {"unique_id": "1", "extra_pnginfo": None})
+    found = SaraAnalyze.execute(patcher, 0.0, 0.1, "", "", "", "train")
+    every = torch.cat([w.abs().flatten() for w in numbers.values()]).sort().values
+    assert found[1] == pytest.approx(float(every[round(0.1 * len(every))]), rel=1e-3)
+
+
+def test_what_a_gguf_text_encoder_is_can_be_told(sara, pack):
+    """Its `state_dict` has no numbers."""
+    import gguf
+
+    from ..assets.emoji64 import assemble
+
+    def encoder(changed=0.0):
+        state, kind = assemble.clip_l(), gguf.GGMLQuantizationType.Q8_0
+        for name in [n for n, w in state.items() if "mlp.fc1.weight" in n]:
+            weight = state[name].float() + changed
+            raw = torch.from_numpy(gguf.quants.quantize(weight.numpy(), kind))
+            state[name] = pack.ops.GGMLTensor(raw, tensor_type=kind, tensor_shape=weight.shape)
+        return pack.nodes.CLIPLoaderGGUF().load_patcher(
+            ["clip_l.gguf"], comfy_sd.CLIPType.STABLE_DIFFUSION, [state]
+        )
+
+    with torch.inference_mode():
+        one, same, other = (sara.host.clip_facts(encoder(by)) for by in (0.0, 0.0, 0.1))
+    assert one == same != other

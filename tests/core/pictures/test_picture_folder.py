@@ -324,3 +324,13 @@ def test_captions_in_any_encoding_are_read_or_reported(tmp_path, data, text, gue
     notes = [f"a.txt is taken for {guessed}; save it as UTF-8 if it looks wrong"] if guessed else []
     assert [problem.reason for problem in problems] == notes
     assert all(problem.is_note for problem in problems)
+
+
+def test_captions_of_several_lines_in_a_table_keep_their_words_apart(tmp_path):
+    text = 'file_name,text\na.png,"line one\nline two"\nb.png,half\u2028way\n'
+    put(tmp_path, **{"a.png": "x", "b.png": "x", "metadata.csv": text})
+    found, problems = captions(tmp_path)
+    assert {name: caption for name, (caption, _) in found.items()} == {
+        "a.png": "line one line two", "b.png": "half way",
+    }  # fmt: skip
+    assert not problems
