@@ -66,6 +66,10 @@ class Saver:
             return self._resume_from_delta()
         state = self.folder.read_state()
         try:
+            if (
+                state["run"]["step"] < self.folder.settings.schedule_start
+            ):  # the last one was not written
+                return self._resume_from_delta()
             wrong = differences(state["identity"], self._identity)
             if wrong:
                 raise ValueError(
@@ -137,7 +141,7 @@ class Saver:
         step, folder = self.training.step, self.folder
         kept = [entry for entry in self.validation if folder.best_path(entry[0]).is_file()]
         best = best_of([*kept, self.validation[-1]])
-        if best is None or best[0] != step:
+        if best is None or best[0] != step or not step:
             return
         present = present_metadata(self.training.optimizer, self.previews.thumbnail)
         measured = {"sara.validation_loss": repr(best[1])}
@@ -209,9 +213,12 @@ class Saver:
                 SparseDelta.load(path), self.folder.settings.lora_file, self._dtype
             )
             replace_atomically(target, lambda temporary: save_file(tensors, temporary))
-        except (OSError, ValueError) as error:
-            self.reporter.warn(f"could not write the LoRA file ({error}); the delta is saved")
+        except Exception as error:
+            problem = f"{type(error).__name__}: {error}"
+        else:
+            self.reporter.warn(
+                f"wrote {target.name} for models/loras; it keeps {kept:.0%} of the change's energy"
+            )
             return
-        self.reporter.warn(
-            f"wrote {target.name} for models/loras; it keeps {kept:.0%} of the change's energy"
-        )
+        host.free_memory()  # outside the except block, where the error held on to tensors
+        self.reporter.warn(f"could not write the LoRA file ({problem}); the delta is saved")

@@ -54,7 +54,7 @@ class RunFolder:
                 "with the same output folder; wait for it or cancel it there"
             ) from error
         for left_over in self.path.glob(".*.tmp"):  # of a save that was killed
-            left_over.unlink(missing_ok=True)
+            _forget(left_over)
         saved = json.loads((self.path / SETTINGS).read_text(encoding="utf-8"))
         self.settings = RunSettings.read(saved)
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="sara-save")
@@ -226,8 +226,7 @@ class RunFolder:
         names = [path.name for path in self.path.glob(CHECKPOINTS)]
         up_to_now = sorted(name for name in names if name <= CHECKPOINT.format(step))
         for name in up_to_now[: -max(1, keep)]:
-            with contextlib.suppress(OSError):  # another program has it open
-                (self.path / name).unlink()
+            _forget(self.path / name)
 
     def keep_best(self, delta: SparseDelta, step: int, dtype: torch.dtype) -> None:
         """Keep the delta after a step apart from the checkpoints, in place of the one before.
@@ -246,15 +245,14 @@ class RunFolder:
         self._saved_step = step
         for path in self.path.glob(BESTS):
             if path.name > BEST.format(step):
-                path.unlink(missing_ok=True)
+                _forget(path)
 
     def _forget_bests(self, newest: int) -> None:
         """Delete all but the newest and the last one up to the state that was saved last."""
         names = sorted(path.name for path in self.path.glob(BESTS))
         covered = [name for name in names if name <= BEST.format(self._saved_step)]
         for name in set(names) - {BEST.format(newest), *covered[-1:]}:
-            with contextlib.suppress(OSError):  # another program has it open
-                (self.path / name).unlink()
+            _forget(self.path / name)
 
     def best_path(self, step: int) -> Path:
         """Return where `keep_best` keeps the delta after a step."""
@@ -279,7 +277,7 @@ class RunFolder:
             if step.isdecimal() and int(step) <= up_to_step:
                 found.append((int(step), path.name))
             elif step.isdecimal():
-                path.unlink(missing_ok=True)
+                _forget(path)
         return found
 
     def finish(
@@ -293,16 +291,16 @@ class RunFolder:
         """Save the final delta, after the last step, at a path in this folder.
 
         A checkpoint of the same step is no longer needed then, and deleted; so is the state, unless
-        it is to be kept.
+        it is to be kept and is of this step.
         """
         problem = self.finish_saving()
         if problem is not None:
             self.log(f"an earlier save had failed: {problem}")
         self._make_again()
         delta.save(path, dtype)
-        if not keep_state:
-            (self.path / STATE).unlink(missing_ok=True)
-        (self.path / CHECKPOINT.format(step)).unlink(missing_ok=True)
+        if not keep_state or self._saved_step != step:
+            _forget(self.path / STATE)
+        _forget(self.path / CHECKPOINT.format(step))
         self._saved_step = step
         if newest := max(self.path.glob(BESTS), default=None):
             self._forget_bests(int(newest.name.split("_")[1]))
@@ -319,6 +317,12 @@ class RunFolder:
             left = {path.name for path in self.path.iterdir()}
             if left <= {SETTINGS, LOG, LOCK, JOB, VALIDATION, PREVIEWS, EVENTS}:
                 shutil.rmtree(self.path)
+
+
+def _forget(path: Path) -> None:
+    """Delete a file that is no longer needed, unless another program has it open."""
+    with contextlib.suppress(OSError):
+        path.unlink()
 
 
 def _write_settings(path: Path, settings: RunSettings) -> None:

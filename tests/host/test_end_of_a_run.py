@@ -294,3 +294,19 @@ def test_an_average_is_what_is_measured_saved_and_put_out(sd15, sara, tmp_path):
     examples = sara.examples.Examples(latents, captions)
     with sara.run.prepared(applied, examples, options) as (_, training):
         assert training.validate() == pytest.approx(losses["validation_loss"][-1], rel=1e-4)
+
+
+def test_what_has_learned_nothing_yet_is_no_best(sd15, sara, tmp_path, monkeypatch):
+    """A run cancelled before its first step leaves no delta, nor a folder."""
+    monkeypatch.setattr(sara.run.TrainingRun, "validate", lambda training: 1.0 + training.step)
+
+    def cancelled(training):
+        raise sara.host.Cancelled
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sara.run.TrainingRun, "_make_step", cancelled)
+        with pytest.raises(sara.host.Cancelled):
+            run(sara, sd15, tmp_path / "runs", held_out(sara))
+    assert not list((tmp_path / "runs").iterdir())
+    path, _, _ = run(sara, sd15, tmp_path / "runs", held_out(sara, put_out="best validation"))
+    assert path.name == "best_0000001_steps.safetensors"  # of those that have learned something

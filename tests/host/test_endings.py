@@ -163,6 +163,42 @@ def test_a_file_for_loaders_of_loras_is_written_beside_the_delta(sd15, sara, tmp
     assert target.is_dir()
 
 
+def test_a_lora_that_cannot_be_made_does_not_fail_a_finished_run(sd15, sara, tmp_path, monkeypatch):
+    latents, captions = pairs(2)
+    from sara_pack.nodes.training import saver
+
+    def without_room(*_):
+        raise RuntimeError("not enough memory: you tried to allocate 24 GB")
+
+    monkeypatch.setattr(saver, "export", without_room)
+    options = settings(sara, steps=2, lora_file="LoRA of rank 16")
+    folder = sara.folder.RunFolder.create(tmp_path, "run", options)
+    train(sara, sd15, latents, captions, None, new=folder)
+    log = (folder.path / "log.txt").read_text()
+    assert "could not write the LoRA file (RuntimeError: not enough memory" in log
+    assert (folder.path / "run_2_steps.safetensors").is_file()
+
+
+def test_a_state_that_did_not_fit_at_the_end_is_not_gone_on_from(sd15, sara, tmp_path, monkeypatch):
+    monkeypatch.setattr(sara.host, "output_root", lambda: str(tmp_path))
+    latents, captions = pairs(4)
+    options = settings(
+        sara, steps=4, learning_rate=1e-3, output_name="run", save_every_steps=2, progressive=0,
+        warmup_steps=20,
+    )  # fmt: skip
+    folder = sara.folders.new_folder(sd15, options)
+    train(sara, sd15, latents, captions, None, new=folder)
+    more = sara.folders.old_folder(sd15, "run_00001", options, 2)
+    kept = more.read_state()
+    kept["run"]["step"] = 2  # as 0.2.0 left it beside the delta if the disk was full
+    assert more._writer.submit(more._write, kept, {}, 9, torch.float32).result() is None
+    delta, losses = train(sara, sd15, latents, captions, None, resume=more)
+    assert len(losses) == 6
+    assert "going on from run_4_steps.safetensors" in (more.path / "log.txt").read_text()
+    rates = [rate for _, rate in sara.folder.RunFolder(more.path).read_losses(6)]
+    assert all(rate > 0 for rate in rates)
+
+
 def test_a_finished_run_goes_on_with_more_steps_on_a_course_of_their_own(
     sd15, sara, tmp_path, monkeypatch
 ):

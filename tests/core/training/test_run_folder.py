@@ -134,6 +134,39 @@ def test_a_full_disk_is_reported_and_the_last_good_save_stays(tmp_path, monkeypa
     assert not [name for name in os.listdir(folder.path) if name.startswith(".")]
 
 
+def test_a_state_of_before_the_end_is_not_kept_beside_the_delta(tmp_path):
+    _, run = make()
+    folder = RunFolder.create(tmp_path, "style", RunSettings(**SETTINGS))
+    for report in run:
+        if report.step == 2:
+            assert folder.save(saved(run), {}, keep=2, wait=True) is None
+    folder.finish(run.optimizer.delta(), folder.path / "end.safetensors", torch.float32, 12, True)
+    assert not folder.can_resume
+    assert folder.save(saved(run), {}, keep=2, wait=True) is None
+    folder.finish(run.optimizer.delta(), folder.path / "end.safetensors", torch.float32, 12, True)
+    assert folder.can_resume
+
+
+def test_files_that_another_program_has_open_do_not_fail_what_is_done(tmp_path, monkeypatch):
+    _, run = make()
+    folder = RunFolder.create(tmp_path, "style", RunSettings(**SETTINGS))
+    list(run)
+    assert folder.save(saved(run), {}, keep=2, wait=True) is None
+    folder.preview_path(3).parent.mkdir()
+    folder.preview_path(3).touch()
+    folder.keep_best(run.optimizer.delta(), 9, torch.float32)
+
+    def refused(path, missing_ok=False):
+        raise PermissionError(13, "open in another program")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(folder.path), "unlink", refused)
+        folder.finish(run.optimizer.delta(), folder.path / "end.safetensors", torch.float32, 12)
+        folder.forget_bests_after(4)
+        assert folder.previews(2) == []
+    assert (folder.path / "end.safetensors").is_file()
+
+
 def test_a_resumed_run_keeps_its_new_checkpoints_and_skips_those_of_later_steps(tmp_path):
     _, run = make()
     folder = RunFolder.create(tmp_path, "style", RunSettings(**SETTINGS))
