@@ -61,6 +61,7 @@ from .weights import (
     diffusers_names,
     is_quantised,
     patched_weights,
+    rounds_patches,
     trainable_weights,
     zero_rule,
 )
@@ -110,6 +111,7 @@ __all__ = [
     "noise_schedule",
     "output_root",
     "patched_weights",
+    "rounds_patches",
     "processes",
     "patches_carried",
     "picture_folder",

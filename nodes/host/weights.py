@@ -104,6 +104,13 @@ def patched_weights(patcher) -> BaseWeights:
     return weights.patched({name: functools.partial(patch, key) for name, key in keys.items()})
 
 
+def rounds_patches(patcher) -> bool:
+    """Tell whether a MODEL that is loaded whole has patches rounded into weights of eight bits."""
+    stored = base_weights(patcher).stored
+    patched = [w for name, w in stored.items() if PREFIX + name in patcher.patches]
+    return any(is_quantised(weight) and not is_ggml(weight) for weight in patched)
+
+
 def converter(module: torch.nn.Module, kind: str, stored: Tensor) -> Callable[..., Tensor]:
     """Return what turns a layer's stored weight into numbers, during training as well."""
     if is_ggml(stored):

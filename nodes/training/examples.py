@@ -272,6 +272,11 @@ def differences(saved: dict, now: dict, other: str = "the run") -> list[str]:
     for kind in ("regularisation pictures", "masks"):
         if saved[kind] != now[kind]:
             wrong.append(f"there are {now[kind]} {kind}, {other} had {saved[kind]}")
+    if saved.get("patches", now["patches"]) != now["patches"]:
+        wrong.append(
+            f"the LoRAs on the model's 8-bit weights would be {now['patches']}, {other}'s were "
+            f"{saved['patches']}: set offloading as it was"
+        )
     if saved["held out"] != now["held out"]:
         wrong.append("other pictures would be held out for validation")
     if saved["sampling"] != now["sampling"]:

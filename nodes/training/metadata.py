@@ -44,10 +44,12 @@ def with_end(metadata: dict[str, str], ended_at: int) -> dict[str, str]:
     return metadata | {"sara.settings": json.dumps(settings, sort_keys=True)}
 
 
-def identity(patcher, examples: Examples, held_out: Sequence[int]) -> dict:
+def identity(patcher, examples: Examples, held_out: Sequence[int], offloading: bool) -> dict:
     """Say what a run is of, to recognise it when it is resumed, or in another process."""
+    rounded = host.rounds_patches(patcher)  # as it is loaded, unless it is offloaded
     return {
         "model": host.architecture(patcher),
+        "patches": "" if not rounded else "added on use" if offloading else "rounded to eight bits",
         "sampling": host.sampling_summary(patcher),
         "held out": list(held_out),
         **describe_examples(examples),

@@ -124,7 +124,9 @@ def prepared(
     with host.trainable(patcher, dtype, settings.offloading, settings.trained_in) as calls:
         calls.guidance = settings.guidance if settings.guidance >= 0 else None
         pictures = TrainingSet(calls, examples, settings.validation_split, settings.seed)
-        _refuse_different(processes, lambda: identity(patcher, examples, pictures.validation))
+        _refuse_different(
+            processes, lambda: identity(patcher, examples, pictures.validation, settings.offloading)
+        )
         scaler = None
         if host.needs_loss_scaling(patcher, dtype):
             scaler = torch.amp.GradScaler(calls.device.type)

@@ -51,7 +51,9 @@ class Saver:
         self.losses: list[float] = []
         self.validation: list[tuple[int, float]] = []
         self._last_saved = 0
-        self._identity = identity(patcher, examples, training.task.validation)
+        self._identity = identity(
+            patcher, examples, training.task.validation, self.folder.settings.offloading
+        )
         self._metadata = run_metadata(patcher, self.folder.settings, training.optimizer)
         self._dtype = SAVE_DTYPES[self.folder.settings.save_dtype]
 

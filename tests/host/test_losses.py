@@ -163,7 +163,13 @@ def test_each_of_several_captions_reaches_the_model(sd15, sara):
             )
             assert torch.allclose(data.predict(clean, sigma, [0], [number]), alone, atol=1e-4)
         saved, now = (
-            {"model": 0, "held out": 0, "sampling": 0, **sara.examples.describe_examples(e)}
+            {
+                "model": 0,
+                "held out": 0,
+                "sampling": 0,
+                "patches": "",
+                **sara.examples.describe_examples(e),
+            }
             for e in (examples, plain)
         )
     assert sara.examples.differences(saved, saved) == []

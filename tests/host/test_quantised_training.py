@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from . import zoo
+from .builders import LOOKS, fail_at, settings, train
 from .quantised import (
     E4M3,
     FAMILY,
@@ -170,3 +171,21 @@ def test_stored_weights_survive_every_ending(sara, monkeypatch, ending):
         assert parameter is held[name] or not sara.host.is_quantised(held[name]), name
     for name, value in raw_bits(patcher).items():
         assert torch.equal(value, before[name]), name
+
+
+def test_a_lora_on_eight_bits_is_not_gone_on_with_the_other_way(sara, tmp_path):
+    """Loaded whole it is rounded into the weights; offloaded it is added to their numbers."""
+    latents, captions = zoo.examples(FAMILY)
+    options = {"steps": 3, "learning_rate": 2e-3, "fraction": 0.1, "low_rank_weight": 0.0}
+    folder = sara.folder.RunFolder.create(tmp_path, "run", settings(sara, **options))
+    patcher = with_patch(load("e4m3fn"))
+    hook = patcher.model.diffusion_model.register_forward_hook(fail_at(LOOKS + 3))
+    with pytest.raises(KeyboardInterrupt):
+        train(sara, patcher, latents, captions, None, new=folder)
+    hook.remove()
+    again = sara.folder.RunFolder(folder.path)
+    again.settings = settings(sara, offloading=True, **options)
+    with pytest.raises(ValueError, match="were rounded to eight bits: set offloading as it was"):
+        train(sara, patcher, latents, captions, None, resume=again)
+    again = sara.folder.RunFolder(folder.path)
+    assert len(train(sara, patcher, latents, captions, None, resume=again)[1]) == 3

@@ -133,7 +133,7 @@ def test_a_run_with_other_references_is_not_gone_on_with(sara):
     )
     assert one != two
     plain = sara.examples.describe_examples(sara.examples.Examples(latents, captions))
-    facts = {"model": 0, "held out": 0, "sampling": 0}
+    facts = {"model": 0, "held out": 0, "sampling": 0, "patches": ""}
     told = sara.examples.differences
     (line,) = told(facts | one, facts | two)
     assert "other reference latents or masks are given" in line
