@@ -21,7 +21,7 @@ def run(base, plan):
         if share:
             index, _ = positions_of(chosen_from, plan["name"], share, seed=plan["seed"])
             for name, positions in index.items():
-                weights = here[name].flatten()
+                weights = here[name].flatten().clone()
                 weights[positions.long()] = 0.0
                 here[name].copy_(weights.view(here[name].shape))
         found[str(share)] = {
