@@ -24,8 +24,12 @@ def with_gradients(transformer_options: dict) -> dict:
     """
     options = {key: value for key, value in transformer_options.items() if key != OVERRIDE}
     if _is_inference_only():
-        options[OVERRIDE] = lambda _, *args, **kwargs: attention.attention_pytorch(*args, **kwargs)
+        options[OVERRIDE] = _torchs
     return options
+
+
+def _torchs(_, *args, **kwargs) -> Tensor:
+    return attention.attention_pytorch(*args, **kwargs)
 
 
 @contextlib.contextmanager

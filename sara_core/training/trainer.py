@@ -52,6 +52,7 @@ class TrainingRun:
     Attributes:
         processes: Those that train together.
         batch_size: Pictures of a batch, in all of them.
+        peak_rate: Learning rate at the top of the present course.
 
     Raises:
         FloatingPointError: While iterating: MAX_BAD_STEPS steps in a row were not finite.

@@ -30,7 +30,7 @@ WAN_VAE = file("vae", WAN_FILES + "vae/wan_2.1_vae.safetensors")
 
 
 def loaders(model, vae):
-    """Loaders of a diffusion model and a VAE, and where the encoder's prompts begin."""
+    """Loaders of a diffusion model and a VAE."""
     return {
         "model": node("UNETLoader", (0, 400), models=[model], unet_name=model["name"]),
         "vae": node("VAELoader", (0, 760), models=[vae], vae_name=vae["name"]),
