@@ -4,10 +4,7 @@
 Run by `tests/benchmark/run.py` in a process of its own; prints one JSON object, times in seconds.
 """
 
-import ctypes
-import gc
 import json
-import re
 import statistics
 import sys
 import tempfile
@@ -16,6 +13,7 @@ from pathlib import Path
 
 from .method import ROOT, make_unet  # sets ComfyUI up, so it comes first
 from ..conftest import pack  # noqa: F401  (makes sara_pack importable)
+from ..harness.memory import growth, timed
 
 import comfy.model_management
 import comfy.model_patcher
@@ -33,28 +31,8 @@ REPEATS = 7
 LARGE = (10240, 1280)
 
 
-def timed(function):
-    started = time.perf_counter()
-    function()
-    return time.perf_counter() - started
-
-
 def median(function):
     return statistics.median(timed(function) for _ in range(REPEATS))
-
-
-def memory(field):
-    return 1024 * int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
-
-
-def growth(function):
-    """Return seconds, and how far the peak rises above what was in use before."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what is kept but free would hide some of it
-    Path("/proc/self/clear_refs").write_text("5")
-    before = memory("VmRSS")
-    seconds = timed(function)
-    return seconds, memory("VmHWM") - before
 
 
 def plain_update(sizes):

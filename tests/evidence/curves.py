@@ -50,6 +50,21 @@ def learned_at(curve, grown):
     return curve[-1][1] if grown >= curve[-1][0] else None
 
 
+def forgotten_at(curve, new):
+    """Least that is forgotten where the loss in the new style is so low; None where it never is."""
+    for (x0, y0), (x1, y1) in zip(curve[:-1], curve[1:], strict=True):
+        if y1 <= new <= y0:
+            return x1 if y0 == y1 else x0 + (x1 - x0) * (y0 - new) / (y0 - y1)
+    return None
+
+
+def learned_by_all(by_name):
+    """The lowest loss in the new style that every curve of every method reaches."""
+    return max(
+        min(new for _, new in spots) for seeds in by_name.values() for spots in seeds.values()
+    )
+
+
 def common_range(by_name):
     """From where to where all curves of all methods can be compared."""
     curves = [best(spots) for seeds in by_name.values() for spots in seeds.values()]

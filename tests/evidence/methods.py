@@ -3,6 +3,7 @@
 import contextlib
 import os
 import sys
+from functools import partial
 from unittest import mock
 
 import torch
@@ -14,6 +15,7 @@ from sara_core.optimizer import sara_adamw
 from sara_core.weights.selection import Selection
 
 from .chosen import positions_of
+from .spectrum import Equalised, LowRankChange
 
 
 def sara(model, rate, fraction=0.1, low_rank_weight=5e-4, kind=SaraAdamW, **options):
@@ -25,7 +27,15 @@ def sara(model, rate, fraction=0.1, low_rank_weight=5e-4, kind=SaraAdamW, **opti
 
 
 def masked(
-    model, rate, chosen, fraction=0.1, among=0.3, gradients=None, by_layer_size=False, **options
+    model,
+    rate,
+    chosen,
+    fraction=0.1,
+    among=0.3,
+    gradients=None,
+    by_layer_size=False,
+    equalised=False,
+    **options,
 ):
     """The same optimizer with weights chosen otherwise, and without progressive adjustment unless asked for.
 
@@ -42,6 +52,7 @@ def masked(
         among: Share that counts as the smallest.
         gradients: Mean size of each weight's gradient by parameter name, where it is gone by.
         by_layer_size: Take a rate for each layer that goes with the spread of its weights.
+        equalised: Make updates as Muon does.
         options: Of `sara`.
     """
 
@@ -54,7 +65,7 @@ def masked(
             float(limit or 1.0), index, sum(p.numel() for p in parameters.values()), 0, False
         )
 
-    kind = _ByLayerSize if by_layer_size else SaraAdamW
+    kind = _ByLayerSize if by_layer_size else Equalised if equalised else SaraAdamW
     with mock.patch.object(sara_adamw, "select", choose):
         return sara(model, rate, fraction, kind=kind, **options)
 
@@ -172,7 +183,7 @@ def adamw(parameters, rate):
 
 METHODS = {
     "sara": sara, "masked": masked, "low rank on mask": low_rank_on_mask, "full": full, "lora": lora,
-    "shira": shira, "authors": authors,
+    "shira": shira, "authors": authors, "low-rank change": partial(sara, kind=LowRankChange),
 }  # fmt: skip
 
 

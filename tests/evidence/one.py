@@ -82,28 +82,35 @@ def train(base, model, optimizer, style, shown, steps, batch, seed, average=None
     return (time.monotonic() - started) / steps
 
 
+def optimizer_of(base, plan, style, shown, model):
+    """Add what a plan trains to a model."""
+    options = {
+        name: v for name, v in plan["options"].items() if name not in ("average", "text_rate")
+    }
+    options |= {"seed": plan["seed"]} if plan["method"] != "full" else {}
+    if "gradient" in options.get("chosen", ""):
+        options["gradients"] = gradient_sizes(base, model, style, shown, plan["seed"])
+    if "progressive" in options:
+        options["progressive_step"] = round(options.pop("progressive") * plan["steps"])
+    return METHODS[plan["method"]](model, plan["rate"], **options)
+
+
 def fine_tune(base, plan, style, shown, model):
     """Fine-tune a fresh model on a style's pictures of the concepts that are shown.
 
     Returns the weights that it then acts with, by name, and facts about the training.
     """
-    seed = plan["seed"]
+    decay, text_rate = plan["options"].get("average"), plan["options"].get("text_rate", 0)
     names = [name for name, _ in model.named_parameters()]
-    options = dict(plan["options"])
-    options |= {"seed": seed} if plan["method"] != "full" else {}
-    if "gradient" in options.get("chosen", ""):
-        options["gradients"] = gradient_sizes(base, model, style, shown, seed)
-    decay, text_rate = options.pop("average", None), options.pop("text_rate", 0)
     if text_rate:
         base.text = TrainedText(torch.cat([base.captions(style, shown), base.no_caption]))
-    if "progressive" in options:
-        options["progressive_step"] = round(options.pop("progressive") * plan["steps"])
-    optimizer = METHODS[plan["method"]](model, plan["rate"], **options)
+    optimizer = optimizer_of(base, plan, style, shown, model)
     facts = {"trained": num_trained(optimizer), "rate": optimizer.param_groups[0]["lr"]}
     average = None if decay is None else Average(model, decay)
     facts["seconds"] = train(
-        base, model, optimizer, style, shown, plan["steps"], plan["batch"], seed, average, text_rate
-    )
+        base, model, optimizer, style, shown, plan["steps"], plan["batch"], plan["seed"], average,
+        text_rate,
+    )  # fmt: skip
     if average is not None:
         average.put()
     has_average = getattr(optimizer, "has_average", False)
@@ -156,7 +163,7 @@ def looked_at(base, plan, out):
 
 def main(source, out, plan):
     """Do it and write it."""
-    from . import merging, zeroing
+    from . import costing, merging, zeroing
 
     torch.set_num_threads(1)
     plan = json.loads(plan)
@@ -166,6 +173,8 @@ def main(source, out, plan):
         facts = merging.run(base, plan)
     elif what == "zeroing":
         facts = zeroing.run(base, plan)
+    elif what == "costing":
+        facts = costing.run(base, plan)
     elif what == "looks":
         facts = looked_at(base, plan, out)
     else:

@@ -9,6 +9,10 @@ COMMON = {"style": "3d", "pictures": 40, "steps": 300, "batch": 8}
 SARA = {"fraction": 0.1, "progressive": 0.5}
 SHARE = 0.6  # of each of two styles, where both are in one model
 
+LAYERS = {
+    "SaRA, each layer": ("sara", {**SARA, "by_parameter": True}, (6e-5, 1.25e-4, 2.5e-4)),
+}  # fmt: skip
+
 GRIDS = {  # name: method, options, rates
     "SaRA 10 %": ("sara", SARA, (1.25e-4, 2.5e-4, 5e-4, 1e-3)),
     "random 10 %": ("masked", {"chosen": "random"}, (1.25e-4, 2.5e-4, 5e-4, 1e-3)),
@@ -50,10 +54,20 @@ PARTS = {  # SaRA with one thing changed: what was changed, at the same rates
     "average of 0.99": {"average": 0.99, **SARA},
     "no second stage": {"fraction": 0.1},
     "no low-rank loss": {"low_rank_weight": 0.0, **SARA},
+    "low-rank loss x 10": {"low_rank_weight": 0.005, **SARA},
     "low-rank loss x 100": {"low_rank_weight": 0.05, **SARA},
+    "low-rank loss of the change": {"low_rank_weight": 5e-4, **SARA},
+    "low-rank loss of the change x 10": {"low_rank_weight": 0.005, **SARA},
+    "low-rank loss of the change x 100": {"low_rank_weight": 0.05, **SARA},
     "epsilon 1e-5": {"eps": 1e-5, **SARA},
     "weight decay 10": {"weight_decay": 10.0, **SARA},
 }
+
+
+def _method_of(name, options):
+    if "of the change" in name:
+        return "low-rank change"
+    return "masked" if "chosen" in options else "sara"
 
 
 def parts(base, rates=(2.5e-4, 5e-4), seeds=(0, 1), **changes):
@@ -69,7 +83,7 @@ def parts(base, rates=(2.5e-4, 5e-4), seeds=(0, 1), **changes):
         {
             **common,
             "name": name,
-            "method": "masked" if "chosen" in options else "sara",
+            "method": _method_of(name, options),
             "options": options,
             "rate": rate,
             "seed": seed,
@@ -92,12 +106,16 @@ IDEAS = {  # method, options, rates
     "rank 32 on the smallest of each layer": (
         "low rank on mask", {"rank": 32, "chosen": "layer"}, (1e-4, 2e-4, 5e-4, 1e-3),
     ),
+    "smallest of each layer, by Muon": (
+        "masked", {"chosen": "layer", "equalised": True}, (1.25e-4, 2.5e-4, 5e-4, 1e-3),
+    ),
     "smallest 30 % of each layer": (
         "masked", {"chosen": "layer", "fraction": 0.3}, (3e-5, 6e-5, 1.25e-4, 2.5e-4),
     ),
     "smallest 3 % of each layer": (
         "masked", {"chosen": "layer", "fraction": 0.03}, (2.5e-4, 5e-4, 1e-3, 2e-3),
     ),
+    **LAYERS,
 }  # fmt: skip
 
 
@@ -140,6 +158,7 @@ def looks(base, seed=0, **changes):
 ON_UNET = {  # method, options, rates
     "SaRA 10 %": ("sara", SARA, (1.25e-4, 2.5e-4, 5e-4)),
     "smallest of each layer": ("masked", {"chosen": "layer"}, (1.25e-4, 2.5e-4, 5e-4)),
+    **LAYERS,
     "random 10 %": ("masked", {"chosen": "random"}, (1.25e-4, 2.5e-4, 5e-4)),
     "LoRA r8": ("lora", {"rank": 8}, (5e-5, 1e-4, 3e-4)),
     "LoRA r20": ("lora", {"rank": 20}, (5e-5, 1e-4, 2e-4)),
@@ -163,9 +182,16 @@ def with_text(base="emoji64-unet", seed=0, rate=2.5e-4):
 ELSEWHERE = {  # method, options, rates
     "SaRA 10 %": ("sara", SARA, (1.25e-4, 2.5e-4, 5e-4)),
     "smallest of each layer": ("masked", {"chosen": "layer"}, (6e-5, 1.25e-4, 2.5e-4)),
+    **LAYERS,
     "random 10 %": ("masked", {"chosen": "random"}, (1.25e-4, 2.5e-4, 5e-4)),
     "LoRA r8": ("lora", {"rank": 8}, (1e-4, 2e-4, 4e-4)),
     "full": ("full", {}, (5e-6, 1e-5, 2e-5)),
+}
+
+ELSEWHERE_ON_UNET = {  # method, options, rates
+    "SaRA 10 %": ("sara", SARA, (6e-5, 1.25e-4, 2.5e-4)),
+    **LAYERS,
+    "LoRA r8": ("lora", {"rank": 8}, (5e-5, 1e-4, 2e-4)),
 }
 
 SHARES = {  # method, options, rates
@@ -209,6 +235,22 @@ def zeroed(seeds=(0, 1, 2)):
     ]
 
 
+def costs():
+    """Both bases, some methods and sizes: a few steps on a machine that does nothing else."""
+    sizes = {"SaRA 10 %": GRIDS["SaRA 10 %"], **LAYERS, **SHARES}
+    loras = {name: GRIDS[name] for name in ("LoRA r4", "LoRA r8", "LoRA r20", "full")}
+    on_unet = {
+        name: ON_UNET[name] for name in ("SaRA 10 %", *LAYERS, "LoRA r8", "LoRA r20", "full")
+    }
+    plans = []
+    for base, grids in (("emoji64", sizes | loras), ("emoji64-unet", on_unet)):
+        for name, (method, options, rates) in grids.items():
+            options = {key: value for key, value in options.items() if key != "progressive"}
+            facts = {"name": name, "method": method, "options": options, "rate": rates[0]}
+            plans.append({"base": base, **COMMON, **facts, "steps": 20, "seed": 0, "costing": True})
+    return plans
+
+
 def some(*names):
     """Some of the methods of `ELSEWHERE`."""
     return {name: ELSEWHERE[name] for name in names}
@@ -224,7 +266,7 @@ QUESTIONS = {  # title in the report: the plans of its runs
     "The text encoder as well, on a UNet": with_text,
     "Another style: silhouettes": lambda: methods("emoji64", ELSEWHERE, (0, 1), style="contrast"),
     "Another style: outlines": lambda: methods(
-        "emoji64", some("SaRA 10 %", "smallest of each layer", "LoRA r8"), (0, 1), style="openmoji"
+        "emoji64", some("SaRA 10 %", "SaRA, each layer", "LoRA r8"), (0, 1), style="openmoji"
     ),
     "A subject": lambda: methods("emoji64", ELSEWHERE, (0, 1), style="blue cat", pictures=5),
     "Two styles together": merged,
@@ -239,15 +281,24 @@ QUESTIONS = {  # title in the report: the plans of its runs
     "Three thousand steps": lambda: methods("emoji64", LONGER[3000], (0,), steps=3000),
     "Weights at zero": zeroed,
     "The authors' code": lambda: beside_known("emoji64", AUTHORS),
+    "Silhouettes, on a UNet": lambda: methods(
+        "emoji64-unet", ELSEWHERE_ON_UNET, (0,), style="contrast"
+    ),
+    "A subject, on a UNet": lambda: methods(
+        "emoji64-unet", ELSEWHERE_ON_UNET, (0,), style="blue cat", pictures=5
+    ),
+    "What it costs": costs,
 }
 
 
 def kind(plan):
-    """What a run is for: `merging`, `zeroing`, `looks`, or `curves`."""
+    """What a run is for: `merging`, `zeroing`, `costing`, `looks`, or `curves`."""
     if "other" in plan:
         return "merging"
     if plan["method"] == "zero":
         return "zeroing"
+    if plan.get("costing"):
+        return "costing"
     return "looks" if plan.get("likeness") else "curves"
 
 
@@ -258,7 +309,7 @@ def quick(questions):
         for plan in plans:
             if plan["method"] == "authors":  # needs a checkout
                 continue
-            name = title if kind(plan) in ("merging", "zeroing") else "The machinery"
+            name = title if kind(plan) not in ("curves", "looks") else "The machinery"
             first.setdefault(name, {}).setdefault(plan["method"], plan)
     few = {"pictures": 8, "steps": 3, "strengths": [0.5, 1.0], "concepts": 24, "likeness": False}
     found = {name: [{**plan, **few} for plan in plans.values()] for name, plans in first.items()}
@@ -269,6 +320,7 @@ def quick(questions):
 
 FOUND = (  # by a run, beside its plan
     "losses", "trained", "seconds", "likeness", "concepts_shown", "mixes", "zeroed",
+    "cost",
 )  # fmt: skip
 
 

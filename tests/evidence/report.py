@@ -6,7 +6,7 @@ import statistics
 from . import curves
 from .plan import kind
 from .plot import draw, draw_rows
-from .sections import looks_section, merging_section, zeroing_section
+from .sections import costing_section, looks_section, merging_section, zeroing_section
 
 SHARES = (0.1, 0.25, 0.5, 0.75, 1.0)  # of what all methods reach, where their losses are shown
 TITLE = "# What each method learns and forgets"
@@ -126,6 +126,8 @@ def write(questions, runs, out, rows=None):
             text += merging_section(title, found)
         elif kind(found[0]) == "zeroing":
             text += zeroing_section(title, found)
+        elif kind(found[0]) == "costing":
+            text += costing_section(title, found, runs)
         else:
             draw(curves.points(found), RIVAL).save(out / picture)
             text += section(title, found, picture)

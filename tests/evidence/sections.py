@@ -1,9 +1,10 @@
-"""Sections of the report that are no curves: pictures, two styles in one model, weights at zero."""
+"""Sections of the report that are no curves: pictures, two styles in one model, weights at zero, costs."""
 
 import statistics
 
 from ..emoji64 import BASE_STYLES
-from .plan import SHARE
+from . import curves
+from .plan import COMMON, SHARE, kind
 
 
 def looks_section(title, runs, picture):
@@ -104,4 +105,52 @@ def zeroing_section(title, runs):
             for share in shares
         ]
         lines.append(f"| {base} | {names[name]} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def costing_section(title, runs, every):
+    """Lines on what methods cost, and what they forget where they have learned as much.
+
+    Args:
+        title: Of the section.
+        runs: That measured costs.
+        every: All runs, of which those on the same pictures tell what is learned.
+    """
+    lines = [
+        f"## {title}",
+        "",
+        f"Memory is how far the peak of {COMMON['batch']} pictures a step, on one core, lies above that of the model "
+        "at rest; the file is SaRA's delta, or LoRA's and full fine-tuning's weights in half precision; *forgotten* "
+        "is the least at which the loss on what was not shown is as low as every method on that base can have it, "
+        "and *per cent* how much more that is than of the best. Means over seeds.",
+        "",
+    ]
+    for base, group in _by(runs, "base").items():
+        names = {run["name"] for run in group}
+        known = {**COMMON, "base": base[0]}
+        learned = [r for r in every if kind(r) == "curves" and known.items() <= r.items()]
+        by_name = curves.points([r for r in learned if r["name"] in {*names, "base"}])
+        level = curves.learned_by_all(by_name) if by_name else None
+        lines += _costs_table(base[0], group, by_name, level)
+    return lines
+
+
+def _costs_table(base, runs, by_name, level):
+    at = {}
+    for name, seeds in by_name.items():
+        found = [curves.forgotten_at(curves.best(spots), level) for spots in seeds.values()]
+        at[name] = statistics.mean(found) if found and None not in found else None
+    best = min((value for value in at.values() if value), default=None)
+    at_level = "" if level is None else f" at {level:.4f}"
+    lines = [
+        f"| {base} | trained | memory | a step | file | forgotten{at_level} | per cent |",
+        "|---" * 7 + "|",
+    ]
+    for run in runs:
+        cost, lost = run["cost"], at.get(run["name"])
+        tail = f"{lost:.4f} | {lost / best - 1:+.0%}" if lost else " | "
+        lines.append(
+            f"| {run['name']} | {run['trained'] / 1e6:.2f} M | {cost['peak_bytes'] / 1e6:.0f} MB "
+            f"| {cost['step_seconds']:.2f} s | {cost['file_bytes'] / 1e6:.1f} MB | {tail} |"
+        )
     return [*lines, ""]

@@ -3,6 +3,7 @@
 import pytest
 
 from . import curves, plot, report, sections
+from .plan import COMMON
 
 
 def run(name, seed, losses, method="sara"):
@@ -31,6 +32,16 @@ def test_curves_keep_what_nothing_beats():
     assert curves.learned_at(ours, 0.1) == pytest.approx(4.3)
     assert curves.learned_at(ours, -0.1) is None
     assert curves.learned_at(ours, 9.0) == 1.8
+
+
+def test_what_is_forgotten_is_found_by_what_is_learned():
+    found = curves.points(RUNS)
+    assert curves.learned_by_all(found) == 4.0  # `other` stays there
+    ours, rival, other = (curves.best(found[name][0]) for name in ("ours", "rival", "other"))
+    assert curves.forgotten_at(ours, 4.0) == pytest.approx(0.2 * 1.0 / 1.4)
+    assert curves.forgotten_at(rival, 4.0) == pytest.approx(0.4 / 3)
+    assert curves.forgotten_at(other, 4.0) == pytest.approx(0.2)
+    assert curves.forgotten_at(other, 3.9) is None
 
 
 def test_a_method_is_compared_with_the_best_of_its_rivals_at_equal_forgetting():
@@ -121,6 +132,23 @@ def test_weights_at_zero_are_told_by_share():
     assert lines[-4:-1] == [
         "| base | weights | 0% | 50% |", "|---|---|---|---|", "| b | random | 0.1000 | 0.5000 |",
     ]  # fmt: skip
+
+
+def test_costs_are_told_beside_what_is_forgotten_for_as_much():
+    common = {**COMMON, "base": "b"}
+    every = [{**common, **made} for made in RUNS]
+    cost = {"peak_bytes": 2e6, "step_seconds": 0.5, "file_bytes": 3e6}
+    runs = [
+        {**common, "name": name, "method": "m", "trained": 1e6, "costing": True, "cost": cost}
+        for name in ("ours", "rival")
+    ]
+    lines = sections.costing_section("Costs", runs, every)
+    costs = "1.00 M | 2 MB | 0.50 s | 3.0 MB"
+    # the rival comes down to 2.0, at 0.4; ours is there at 0.2 + 0.2 * 1.6 / 1.8
+    assert lines[-5].startswith("| b | trained |")
+    assert "forgotten at 2.0000" in lines[-5]
+    assert lines[-2:] == [f"| rival | {costs} | 0.4000 | +6% |", ""]
+    assert sections.costing_section("Costs", runs, [])[-3] == f"| ours | {costs} |  |  |"
 
 
 def test_what_is_forgotten_of_a_subjects_relatives_is_told():

@@ -1,0 +1,44 @@
+"""SaRA's optimizer with other ways to treat the singular values of what it learns."""
+
+from unittest import mock
+
+import torch
+from torch import nn
+
+from sara_core import SaraAdamW
+from sara_core.optimizer.low_rank import polar_factor
+from sara_core.optimizer.sparse_weight import SparseWeight
+
+MOMENTUM, LIKE_ADAMW = 0.95, 0.2  # of Muon, and the root mean square of its updates
+
+
+class LowRankChange(SaraAdamW):
+    """Pulls what was learned toward low rank, instead of the trained values as in the paper."""
+
+    def add_low_rank_gradient_(self):
+        read = SparseWeight.read
+        change = lambda weight, index: read(weight, index) - weight.base  # noqa: E731
+        with mock.patch.object(SparseWeight, "read", change):
+            super().add_low_rank_gradient_()
+
+
+class Equalised(SaraAdamW):
+    """Muon on the mask: the momentum's singular values become one, and the mask's part of that is the update.
+
+    Source: Liu et al. 2025, arXiv:2502.16982, eq. 4, for its size; Nesterov's momentum.
+    """
+
+    @torch.no_grad()
+    def step(self):
+        nn.utils.clip_grad_norm_(self.parameters(), self.max_grad_norm)
+        rate = self.param_groups[0]["lr"]
+        for weight in self._weights.active:
+            gradient, state = weight.gradient, self.state[weight.leaf]
+            momentum = state.setdefault("momentum", torch.zeros_like(gradient))
+            momentum.lerp_(gradient, 1 - MOMENTUM)
+            matrix = torch.zeros(weight.parameter.shape).flatten()
+            matrix[weight.index.long()] = torch.lerp(gradient, momentum, MOMENTUM)
+            matrix = matrix.view(len(weight.parameter), -1)
+            update = polar_factor(matrix).flatten()[weight.index.long()]
+            size = LIKE_ADAMW * max(matrix.shape) ** 0.5
+            weight.write_(weight.trained - rate * size * update, weight.index)
