@@ -1,6 +1,7 @@
 """Choices of the weights that train."""
 
 import torch
+import torch.nn.functional as F
 
 WORDS, UNUSED = 768, 0.25  # columns that the text fills, and the size of weights behind the others
 
@@ -35,6 +36,14 @@ def _ranked(values, share):
     return values.sort().values[round(share * len(values)) - 1]
 
 
+def _of_blocks(values, side=4):
+    """The mean of the square block that each entry of a matrix or convolution lies in."""
+    matrix = values.flatten(1)
+    pooled = F.avg_pool2d(matrix[None], side, ceil_mode=True)
+    spread = F.interpolate(pooled[None], scale_factor=side)[0, 0]
+    return spread[: len(matrix), : matrix.shape[1]].reshape(values.shape).clone()
+
+
 def _keys(parameter, chosen, number, gradient, limit):
     """What is smaller for weights that are chosen first, (n,)."""
     size = parameter.detach().abs()
@@ -47,6 +56,8 @@ def _keys(parameter, chosen, number, gradient, limit):
     elif chosen == "rows":
         key = size.flatten(1).square().mean(1).view(-1, *[1] * (size.dim() - 1)).expand_as(size)
         key = key.clone()
+    elif chosen == "blocks":
+        key = _of_blocks(size.square())
     else:
         key = -gradient
         if limit is not None:

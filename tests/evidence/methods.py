@@ -15,7 +15,7 @@ from sara_core.optimizer import sara_adamw
 from sara_core.weights.selection import Selection
 
 from .chosen import positions_of
-from .spectrum import Equalised, LowRankChange
+from .variants import ByLayerSize, Equalised, LowRankChange, Reselecting
 
 
 def sara(model, rate, fraction=0.1, low_rank_weight=5e-4, kind=SaraAdamW, **options):
@@ -47,7 +47,7 @@ def masked(
         rate: Learning rate.
         chosen: `random`; `largest`; `layer`, the smallest of each layer; `gradient`, those with the largest
             gradient; `small gradient`, those of the smallest with the largest gradient; `rows`, whole rows
-            with the smallest weights; `smallest`.
+            with the smallest weights; `blocks`, squares of 4 with the smallest; `smallest`.
         fraction: Share that trains.
         among: Share that counts as the smallest.
         gradients: Mean size of each weight's gradient by parameter name, where it is gone by.
@@ -65,7 +65,7 @@ def masked(
             float(limit or 1.0), index, sum(p.numel() for p in parameters.values()), 0, False
         )
 
-    kind = _ByLayerSize if by_layer_size else Equalised if equalised else SaraAdamW
+    kind = ByLayerSize if by_layer_size else Equalised if equalised else SaraAdamW
     with mock.patch.object(sara_adamw, "select", choose):
         return sara(model, rate, fraction, kind=kind, **options)
 
@@ -83,20 +83,6 @@ def authors(model, rate, fraction=0.1, seed=0):
     size = torch.cat([p.detach().abs().flatten() for p in model.parameters() if p.dim() > 1])
     threshold = float(size.sort().values[round(fraction * len(size))])
     return _clipped(AdamW)(model, lr=rate, threshold=threshold, progressive_iter=10**9)
-
-
-class _ByLayerSize(SaraAdamW):
-    """Moves the weights of a layer by a rate that goes with the spread of all its weights."""
-
-    @torch.no_grad()
-    def step(self):
-        weights = self._weights.active
-        before = [weight.trained.clone() for weight in weights]
-        super().step()
-        sizes = torch.stack([weight.parameter.detach().std() for weight in weights])
-        factors = sizes / sizes.square().mean().sqrt()
-        for weight, old, factor in zip(weights, before, factors, strict=True):
-            weight.write_(torch.lerp(old, weight.trained, factor), weight.index)
 
 
 def low_rank_on_mask(model, rate, rank=8, chosen="layer", fraction=0.1, seed=0):
@@ -184,6 +170,7 @@ def adamw(parameters, rate):
 METHODS = {
     "sara": sara, "masked": masked, "low rank on mask": low_rank_on_mask, "full": full, "lora": lora,
     "shira": shira, "authors": authors, "low-rank change": partial(sara, kind=LowRankChange),
+    "reselecting": partial(sara, kind=Reselecting),
 }  # fmt: skip
 
 

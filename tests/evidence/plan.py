@@ -51,6 +51,8 @@ PARTS = {  # SaRA with one thing changed: what was changed, at the same rates
     "largest gradients of the smallest 30 %": {"chosen": "small gradient"},
     "largest gradients of the smallest 60 %": {"chosen": "small gradient", "among": 0.6},
     "rows of the smallest": {"chosen": "rows"},
+    "blocks of the smallest": {"chosen": "blocks"},
+    "re-selected every 50 steps": {"fraction": 0.1, "every": 50},
     "average of 0.99": {"average": 0.99, **SARA},
     "no second stage": {"fraction": 0.1},
     "no low-rank loss": {"low_rank_weight": 0.0, **SARA},
@@ -67,6 +69,8 @@ PARTS = {  # SaRA with one thing changed: what was changed, at the same rates
 def _method_of(name, options):
     if "of the change" in name:
         return "low-rank change"
+    if "every" in options:
+        return "reselecting"
     return "masked" if "chosen" in options else "sara"
 
 

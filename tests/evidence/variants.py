@@ -1,4 +1,4 @@
-"""SaRA's optimizer with other ways to treat the singular values of what it learns."""
+"""SaRA's optimizer with one thing done otherwise."""
 
 from unittest import mock
 
@@ -42,3 +42,32 @@ class Equalised(SaraAdamW):
             update = polar_factor(matrix).flatten()[weight.index.long()]
             size = LIKE_ADAMW * max(matrix.shape) ** 0.5
             weight.write_(weight.trained - rate * size * update, weight.index)
+
+
+class ByLayerSize(SaraAdamW):
+    """Moves the weights of a layer by a rate that goes with the spread of all its weights."""
+
+    @torch.no_grad()
+    def step(self):
+        weights = self._weights.active
+        before = [weight.trained.clone() for weight in weights]
+        super().step()
+        sizes = torch.stack([weight.parameter.detach().std() for weight in weights])
+        factors = sizes / sizes.square().mean().sqrt()
+        for weight, old, factor in zip(weights, before, factors, strict=True):
+            weight.write_(torch.lerp(old, weight.trained, factor), weight.index)
+
+
+class Reselecting(SaraAdamW):
+    """Re-selects several times: after every so many steps."""
+
+    def __init__(self, *args, every, **options):
+        super().__init__(*args, **options)
+        self.every = every
+
+    def step(self):
+        super().step()
+        if self.num_steps % self.every == 0:
+            for leaf in self.parameters():
+                leaf.grad = None
+            self.reselect()
