@@ -1,13 +1,18 @@
-"""What was learned against what was forgotten, as curves that can be compared at equal forgetting."""
+"""What was learned against what was forgotten, compared at equal forgetting."""
 
-import random
+import bisect
 import statistics
 from collections import defaultdict
 
+import numpy as np
+from scipy.interpolate import CubicSpline
+from scipy.stats import t as student
+
 from ..emoji64 import BASE_STYLES
 
-LEVELS = 21  # at which two curves are compared
-DRAWS = 10_000
+STEP = 0.005  # of strengths
+MIDDLE = 0.75  # of the most that the reference learns
+LEARNED = [0.25 + 0.05 * i for i in range(16)]  # shares of the most that the reference learns
 
 
 def forgotten(losses):
@@ -15,96 +20,117 @@ def forgotten(losses):
     return statistics.mean(losses[style] for style in BASE_STYLES)
 
 
-def points(runs):
-    """Forgotten and learned by method and seed: a list over its rates and strengths.
+def starts(runs):
+    """Losses of the base by seed."""
+    return {run["seed"]: run["losses"]["0"] for run in runs if run["method"] == "none"}
 
-    Forgotten is how much the loss on the base's own styles has grown; learned the loss on concepts of
-    the new style that were not shown (lower is more).
+
+def loss_of_base(runs):
+    """Mean loss of the base on its own styles."""
+    return statistics.mean(forgotten(losses) for losses in starts(runs).values())
+
+
+def curves_of(runs, what="new"):
+    """The best that each method can do, by name and seed.
+
+    Args:
+        runs: Of one question, with those of the base.
+        what: Name of the loss that tells what was learned: `new`, on what was not shown, or `shown`.
+
+    Returns:
+        Curves: the spots (forgotten, loss, rate) of all rates and strengths that no other beats in both, by what is
+        forgotten. Forgotten is how much the loss on the base's own styles has grown.
     """
-    start = {run["seed"]: run["losses"]["0"] for run in runs if run["method"] == "none"}
-    found = defaultdict(lambda: defaultdict(list))
+    start = starts(runs)
+    spots = defaultdict(lambda: defaultdict(list))
     for run in runs:
-        for losses in run["losses"].values() if run["method"] != "none" else ():
-            grown = forgotten(losses) - forgotten(start[run["seed"]])
-            found[run["name"]][run["seed"]].append((grown, losses["new"]))
-    return {name: dict(seeds) for name, seeds in found.items()}
+        if run["method"] != "none":
+            spots[run["name"]][run["seed"]] += _path(run, start[run["seed"]], what)
+    return {
+        name: {seed: best(found) for seed, found in seeds.items()} for name, seeds in spots.items()
+    }
+
+
+def _path(run, start, what):
+    """Spots from the base to the largest strength, by a cubic spline through those that were measured."""
+    measured = {0.0: start} | {float(share): losses for share, losses in run["losses"].items()}
+    strengths = sorted(measured)
+    spline = CubicSpline(
+        strengths,
+        [(forgotten(measured[s]) - forgotten(start), measured[s][what]) for s in strengths],
+    )
+    fine = np.linspace(0, strengths[-1], round(strengths[-1] / STEP) + 1)
+    return [(grown, loss, run["rate"]) for grown, loss in spline(fine).tolist()]
 
 
 def best(spots):
     """The spots that none of the others beats in both, by what is forgotten."""
     kept = []
-    for grown, new in sorted(spots):
-        if not kept or new < kept[-1][1]:
-            kept.append((grown, new))
+    for spot in sorted(spots):
+        if not kept or spot[1] < kept[-1][1]:
+            kept.append(spot)
     return kept
 
 
-def learned_at(curve, grown):
-    """Loss in the new style at so much forgotten, on straight lines between spots; None outside them.
-
-    Beyond the last spot more is forgotten for nothing, so that its loss holds on.
-    """
-    for (x0, y0), (x1, y1) in zip(curve[:-1], curve[1:], strict=True):
-        if x0 <= grown <= x1:
-            return y0 + (y1 - y0) * (grown - x0) / (x1 - x0)
-    return curve[-1][1] if grown >= curve[-1][0] else None
+def learned_at(curve, level):
+    """The spot with the lowest loss of those that forget so much at most; None if all forget more."""
+    place = bisect.bisect_right(curve, level, key=lambda spot: spot[0])
+    return curve[place - 1] if place else None
 
 
-def forgotten_at(curve, new):
-    """Least that is forgotten where the loss in the new style is so low; None where it never is."""
-    for (x0, y0), (x1, y1) in zip(curve[:-1], curve[1:], strict=True):
-        if y1 <= new <= y0:
-            return x1 if y0 == y1 else x0 + (x1 - x0) * (y0 - new) / (y0 - y1)
-    return None
+def forgotten_at(curve, loss):
+    """Least that is forgotten where the loss is so low; None where it never is."""
+    return next((spot[0] for spot in curve if spot[1] <= loss), None)
 
 
-def learned_by_all(by_name):
-    """The lowest loss in the new style that every curve of every method reaches."""
-    return max(
-        min(new for _, new in spots) for seeds in by_name.values() for spots in seeds.values()
-    )
+def levels_of(reference, shares=LEARNED):
+    """What is forgotten where the reference has learned some shares of the most it learns; means over seeds."""
+    found = []
+    for share in shares:
+        wanted = [(curve, loss_where_learned(curve, share)) for curve in reference.values()]
+        found.append(statistics.mean(forgotten_at(curve, loss) for curve, loss in wanted))
+    return found
 
 
-def common_range(by_name):
-    """From where to where all curves of all methods can be compared."""
-    curves = [best(spots) for seeds in by_name.values() for spots in seeds.values()]
-    return max(curve[0][0] for curve in curves), min(curve[-1][0] for curve in curves)
-
-
-def levels_between(low, high, count=LEVELS):
-    """Evenly spread amounts of forgetting."""
-    return [low + (high - low) * i / (count - 1) for i in range(count)]
+def loss_where_learned(curve, share):
+    """The loss where a share of the most that is learned has been learned."""
+    first, last = curve[0][1], curve[-1][1]
+    return max(last, first - share * (first - last))
 
 
 def advantage(method, reference, levels):
     """How much lower a method's loss is than the reference's at equal forgetting, in seeds both have.
 
     Args:
-        method: Spots by seed.
-        reference: Spots by seed of each of several methods, of which the best at each level counts.
+        method: Curves by seed.
+        reference: The same of what it is compared with.
         levels: Amounts of forgetting.
 
     Returns:
         Shares by seed, the mean over the levels: 0.02 is two percent lower.
     """
     found = {}
-    for seed in method:
-        rivals = [best(spots[seed]) for spots in reference if seed in spots]
-        shares = []
-        for level in levels:
-            own = learned_at(best(method[seed]), level)
-            others = [learned_at(curve, level) for curve in rivals]
-            others = [loss for loss in others if loss is not None]
-            if own is not None and others:
-                shares.append(1 - own / min(others))
+    for seed in method.keys() & reference.keys():
+        pairs = [(learned_at(method[seed], x), learned_at(reference[seed], x)) for x in levels]
+        shares = [1 - own[1] / other[1] for own, other in pairs if own and other]
         if shares:
             found[seed] = statistics.mean(shares)
-    return found
+    return dict(sorted(found.items()))
 
 
-def interval(values, level=0.9, draws=DRAWS):
-    """Bootstrap interval of the mean."""
-    values, chance = list(values), random.Random(0)
-    means = sorted(statistics.mean(chance.choices(values, k=len(values))) for _ in range(draws))
-    cut = int((1 - level) / 2 * draws)
-    return means[cut], means[-1 - cut]
+def half_width(values, level=0.9):
+    """Half of the interval of a mean, by Student's distribution."""
+    spread = statistics.stdev(values) / len(values) ** 0.5
+    return spread * student.ppf((1 + level) / 2, len(values) - 1)
+
+
+def forgets(method, reference):
+    """How much more a method forgets than the reference for what that has learned in the middle, in words."""
+    shares = []
+    for seed in method.keys() & reference.keys():
+        loss = loss_where_learned(reference[seed], MIDDLE)
+        own = forgotten_at(method[seed], loss)
+        if own is None:
+            return "never learns it"
+        shares.append(own / forgotten_at(reference[seed], loss) - 1)
+    return f"{statistics.mean(shares):+.0%}" if shares else ""

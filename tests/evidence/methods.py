@@ -60,7 +60,8 @@ def masked(
 
     def choose(parameters, **rule):
         nonlocal limit
-        index, limit = positions_of(parameters, chosen, fraction, among, gradients)
+        seed = options.get("seed", 0)
+        index, limit = positions_of(parameters, chosen, fraction, among, gradients, seed)
         return Selection(
             float(limit or 1.0), index, sum(p.numel() for p in parameters.values()), 0, False
         )

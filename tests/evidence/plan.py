@@ -7,6 +7,7 @@ import json
 SEEDS = (0, 1, 2)
 COMMON = {"style": "3d", "pictures": 40, "steps": 300, "batch": 8}
 SARA = {"fraction": 0.1, "progressive": 0.5}
+REFERENCE = "LoRA r8"  # what methods are compared with
 SHARE = 0.6  # of each of two styles, where both are in one model
 
 LAYERS = {
@@ -17,8 +18,8 @@ GRIDS = {  # name: method, options, rates
     "SaRA 10 %": ("sara", SARA, (1.25e-4, 2.5e-4, 5e-4, 1e-3)),
     "random 10 %": ("masked", {"chosen": "random"}, (1.25e-4, 2.5e-4, 5e-4, 1e-3)),
     "largest 10 %": ("masked", {"chosen": "largest"}, (3e-5, 6e-5, 1.25e-4, 2.5e-4, 5e-4)),
-    "LoRA r4": ("lora", {"rank": 4}, (1e-4, 2e-4, 4e-4, 8e-4)),
     "LoRA r8": ("lora", {"rank": 8}, (1e-4, 2e-4, 3e-4, 4e-4, 8e-4)),
+    "LoRA r4": ("lora", {"rank": 4}, (1e-4, 2e-4, 4e-4, 8e-4)),
     "LoRA r20": ("lora", {"rank": 20}, (5e-5, 1e-4, 2e-4, 4e-4)),
     "SHiRA r8": ("shira", {"rank": 8}, (2.5e-4, 5e-4, 1e-3, 2e-3)),
     "full": ("full", {}, (5e-6, 1e-5, 2e-5, 4e-5)),
@@ -46,12 +47,6 @@ def methods(base, grids=GRIDS, seeds=SEEDS, **changes):
 
 
 PARTS = {  # SaRA with one thing changed: what was changed, at the same rates
-    "smallest of each layer": {"chosen": "layer"},
-    "largest gradients": {"chosen": "gradient"},
-    "largest gradients of the smallest 30 %": {"chosen": "small gradient"},
-    "largest gradients of the smallest 60 %": {"chosen": "small gradient", "among": 0.6},
-    "rows of the smallest": {"chosen": "rows"},
-    "blocks of the smallest": {"chosen": "blocks"},
     "re-selected every 50 steps": {"fraction": 0.1, "every": 50},
     "average of 0.99": {"average": 0.99, **SARA},
     "no second stage": {"fraction": 0.1},
@@ -71,18 +66,13 @@ def _method_of(name, options):
         return "low-rank change"
     if "every" in options:
         return "reselecting"
-    return "masked" if "chosen" in options else "sara"
+    return "sara"
 
 
 def parts(base, rates=(2.5e-4, 5e-4), seeds=(0, 1), **changes):
-    """SaRA with one part changed at a time."""
+    """SaRA with one part changed at a time, beside SaRA at the same rates."""
     common = {"base": base, **COMMON, **changes}
-    compared = ("base", "SaRA 10 %", "LoRA r8")
-    known = [
-        plan
-        for plan in methods(base, **changes)
-        if plan["name"] in compared and plan["seed"] in seeds
-    ]
+    known = methods(base, {"SaRA 10 %": ("sara", SARA, rates)}, seeds, **changes)
     return known + [
         {
             **common,
@@ -120,13 +110,22 @@ IDEAS = {  # method, options, rates
         "masked", {"chosen": "layer", "fraction": 0.03}, (2.5e-4, 5e-4, 1e-3, 2e-3),
     ),
     **LAYERS,
+    "largest gradients": ("masked", {"chosen": "gradient"}, (6e-5, 1.25e-4, 2.5e-4, 5e-4)),
+    "largest gradients of the smallest 30 %": (
+        "masked", {"chosen": "small gradient"}, (6e-5, 1.25e-4, 2.5e-4, 5e-4),
+    ),
+    "largest gradients of the smallest 60 %": (
+        "masked", {"chosen": "small gradient", "among": 0.6}, (6e-5, 1.25e-4, 2.5e-4, 5e-4),
+    ),
+    "rows of the smallest": ("masked", {"chosen": "rows"}, (2.5e-4, 5e-4)),
+    "squares of the smallest": ("masked", {"chosen": "blocks"}, (6e-5, 1.25e-4, 2.5e-4, 5e-4)),
 }  # fmt: skip
 
 
 def beside_known(base, grids, seeds=(0, 1), **changes):
-    """Methods at their rates, beside SaRA and LoRA."""
+    """Methods at their rates, beside SaRA, random masks and LoRA."""
     common = {"base": base, **COMMON, **changes}
-    compared = ("base", "SaRA 10 %", "LoRA r8")
+    compared = ("base", "SaRA 10 %", "random 10 %", "LoRA r8")
     known = [p for p in methods(base, **changes) if p["name"] in compared and p["seed"] in seeds]
     return known + [
         {**common, "name": name, "method": method, "options": options, "rate": rate, "seed": seed}
@@ -160,12 +159,12 @@ def looks(base, seed=0, **changes):
 
 
 ON_UNET = {  # method, options, rates
-    "SaRA 10 %": ("sara", SARA, (1.25e-4, 2.5e-4, 5e-4)),
+    "SaRA 10 %": ("sara", SARA, (6e-5, 1.25e-4, 2.5e-4, 5e-4)),
     "smallest of each layer": ("masked", {"chosen": "layer"}, (1.25e-4, 2.5e-4, 5e-4)),
     **LAYERS,
-    "random 10 %": ("masked", {"chosen": "random"}, (1.25e-4, 2.5e-4, 5e-4)),
-    "LoRA r8": ("lora", {"rank": 8}, (5e-5, 1e-4, 3e-4)),
-    "LoRA r20": ("lora", {"rank": 20}, (5e-5, 1e-4, 2e-4)),
+    "random 10 %": ("masked", {"chosen": "random"}, (6e-5, 1.25e-4, 2.5e-4, 5e-4)),
+    "LoRA r8": ("lora", {"rank": 8}, (5e-5, 1e-4, 3e-4, 6e-4)),
+    "LoRA r20": ("lora", {"rank": 20}, (5e-5, 1e-4, 2e-4, 4e-4)),
     "full": ("full", {}, (5e-6, 1e-5, 2e-5)),
 }
 
@@ -173,9 +172,8 @@ TEXT_RATES = (3e-5, 3e-4, 3e-3)
 
 
 def with_text(base="emoji64-unet", seed=0, rate=2.5e-4):
-    """SaRA with all of the text encoder trained as well, beside SaRA and LoRA without."""
-    compared = {name: ON_UNET[name] for name in ("SaRA 10 %", "LoRA r8")}
-    known = methods(base, compared, seeds=(seed,))
+    """SaRA with all of the text encoder trained as well, beside SaRA without at the same rate."""
+    known = methods(base, {"SaRA 10 %": ("sara", SARA, (rate,))}, seeds=(seed,))
     common = {"base": base, **COMMON, "method": "sara", "rate": rate, "seed": seed}
     return known + [
         {**common, "name": f"and text encoder, {text:g}", "options": {**SARA, "text_rate": text}}
@@ -195,7 +193,7 @@ ELSEWHERE = {  # method, options, rates
 ELSEWHERE_ON_UNET = {  # method, options, rates
     "SaRA 10 %": ("sara", SARA, (6e-5, 1.25e-4, 2.5e-4)),
     **LAYERS,
-    "LoRA r8": ("lora", {"rank": 8}, (5e-5, 1e-4, 2e-4)),
+    "LoRA r8": ("lora", {"rank": 8}, (5e-5, 1e-4, 2e-4, 4e-4)),
 }
 
 SHARES = {  # method, options, rates
@@ -242,7 +240,7 @@ def zeroed(seeds=(0, 1, 2)):
 def costs():
     """Both bases, some methods and sizes: a few steps on a machine that does nothing else."""
     sizes = {"SaRA 10 %": GRIDS["SaRA 10 %"], **LAYERS, **SHARES}
-    loras = {name: GRIDS[name] for name in ("LoRA r4", "LoRA r8", "LoRA r20", "full")}
+    loras = {name: GRIDS[name] for name in ("LoRA r8", "LoRA r4", "LoRA r20", "full")}
     on_unet = {
         name: ON_UNET[name] for name in ("SaRA 10 %", *LAYERS, "LoRA r8", "LoRA r20", "full")
     }
@@ -292,6 +290,12 @@ QUESTIONS = {  # title in the report: the plans of its runs
         "emoji64-unet", ELSEWHERE_ON_UNET, (0,), style="blue cat", pictures=5
     ),
     "What it costs": costs,
+}
+
+
+REFERENCES = {  # of questions that have one of their own
+    "SaRA with one part changed": "SaRA 10 %",
+    "The text encoder as well, on a UNet": "SaRA 10 %",
 }
 
 

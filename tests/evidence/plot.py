@@ -1,5 +1,7 @@
 """Pictures of the report: curves, and rows of pictures."""
 
+import statistics
+
 from PIL import Image, ImageDraw, ImageFont
 
 from . import curves
@@ -9,67 +11,62 @@ COLORS = ("#e8743b", "#5b8db8", "#6a9f58", "#967bb6", "#c2447a", "#8c6d31", "#3a
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 1100, 620, 70, 320, 30, 60
 LABELS = 110
 SHOWN = (-10, 25)  # percent
+TICKS = (0.25, 0.5, 0.75, 1.0)
 INK, GRID = "#222222", "#dddddd"
 
 
-def averaged(seeds):
-    """Means of a method's curves over seeds, at levels that all of them reach."""
-    low, high = curves.common_range({"": seeds})
-    every = [curves.best(spots) for spots in seeds.values()]
-    found = []
-    for level in curves.levels_between(low, high) if low < high else [low]:
-        losses = [curves.learned_at(curve, level) for curve in every]
-        if None not in losses:
-            found.append((level, sum(losses) / len(losses)))
-    return found
+def beside(by_name, reference):
+    """How much larger each method's loss is than the reference's at equal forgetting, in percent.
 
-
-def beside(lines, rival):
-    """How much larger each loss is than the best rival's at equal forgetting, in percent, where there is one."""
-    rivals = [line for name, line in lines.items() if line and name.startswith(rival)]
+    Returns:
+        Lists (share of the most that the reference learns, percent), means over seeds, by name.
+    """
+    levels = curves.levels_of(by_name[reference])
     found = {}
-    for name, line in lines.items():
-        found[name] = []
-        for level, loss in line:
-            others = [curves.learned_at(other, level) for other in rivals]
-            others = [other for other in others if other is not None]
-            if others:
-                found[name].append((level, 100 * (loss / min(others) - 1)))
+    for name, seeds in by_name.items():
+        shares = [curves.advantage(seeds, by_name[reference], [level]) for level in levels]
+        found[name] = [
+            (learned, -100 * statistics.mean(by_seed.values()))
+            for learned, by_seed in zip(curves.LEARNED, shares, strict=True)
+            if by_seed
+        ]
     return {name: line for name, line in found.items() if line}
 
 
-def draw(by_name, rival):
-    """Picture of how far the methods are from the best of the rivals, at equal forgetting.
+def draw(by_name, reference, base):
+    """Picture of how far the methods are from the reference, at equal forgetting.
 
     Args:
-        by_name: As `curves.points` returns it.
-        rival: How names of the rivals begin.
+        by_name: As `curves.curves_of` returns it.
+        reference: Name of what they are compared with.
+        base: Loss of the base on its own styles.
     """
     image = Image.new("RGB", (WIDTH, HEIGHT), "white")
     pen, font = ImageDraw.Draw(image), ImageFont.load_default(size=14)
-    lines = beside({name: averaged(seeds) for name, seeds in by_name.items()}, rival)
-    levels = [level for line in lines.values() for level, _ in line]
-    (x0, x1), (y0, y1) = (min(levels, default=0), max(levels, default=1)), SHOWN
+    (x0, x1), (y0, y1) = (curves.LEARNED[0], curves.LEARNED[-1]), SHOWN
     right, low = WIDTH - RIGHT, HEIGHT - BOTTOM
 
-    def place(grown, more):
-        x = LEFT + (grown - x0) / ((x1 - x0) or 1) * (right - LEFT)
-        return x, TOP + (min(more, y1) - y0) / (y1 - y0) * (low - TOP)
+    def place(learned, more):
+        x = LEFT + (learned - x0) / (x1 - x0) * (right - LEFT)
+        return x, TOP + (max(min(more, y1), y0) - y0) / (y1 - y0) * (low - TOP)
 
-    for share in (0, 0.25, 0.5, 0.75, 1):
-        x, _ = place(x0 + share * (x1 - x0), 0)
+    for share, level in zip(TICKS, curves.levels_of(by_name[reference], TICKS), strict=True):
+        x, _ = place(share, 0)
         pen.line([x, TOP, x, low], fill=GRID)
-        pen.text((x - 18, low + 6), f"{x0 + share * (x1 - x0):.3f}", INK, font)
+        pen.text((x - 18, low + 6), f"{level / base:+.0%}", INK, font)
     for more in range(y0, y1 + 1, 5):
         _, y = place(x0, more)
         pen.line([LEFT, y, right, y], fill=GRID if more else INK)
         pen.text((20, y - 8), f"{more:+d} %", INK, font)
-    for number, (name, line) in enumerate(lines.items()):
+    for number, (name, line) in enumerate(beside(by_name, reference).items()):
         color = COLORS[number % len(COLORS)]
         pen.line([place(*spot) for spot in line], fill=color, width=3)
         pen.text((right + 15, TOP + 22 * number), name, color, font)
-    pen.text((LEFT, HEIGHT - 26), "forgotten: growth of the loss on the base's styles", INK, font)
-    above = f"loss on what was not shown, beside the best {rival} that forgets as much (higher is better)"
+    below = f"forgotten (growth of the loss on the base's styles) where {reference} has learned 25 to 100 %"
+    pen.text((LEFT, HEIGHT - 26), below, INK, font)
+    above = (
+        f"loss on what was not shown, beside {reference} that forgets as much (higher is better)"
+    )
     pen.text((LEFT, 6), above, INK, font)
     return image
 

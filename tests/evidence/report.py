@@ -4,97 +4,121 @@ import json
 import statistics
 
 from . import curves
-from .plan import kind
+from .plan import REFERENCE, REFERENCES, kind
 from .plot import draw, draw_rows
 from .sections import costing_section, looks_section, merging_section, zeroing_section
 
-SHARES = (0.1, 0.25, 0.5, 0.75, 1.0)  # of what all methods reach, where their losses are shown
+SHARES = (0.25, 0.5, 0.75, 0.9, 1.0)  # of the most that the reference learns, in the tables
 TITLE = "# What each method learns and forgets"
 BEGIN, END = "<!-- figures: made by python dev.py evidence -->", "<!-- end -->"
-RIVAL = "LoRA"  # names of what is compared with begin so
 
 
 def settings_table(runs):
     """Lines of every setting at full strength, means over seeds."""
-    start = {run["seed"]: run["losses"]["0"] for run in runs if is_base(run)}
+    start = curves.starts(runs)
     has_relatives = all("relatives" in losses for losses in start.values())
     head = ["method", "trained", "rate", "seeds", "learned: not shown", "shown", "forgotten"]
     head += ["of its relatives"] if has_relatives else []
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     groups = {}
     for run in runs:
-        if not is_base(run):
+        if run["method"] != "none":
             groups.setdefault((run["name"], run["rate"]), []).append(run)
     for (name, rate), group in groups.items():
         ends = [run["losses"]["1.0"] for run in group]
         begun = [start[run["seed"]] for run in group]
-        found = [[losses[what] for losses in ends] for what in ("new", "shown")]
-        found.append(
-            [curves.forgotten(e) - curves.forgotten(b) for e, b in zip(ends, begun, strict=True)]
-        )
+        cells = [f"{statistics.mean(end[what] for end in ends):.4f}" for what in ("new", "shown")]
+        cells.append(_growth(map(curves.forgotten, begun), map(curves.forgotten, ends)))
         if has_relatives:
-            found.append(
-                [e["relatives"] - b["relatives"] for e, b in zip(ends, begun, strict=True)]
-            )
-        cells = " | ".join(f"{statistics.mean(values):.4f}" for values in found)
+            cells.append(_growth((b["relatives"] for b in begun), (e["relatives"] for e in ends)))
         trained = f"{group[0]['trained'] / 1e6:.2f} M"
-        lines.append(f"| {name} | {trained} | {rate:g} | {len(group)} | {cells} |")
+        lines.append(f"| {name} | {trained} | {rate:g} | {len(group)} | {' | '.join(cells)} |")
     return lines
 
 
-def is_base(run):
-    """Tell whether a run is the model as it was."""
-    return run["method"] == "none"
+def _growth(before, after):
+    return f"{statistics.mean(b / a - 1 for a, b in zip(before, after, strict=True)):+.0%}"
 
 
-def methods_table(by_name):
+def methods_table(runs, reference):
     """Lines of the methods at equal forgetting, each at its best rate and strength there."""
-    low, high = curves.common_range(by_name)
-    levels = [low + share * (high - low) for share in SHARES]
-    rivals = [seeds for name, seeds in by_name.items() if name.startswith(RIVAL)]
-    every = curves.levels_between(low, high)
-    head = " | ".join(f"{level:.4f}" for level in levels)
-    lines = [f"| method | seeds | {head} | below {RIVAL}'s best (90 %) |"]
-    lines.append("|---" * (3 + len(levels)) + "|")
-    for name, seeds in by_name.items():
-        cells = [_mean_at(seeds, level) for level in levels]
-        shares = curves.advantage(seeds, rivals, every).values()
-        found = ""
-        if shares:
-            least, most = curves.interval(shares)
-            found = f"{statistics.mean(shares):+.1%}"
-            found += f" ({least:+.1%} to {most:+.1%})" if len(shares) > 1 else ""
-        lines.append(f"| {name} | {len(seeds)} | {' | '.join(cells)} | {found} |")
+    new, shown = curves.curves_of(runs), curves.curves_of(runs, "shown")
+    base = curves.loss_of_base(runs)
+    columns = curves.levels_of(new[reference], SHARES)
+    every = curves.levels_of(new[reference])
+    head = " | ".join(f"{level / base:+.0%}" for level in columns)
+    lines = [
+        f"| method | seeds | {head} | ahead of {reference} | shown | forgets for as much | best rate |",
+        "|---" * (6 + len(columns)) + "|",
+    ]
+    for name, seeds in new.items():
+        cells = [_mean_at(seeds, level) for level in columns]
+        found = [str(len(seeds)), *cells]
+        for by_name in (new, shown):
+            shares = curves.advantage(by_name[name], by_name[reference], every)
+            found.append(_told(shares.values()) if name != reference else "")
+        found.append(curves.forgets(seeds, new[reference]) if name != reference else "")
+        tried = {run["rate"] for run in runs if run["name"] == name}
+        found.append(_best_rate(seeds, columns[SHARES.index(curves.MIDDLE)], tried))
+        lines.append(f"| {name} | {' | '.join(found)} |")
     return lines
 
 
 def _mean_at(seeds, level):
-    losses = [curves.learned_at(curves.best(spots), level) for spots in seeds.values()]
-    return "" if None in losses else f"{statistics.mean(losses):.4f}"
+    return f"{statistics.mean(curves.learned_at(c, level)[1] for c in seeds.values()):.4f}"
+
+
+def _told(shares):
+    """The mean over seeds with its interval, or with both values where there are two."""
+    shares = list(shares)
+    if not shares:
+        return ""
+    told = f"{statistics.mean(shares):+.1%}"
+    if len(shares) > 2:
+        return f"{told} ± {100 * curves.half_width(shares):.1f}"
+    return told if len(shares) == 1 else f"{told} ({', '.join(f'{s:+.1%}' for s in shares)})"
+
+
+def _best_rate(seeds, level, tried):
+    """The rate that is best in the middle of the table; whether it is the first or last that was tried."""
+    rate = statistics.mode(curves.learned_at(curve, level)[2] for curve in seeds.values())
+    edge = "lowest" if rate == min(tried) else "highest" if rate == max(tried) else None
+    return f"{rate:g}" + (f", the {edge} tried" if edge and len(tried) > 1 else "")
 
 
 def section(title, runs, picture):
     """Lines on the runs of one question."""
-    plan, by_name = runs[0], curves.points(runs)
+    plan, reference = runs[0], REFERENCES.get(title, REFERENCE)
     return [
         f"## {title}",
         "",
         f"{plan['base']}, {plan['pictures']} pictures in the style {plan['style']}, {plan['steps']} steps "
         f"of batch {plan['batch']}.",
         "",
-        f"![beside LoRA at equal forgetting]({picture})",
+        f"![beside {reference} at equal forgetting]({picture})",
         "",
-        "Loss on concepts of the new style that were not shown, at equal forgetting (the growth of the loss "
-        "on the base's styles); lower is better. Each method at its best rate and strength there, means "
-        "over seeds. The last column is the mean over all such levels, with a bootstrap interval over seeds.",
-        "",
-        *methods_table(by_name),
+        *methods_table(runs, reference),
         "",
         "At full strength:",
         "",
         *settings_table(runs),
         "",
     ]
+
+
+HOW_TO_READ = f"""\
+Loss in the model's own prediction, lower is better. Noise and order of the pictures are the same for all methods
+with one seed. Made by `python dev.py evidence`.
+
+In the first table of a question each method is at its best rate and strength for what it may forget. The
+columns in per cent tell by how much the loss on the base's own styles has grown: where {REFERENCE}, or what else is
+named as the reference, has learned {", ".join(f"{share:.0%}" for share in SHARES[:-1])} and all of the most it learns. In them is the
+loss on concepts of the new style that were not shown, mean over seeds. *Ahead* is how much lower that loss is than the
+reference's, mean over {len(curves.LEARNED)} such amounts of forgetting from {curves.LEARNED[0]:.0%} on: with three seeds or more ± half of the 90 % interval
+by Student's distribution, with two both values, with one that alone. *Shown* is the same on the pictures that were
+trained on. *Forgets for as much* is how much more a method forgets where its loss is as low as the
+reference's at {curves.MIDDLE:.0%}. *Best rate* is that in the column of {curves.MIDDLE:.0%}.
+"""
 
 
 def write(questions, runs, out, rows=None):
@@ -111,11 +135,7 @@ def write(questions, runs, out, rows=None):
     rows = rows or {}
     (out / "images").mkdir(parents=True, exist_ok=True)
     (out / "evidence.json").write_text(json.dumps(runs, indent=1) + "\n")
-    text = [
-        "Loss in the model's own prediction. Noise and order of the pictures are the same for all methods "
-        "with one seed. Made by `python dev.py evidence`.",
-        "",
-    ]
+    text = [HOW_TO_READ]
     for number, (title, found) in enumerate(questions.items(), 1):
         picture = f"images/evidence_{number}.png"
         if title in rows:
@@ -129,7 +149,8 @@ def write(questions, runs, out, rows=None):
         elif kind(found[0]) == "costing":
             text += costing_section(title, found, runs)
         else:
-            draw(curves.points(found), RIVAL).save(out / picture)
+            by_name, reference = curves.curves_of(found), REFERENCES.get(title, REFERENCE)
+            draw(by_name, reference, curves.loss_of_base(found)).save(out / picture)
             text += section(title, found, picture)
     file = out / "evidence.md"
     before = file.read_text() if file.is_file() else f"{TITLE}\n\n{BEGIN}\n{END}\n"

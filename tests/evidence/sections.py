@@ -4,32 +4,33 @@ import statistics
 
 from ..emoji64 import BASE_STYLES
 from . import curves
-from .plan import COMMON, SHARE, kind
+from .plan import COMMON, REFERENCE, SHARE, kind
 
 
 def looks_section(title, runs, picture):
     """Lines on runs that made pictures."""
-    plan = runs[0]
+    plan, start = runs[0], curves.starts(runs)
     styles = list(plan["likeness"])
     head = " | ".join(f"{style}: distance | its concept" for style in styles)
     lines = [
         f"## {title}",
         "",
-        f"{plan['base']}: *{', '.join(plan['concepts_shown'])}*, none of them shown in training, each model at a rate at "
-        "which about as much is forgotten.",
+        f"{plan['base']}: *{', '.join(plan['concepts_shown'])}*, none of them shown in training.",
         "",
         f"![a row for each model]({picture})",
         "",
         "Kernel distance x 1000 to the real pictures of the style (lower is better), and the share of pictures whose "
         "nearest real one is of the concept asked for:",
         "",
-        f"| model | rate | {head} |",
-        "|---" * (2 + 2 * len(styles)) + "|",
+        f"| model | rate | forgotten | {head} |",
+        "|---" * (3 + 2 * len(styles)) + "|",
     ]
     for run in runs:
         found = [run["likeness"][style] for style in styles]
         cells = " | ".join(f"{f['distance']:.0f} | {f['top-1']:.0%}" for f in found)
-        lines.append(f"| {run['name']} | {run['rate'] or ''} | {cells} |")
+        end = run["losses"].get("1.0", start[run["seed"]])
+        growth = curves.forgotten(end) / curves.forgotten(start[run["seed"]]) - 1
+        lines.append(f"| {run['name']} | {run['rate'] or ''} | {growth:+.0%} | {cells} |")
     return [*lines, ""]
 
 
@@ -49,7 +50,8 @@ def merging_section(title, runs):
     """Lines on two styles that were learned apart and put into one model."""
     plan, styles = runs[0], (runs[0]["style"], runs[0]["other"])
     head = " | ".join(
-        f"{style}: alone | at {SHARE} | both | distance alone | both | its concept alone | both"
+        f"{style}: alone | at {SHARE} | both | distance alone | at {SHARE} | both "
+        f"| its concept alone | at {SHARE} | both"
         for style in styles
     )
     lines = [
@@ -61,7 +63,7 @@ def merging_section(title, runs):
         "one is of the concept asked for; loss on the base's own styles with both. Means over seeds.",
         "",
         f"| method | rate | seeds | {head} | old styles, both |",
-        "|---" * (4 + 7 * len(styles)) + "|",
+        "|---" * (4 + 9 * len(styles)) + "|",
     ]
     for (name, rate), group in _by(runs, "name", "rate").items():
         mixes = [run["mixes"] for run in group]
@@ -74,7 +76,7 @@ def merging_section(title, runs):
             }
             cells += [_mean([m["losses"][style] for m in at[which]], ".4f") for which in names]
             for what, form in (("distance", ".0f"), ("top-1", ".0%")):
-                for which in ("alone", "both"):
+                for which in names:
                     cells.append(_mean([m["likeness"][style][what] for m in at[which]], form))
         old = [
             statistics.mean(m.get("together", m.get("base"))["losses"][s] for s in BASE_STYLES)
@@ -120,37 +122,27 @@ def costing_section(title, runs, every):
         f"## {title}",
         "",
         f"Memory is how far the peak of {COMMON['batch']} pictures a step, on one core, lies above that of the model "
-        "at rest; the file is SaRA's delta, or LoRA's and full fine-tuning's weights in half precision; *forgotten* "
-        "is the least at which the loss on what was not shown is as low as every method on that base can have it, "
-        "and *per cent* how much more that is than of the best. Means over seeds.",
+        "at rest; the file is SaRA's delta, or LoRA's and full fine-tuning's weights in half precision; *forgets* "
+        f"is how much more than {REFERENCE} where the loss on what was not shown is as low as {REFERENCE}'s with three "
+        "quarters of what it learns at most. Means over seeds.",
         "",
     ]
-    for base, group in _by(runs, "base").items():
-        names = {run["name"] for run in group}
-        known = {**COMMON, "base": base[0]}
+    for (base,), group in _by(runs, "base").items():
+        known = {**COMMON, "base": base}
         learned = [r for r in every if kind(r) == "curves" and known.items() <= r.items()]
-        by_name = curves.points([r for r in learned if r["name"] in {*names, "base"}])
-        level = curves.learned_by_all(by_name) if by_name else None
-        lines += _costs_table(base[0], group, by_name, level)
+        names = {run["name"] for run in group}
+        by_name = curves.curves_of([r for r in learned if r["name"] in {*names, "base"}])
+        lines += [
+            f"| {base} | trained | memory | a step | file | forgets |",
+            "|---" * 6 + "|",
+        ]
+        for run in group:
+            cost, seeds = run["cost"], by_name.get(run["name"], {})
+            reference = by_name.get(REFERENCE, {})
+            lines.append(
+                f"| {run['name']} | {run['trained'] / 1e6:.2f} M | {cost['peak_bytes'] / 1e6:.0f} MB "
+                f"| {cost['step_seconds']:.2f} s | {cost['file_bytes'] / 1e6:.1f} MB "
+                f"| {curves.forgets(seeds, reference)} |"
+            )
+        lines.append("")
     return lines
-
-
-def _costs_table(base, runs, by_name, level):
-    at = {}
-    for name, seeds in by_name.items():
-        found = [curves.forgotten_at(curves.best(spots), level) for spots in seeds.values()]
-        at[name] = statistics.mean(found) if found and None not in found else None
-    best = min((value for value in at.values() if value), default=None)
-    at_level = "" if level is None else f" at {level:.4f}"
-    lines = [
-        f"| {base} | trained | memory | a step | file | forgotten{at_level} | per cent |",
-        "|---" * 7 + "|",
-    ]
-    for run in runs:
-        cost, lost = run["cost"], at.get(run["name"])
-        tail = f"{lost:.4f} | {lost / best - 1:+.0%}" if lost else " | "
-        lines.append(
-            f"| {run['name']} | {run['trained'] / 1e6:.2f} M | {cost['peak_bytes'] / 1e6:.0f} MB "
-            f"| {cost['step_seconds']:.2f} s | {cost['file_bytes'] / 1e6:.1f} MB | {tail} |"
-        )
-    return [*lines, ""]
