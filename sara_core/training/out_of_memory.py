@@ -6,6 +6,10 @@ MESSAGES = (
     "out of memory",  # CUDA, MPS, ROCm, XPU
     "can't allocate memory",  # PyTorch's CPU allocator
     "not enough memory",  # the same on Windows
+    "unable to find an engine",  # cuDNN, where no way to convolve finds its workspace
+    "cudnn_status_alloc_failed",
+    "cublas_status_alloc_failed",
+    "cublas_status_not_initialized",  # its handles are made when a thread first multiplies
 )
 
 

@@ -85,7 +85,9 @@ def test_bad_steps_in_a_row_end_the_run_with_advice():
     "error",
     [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError(
         "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), RuntimeError(
-        "MPS backend out of memory")],
+        "MPS backend out of memory"), RuntimeError(
+        "GET was unable to find an engine to execute this computation"), RuntimeError(
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")],
 )  # fmt: skip
 @pytest.mark.parametrize(("fitting", "num_splits"), [(2, 1), (1, 2)])
 def test_out_of_memory_splits_the_batch_with_the_same_result(error, fitting, num_splits):
