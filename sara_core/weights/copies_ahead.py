@@ -1,12 +1,14 @@
 """Weights that wait in main memory, copied to a graphics card while what came before them is computed with."""
 
-import contextlib
 from collections import deque
 from typing import Any
 
 import torch
 from torch import Tensor
 
+PAUSE = (
+    500  # copies of which none is begun ahead after one found no memory: looking for it takes time
+)
 BEHIND = 2  # copies after which the host waits for the card, so that no more of them pile up
 NOTHING = (False, 0, 0)  # was taken yet: whether in backward pass, the one before, and the last
 
@@ -30,7 +32,7 @@ class CopiesAhead:
         self.device, self._backend = device, backend
         self._stream = backend.Stream(device) if backend else None
         self._following: dict[tuple[bool, int, int], Tensor] = {}
-        self._last = NOTHING
+        self._last, self._pause = NOTHING, 0
         self._begun: tuple[Tensor, Tensor, Any] | None = None  # of what, the copy, when it is there
         self._used: deque = deque()
 
@@ -50,11 +52,17 @@ class CopiesAhead:
         in_backward = torch._C._current_graph_task_id() != -1
         self._last = in_backward, self._last[-1], id(waiting)
         if (following := self._following.get(self._last)) is not None:
-            with contextlib.suppress(
-                RuntimeError
-            ):  # such as no memory, which is met when it is asked for
-                self._begun = self._begin(following)
+            self._begin_ahead(following)
         return copy
+
+    def _begin_ahead(self, following: Tensor) -> None:
+        """Begin a copy, unless memory ran out a short while ago; where it runs out now, it is met later."""
+        self._pause = max(0, self._pause - 1)
+        if not self._pause:
+            try:
+                self._begun = self._begin(following)
+            except torch.OutOfMemoryError:
+                self._pause = PAUSE
 
     def forget(self) -> None:
         """Let go of all tensors, which may then change again."""
@@ -62,7 +70,7 @@ class CopiesAhead:
             self._stream.synchronize()
         self._following.clear()
         self._used.clear()
-        self._last, self._begun = NOTHING, None
+        self._last, self._begun, self._pause = NOTHING, None, 0
 
     def _begin(self, waiting: Tensor) -> tuple[Tensor, Tensor, Any]:
         with self._backend.stream(self._stream):

@@ -146,6 +146,32 @@ def test_a_copy_ahead_that_finds_no_memory_is_made_when_it_is_asked_for(copying,
     assert failed
 
 
+def test_where_memory_ran_out_no_copy_is_begun_ahead_for_a_while(copying, monkeypatch):
+    backend, weights, copies = copying
+    monkeypatch.setattr(copies_ahead, "PAUSE", 5)
+    use(copying, "abcdabcd")
+    begin, begun = copies._begin, []
+
+    def fail_first(waiting):
+        begun.append(waiting.label)
+        if len(begun) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return begin(waiting)
+
+    monkeypatch.setattr(copies, "_begin", fail_first)
+    use(copying, "abcdab")  # a is there; b finds no memory, and b to b are made when asked for
+    use(copying, "cd")
+    assert begun == ["b", *"bcdab", *"cda"]
+
+
+def test_other_errors_of_a_copy_ahead_are_raised(copying, monkeypatch):
+    backend, weights, copies = copying
+    use(copying, "abcdabcd")
+    monkeypatch.setattr(copies, "_begin", lambda waiting: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        use(copying, "a")
+
+
 def test_nothing_is_held_once_forgotten(copying):
     backend, weights, copies = copying
     use(copying, "abcdabcd")
