@@ -30,7 +30,9 @@ def write_(dense: Tensor, index: Tensor, values: Tensor, accumulate: bool = Fals
         accumulate: Add the values to what is there.
     """
     index = index.long()
-    if dense.device.type in WITH_PUT and not torch.are_deterministic_algorithms_enabled():
+    refused = torch.are_deterministic_algorithms_enabled()
+    refused &= not torch.is_deterministic_algorithms_warn_only_enabled()
+    if dense.device.type in WITH_PUT and not refused:
         return dense.put_(index, values, accumulate)
     if dense.is_contiguous():
         dense.view(-1).index_put_((index,), values, accumulate)
