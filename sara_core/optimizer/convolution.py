@@ -19,7 +19,8 @@ from ..weights.quantised import Quantised
 from ..weights.shards import is_sharded
 from .sparse_weight import SparseWeight
 
-PART_ON_CPU, PART = 1 << 20, 1 << 23  # weights whose gradient is made at a time
+PART_ON_CPU, PART = 1 << 20, 1 << 24  # weights whose gradient is made at a time
+ROWS = 64  # graphics cards multiply in tiles of as many channels
 KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -68,8 +69,10 @@ def is_large(module: nn.Module) -> bool:
 
 def _rows(weight: Tensor) -> int:
     """Return how many output channels a part is made of."""
-    part = PART_ON_CPU if weight.device.type == "cpu" else PART
-    return max(1, part // weight.shape[1:].numel())
+    per_row = weight.shape[1:].numel()
+    if weight.device.type == "cpu":
+        return max(1, PART_ON_CPU // per_row)
+    return max(ROWS, PART // per_row // ROWS * ROWS)
 
 
 def _parts(selected: SparseWeight) -> list[tuple[slice, slice, int]]:
