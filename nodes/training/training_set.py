@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...sara_core.training.objective import NoiseSchedule
-from ...sara_core.training.to_device import send
+from ...sara_core.weights.to_device import send
 from .. import host
 from .examples import Examples, split_validation, with_options
 

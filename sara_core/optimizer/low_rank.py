@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..weights.parameters import as_matrix_shape
+from ..weights.to_device import send
 from .sparse_weight import SparseWeight
 
 NUM_ITERATIONS = 8
@@ -228,7 +229,7 @@ def add_gradient_(
         positions, _ = weight.shard.whole(weight.shard.in_whole(index))
         device = weight.parameter.device  # where the numbers are, if trained values are not
         norm, gradient = nuclear_norm_gradient(
-            values.to(device), positions.to(device), weight.parameter.shape
+            send(values, device), send(positions, device), weight.parameter.shape
         )
         if (sum_so_far := weight.gradient) is not None:
             sum_so_far.add_(gradient[own].to(sum_so_far.device), alpha=factor)

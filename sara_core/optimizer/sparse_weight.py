@@ -7,6 +7,7 @@ from ..weights import at_positions
 from ..weights.at_positions import index_dtype
 from ..weights.quantised import Quantised, learned_on
 from ..weights.shards import Shard, held, refuse_other_division, total
+from ..weights.to_device import send
 
 GAP_DTYPES = (torch.uint8, torch.int16, torch.int32)
 
@@ -78,7 +79,16 @@ class SparseWeight:
     @property
     def index(self) -> Tensor:
         """Sorted flat positions, `(k,)`, int32 (int64 for 2**31 weights or more); computed on each use."""
-        return torch.cumsum(self._gaps, 0, dtype=index_dtype(self.parameter.numel()))
+        return self.index_on(self._gaps.device)
+
+    def index_on(self, device: torch.device) -> Tensor:
+        """Return `index` on a device, to which only the gaps are sent."""
+        gaps = send(self._gaps, device)
+        return torch.cumsum(gaps, 0, dtype=index_dtype(self.parameter.numel()))
+
+    def index_to_write(self) -> Tensor:
+        """Return `index` as `take_update_` and `decay_` need it: nothing where the parameter is not written."""
+        return self._gaps[:0] if self.is_quantised else self.index
 
     @property
     def base(self) -> Tensor:
@@ -101,9 +111,8 @@ class SparseWeight:
 
     def gather(self, dense: Tensor, index: Tensor | None = None) -> Tensor:
         """Read the selected positions of a tensor of the parameter's shape, `(k,)`, on its device."""
-        index = self.index if index is None else index
-        if self.is_quantised:  # what is trained may be kept elsewhere
-            index = index.to(dense.device)
+        if index is None:  # of a quantised parameter, what is trained may be kept elsewhere
+            index = self.index_on(dense.device) if self.is_quantised else self.index
         return at_positions.read(dense, index)
 
     def _own(self, values: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -121,7 +130,7 @@ class SparseWeight:
         Returns:
             Shape `(len(entries),)`, on the device of `dense`.
         """
-        gaps = self._gaps[entries].to(dense.device)
+        gaps = send(self._gaps[entries], dense.device)
         return at_positions.read(dense, torch.cumsum(gaps, 0, dtype=torch.int64).add_(before))
 
     @property

@@ -174,7 +174,7 @@ def moments_of_all(states: dict[int, dict], weights: Sequence[SparseWeight]) -> 
 def _update_batch(
     batch: list[SparseWeight], states: list[dict], group: dict, num_steps: int
 ) -> None:
-    positions = [weight.index for weight in batch]
+    positions = [weight.index_to_write() for weight in batch]
     if group["weight_decay"]:
         for weight, index in zip(batch, positions, strict=True):
             weight.decay_(group["lr"] * group["weight_decay"], index)

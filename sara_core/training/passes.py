@@ -5,13 +5,13 @@ import math
 import torch
 from torch import Tensor
 
+from ..weights.to_device import send
 from . import weight_casts
 from .config import TrainConfig
 from .in_place_changes import changes_allowed, changes_saved_tensors
 from .noise_levels import NoiseLevels, shifted
 from .noise_tally import NoiseTally
 from .task import TrainingTask
-from .to_device import send
 
 
 class Passes:

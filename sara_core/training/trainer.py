@@ -1,6 +1,7 @@
 """The training loop: draw pictures and noise, ask the model, update."""
 
 import logging
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -37,8 +38,8 @@ class TrainingRun:
     one would with the whole batch. A run that goes on in more or fewer processes keeps its batches. An
     error in one ends all; where memory runs out in one, all go on in parts.
 
-    Each step waits for the device once, to leave out an update that is not finite; the loss is read
-    back at the same time.
+    Each step waits for the device once, before its update, to leave out one that is not finite; the loss is
+    read back at the same time.
 
     Args:
         optimizer: Holds the weights that train; its learning rate is the peak of the schedule.
@@ -243,7 +244,7 @@ class TrainingRun:
             if losses is None:
                 self._rewind()
                 return None
-            finite = self._update(losses.sum())
+            (loss, *prior), finite = self._update(losses)
         except BaseException as error:
             self._rewind()
             self.processes.fail(error)
@@ -251,7 +252,6 @@ class TrainingRun:
         self.step += 1
         self.noise_tally.count()
         self._mark()
-        loss, *prior = losses.tolist()
         return StepReport(
             self.step, loss, self.optimizer.rate_in_use, self.optimizer.stage, not finite,
             prior[0] if prior else None,
@@ -308,15 +308,17 @@ class TrainingRun:
                 sums.append(loss * part)
         return torch.stack([torch.stack(sums).mean() for sums in losses])
 
-    def _update(self, loss: Tensor) -> bool:
-        """Make the update unless it is not finite; returns whether it was."""
+    def _update(self, losses: Tensor) -> tuple[list[float], bool]:
+        """Make the update unless it is not finite; returns the losses, and whether it was."""
         optimizer, scaler = self.optimizer, self.scaler
         if scaler is not None:
             scaler.unscale_(optimizer)
         optimizer.add_low_rank_gradient_()
         limit = self.config.max_grad_norm or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(optimizer.parameters(), limit)
-        finite = bool(torch.isfinite(loss) & torch.isfinite(norm))
+        is_finite = torch.isfinite(losses.sum()) & torch.isfinite(norm)
+        *found, told = torch.cat([losses, is_finite.to(losses)[None]]).tolist()
+        finite = bool(told)
         self._half_made = True
         if finite:
             optimizer.step() if scaler is None else scaler.step(optimizer)
@@ -325,7 +327,7 @@ class TrainingRun:
         self._half_made = False
         # Overflows are the scaler's way to find its scale, unless there is nothing left to find.
         is_search = not finite and scaler is not None and scaler.get_scale() >= 1
-        if finite or not (is_search and bool(torch.isfinite(loss))):
+        if finite or not (is_search and math.isfinite(sum(found))):
             self._bad_steps = 0 if finite else self._bad_steps + 1
         optimizer.zero_grad()
-        return finite
+        return found, finite

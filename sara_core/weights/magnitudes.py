@@ -13,7 +13,10 @@ from torch import Tensor
 from .at_positions import index_dtype
 from .shards import held, total
 
-CHUNK = 1 << 20  # weights looked at in one go; few enough for a processor's cache
+CHUNK_ON_CPU, CHUNK = (
+    1 << 20,
+    1 << 24,
+)  # weights looked at in one go; few enough for a processor's cache
 NUM_BINS = 1 << 15  # upper 16 bits of a non-negative float32
 COARSER = 4  # bits of the mantissa that coarse bins leave out
 NON_FINITE_BIN = 0x7F80  # bins from here on hold infinity and NaN
@@ -21,14 +24,25 @@ NUM_COARSE_BINS = NON_FINITE_BIN >> COARSER
 
 
 def magnitudes(weight: Tensor) -> Iterator[Tensor]:
-    """Yield `|weight|` as flat float32 chunks in row-major order, each of at most CHUNK weights.
+    """Yield `|weight|` as flat float32 chunks in row-major order.
 
     A chunk is overwritten by the next; the taker may change it.
     """
     flat = held(weight).reshape(-1)
-    buffer = torch.empty(min(CHUNK, len(flat)), dtype=torch.float32, device=flat.device)
-    for chunk in flat.split(CHUNK):
+    size = _chunk(flat)
+    buffer = torch.empty(min(size, len(flat)), dtype=torch.float32, device=flat.device)
+    for chunk in flat.split(size):
         yield buffer[: len(chunk)].copy_(chunk).abs_()
+
+
+def _chunk(weight: Tensor) -> int:
+    return CHUNK_ON_CPU if weight.device.type == "cpu" else CHUNK
+
+
+def _count(chunks: Iterator[Tensor]) -> int:
+    """Count what is not zero or not False, and wait for the device once."""
+    counts = [torch.count_nonzero(chunk) for chunk in chunks]
+    return int(torch.stack(counts).sum()) if counts else 0
 
 
 def magnitude_histogram(weight: Tensor) -> tuple[Tensor, int]:
@@ -40,14 +54,14 @@ def magnitude_histogram(weight: Tensor) -> tuple[Tensor, int]:
     Returns:
         Counts, shape `(NUM_BINS,)` int64 on the CPU, and the number of exact zeros.
     """
-    counts = torch.zeros(NUM_BINS, dtype=torch.int64)
+    counts = torch.zeros(NUM_BINS, dtype=torch.int64, device=held(weight).device)
     for chunk in magnitudes(weight):
         bins = chunk.view(torch.int32).bitwise_right_shift_(16)
-        counts += torch.bincount(bins, minlength=NUM_BINS).cpu()
-    counts = total(weight, counts)
+        counts += torch.bincount(bins, minlength=NUM_BINS)
+    counts = total(weight, counts.cpu())
     if not counts[0]:
         return counts, 0
-    num_live = sum(int(torch.count_nonzero(chunk)) for chunk in magnitudes(weight))
+    num_live = _count(magnitudes(weight))
     return counts, weight.numel() - int(total(weight, torch.tensor(num_live)))
 
 
@@ -78,7 +92,7 @@ def bin_edges() -> Tensor:
 
 def count_small(weight: Tensor, threshold: float) -> int:
     """Count the weights with `|w| < threshold`, exact zeros included."""
-    here = sum(int(torch.count_nonzero(chunk < threshold)) for chunk in magnitudes(weight))
+    here = _count(chunk < threshold for chunk in magnitudes(weight))
     return int(total(weight, torch.tensor(here)))
 
 
@@ -95,12 +109,12 @@ def kth_magnitude(parameters: Mapping[str, Tensor], histogram: Tensor, k: int) -
     rank = k - (int(cumulative[high - 1]) if high else 0)
     low_counts = torch.zeros(1 << 16, dtype=torch.int64)
     for weight in parameters.values():
-        counts = torch.zeros_like(low_counts)
+        counts = torch.zeros_like(low_counts, device=held(weight).device)
         for chunk in magnitudes(weight):
             bits = chunk.view(torch.int32).bitwise_xor_(high << 16)
             low = bits[bits <= 0xFFFF]
-            counts += torch.bincount(low, minlength=1 << 16).cpu()
-        low_counts += total(weight, counts)
+            counts += torch.bincount(low, minlength=1 << 16)
+        low_counts += total(weight, counts.cpu())
     low_half = int(torch.searchsorted(low_counts.cumsum(0), rank, right=True))
     return torch.tensor((high << 16) | low_half, dtype=torch.int32).view(torch.float32).item()
 
@@ -129,11 +143,9 @@ def small_weight_index(weight: Tensor, threshold: float, skip_zeros: bool = Fals
     Returns:
         Shape `(k,)`, int32 (int64 for 2**31 weights or more), on the device of `weight`.
     """
-    dtype = index_dtype(weight.numel())
-    parts = [
-        (torch.nonzero(mark_small_weights(chunk, threshold, skip_zeros))[:, 0] + n * CHUNK).to(
-            dtype
-        )
-        for n, chunk in enumerate(held(weight).reshape(-1).split(CHUNK))
-    ]
+    dtype, flat = index_dtype(weight.numel()), held(weight).reshape(-1)
+    size, parts = _chunk(flat), []
+    for n, chunk in enumerate(flat.split(size)):
+        marked = torch.nonzero(mark_small_weights(chunk, threshold, skip_zeros))[:, 0]
+        parts.append(marked.add_(n * size).to(dtype))
     return torch.cat(parts)

@@ -185,10 +185,11 @@ def numbers_on_use(
                 if stored is None or full_name not in converters:
                     continue
                 if id(stored) not in made:
+                    scale = scales.get(full_name)
                     source = Source(
                         stored.detach(),
                         converters[full_name],
-                        scales.get(full_name),
+                        None if scale is None else scale.to(device or scale.device),
                         scratch,
                         copies,
                         changes.get(full_name, ()),

@@ -11,6 +11,7 @@ from torch import Tensor
 from .at_positions import write_
 from .codes import reader
 from .copies_ahead import CopiesAhead
+from .to_device import send
 
 CHUNK = 1 << 23  # numbers that are scaled in one go
 
@@ -20,9 +21,8 @@ class Learned(Protocol):
 
     acting: Tensor | None
 
-    @property
-    def index(self) -> Tensor:
-        """Flat positions, `(k,)`."""
+    def index_on(self, device: torch.device) -> Tensor:
+        """Flat positions, `(k,)`, on a device."""
 
 
 class Scratch(threading.local):
@@ -93,7 +93,7 @@ class Source:
             out = change(out)
         for part in self.learned:
             if part.acting is not None:
-                write_(out, part.index.to(device), part.acting.to(device, dtype))
+                write_(out, part.index_on(device), send(part.acting, device).to(dtype))
         return out
 
     def keep_on(self, device: torch.device) -> None:

@@ -4,6 +4,8 @@ So what keeps some of its tensors elsewhere can be run to its numbers without a 
 wrong place is an error. Importing this has torch know the device for good: for a process of its own.
 """
 
+from collections import Counter
+
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
@@ -24,6 +26,9 @@ class Far(Tensor):
 
     __torch_function__ = torch._C._disabled_torch_function_impl
     sent = 0  # bytes that have come here from main memory
+    waits: Counter = (
+        Counter()
+    )  # for what a program had to wait until the device had done all it was given
 
     @staticmethod
     def __new__(cls, raw):
@@ -43,6 +48,7 @@ class Far(Tensor):
 
     def tolist(self):
         """Its numbers."""
+        Far.waits["tolist"] += 1
         return self.raw.tolist()
 
     @classmethod
@@ -55,11 +61,15 @@ class Far(Tensor):
             return NotImplemented  # for a kind of tensors that makes others of itself first
         kwargs = kwargs or {}
         given, spec = tree_flatten((args, kwargs))
+        if function in WAITS or (function in BY_POSITIONS and _has_mask(args[1])):
+            Far.waits[function.__name__] += 1
         raw = [value.raw if isinstance(value, cls) else value for value in given]
         if function is aten.copy_.default:
             target, source = given[:2]
             if isinstance(target, cls) and not isinstance(source, cls):
                 Far.sent += source.nbytes
+            if isinstance(source, cls) and not isinstance(target, cls):
+                Far.waits["copy to main memory"] += 1
             raw[0].copy_(raw[1])
             return target
         if function is aten._has_compatible_shallow_copy_type.default:
@@ -68,6 +78,8 @@ class Far(Tensor):
         if near:
             raise RuntimeError(f"{function} got tensors of the second device and of main memory")
         goes = function is aten._to_copy.default and kwargs.get("device", FAR).type != FAR.type
+        if goes:
+            Far.waits["copy to main memory"] += 1
         raw = [torch.device("cpu") if isinstance(value, torch.device) else value for value in raw]
         args, kwargs = tree_unflatten(raw, spec)
         found = function(*args, **kwargs)
@@ -77,6 +89,14 @@ class Far(Tensor):
             if goes
             else tree_map_only(Tensor, lambda t: known[id(t)] if id(t) in known else cls(t), found)
         )
+
+
+WAITS = (aten._local_scalar_dense.default, aten.nonzero.default, aten.bincount.default)
+BY_POSITIONS = (aten.index.Tensor, aten.index_put_.default, aten.index_put.default)
+
+
+def _has_mask(indices):
+    return any(index is not None and index.dtype == torch.bool for index in indices)
 
 
 class _Module(_DummyBackendModule):

@@ -123,7 +123,7 @@ def test_what_is_stored_elsewhere_is_sent_where_it_is_used(monkeypatch):
         )
         weight = small.blocks[0][0].weight
         index = torch.arange(0, 4096, 100, device=device)
-        weight.source.learned = [SimpleNamespace(index=index, acting=index.float())]
+        weight.source.learned = [SimpleNamespace(index_on=index.to, acting=index.float())]
         small(torch.randn(2, 64, dtype=torch.bfloat16, device=device)).sum().backward()
         assert (weight.grad.device, weight.grad.dtype) == (device, torch.bfloat16)
         assert at_positions.read(weight, index).device == device

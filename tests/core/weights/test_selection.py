@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from sara_core import select
-from sara_core.weights.magnitudes import CHUNK, mark_small_weights
+from sara_core.weights.magnitudes import CHUNK_ON_CPU, mark_small_weights
 from sara_core.weights.parameters import choose_parameters
 from sara_core.weights.selection import parse_count
 
@@ -49,7 +49,7 @@ def test_budget_gives_the_sorted_order_threshold(dtype, count):
 
 def test_fraction_over_several_chunks_is_exact():
     torch.manual_seed(2)
-    weight = torch.randn(CHUNK + 1000)
+    weight = torch.randn(CHUNK_ON_CPU + 1000)
     weight = weight.view(1, -1)
     selection = select({"w": weight}, fraction=0.1)
     expected = weight.abs().flatten().sort().values[round(0.1 * weight.numel())]
