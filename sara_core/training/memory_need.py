@@ -3,7 +3,9 @@
 import dataclasses
 import math
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,6 +66,28 @@ class LiveBytes(TorchDispatchMode):
 
         self._known[key] = weakref.ref(storage, gone)
         self.now += size
+
+
+def most_bytes(device: torch.device, function: Callable[[], Any], backend: Any = None) -> int:
+    """Return the most bytes that what a function makes takes at a time.
+
+    What kernels take for themselves, such as workspaces, is in it where the device's allocator tells.
+
+    Args:
+        device: Where tensors count.
+        function: Makes them.
+        backend: What knows of the allocator; found by the device if left out.
+    """
+    backend = getattr(torch, device.type, None) if backend is None else backend
+    tells = hasattr(backend, "max_memory_allocated")
+    if tells:
+        backend.reset_peak_memory_stats(device)
+        before = backend.memory_allocated(device)
+    with LiveBytes(device) as live:
+        function()
+    if tells:
+        return max(live.peak, backend.max_memory_allocated(device) - before)
+    return live.peak
 
 
 @dataclass(frozen=True)

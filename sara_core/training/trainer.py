@@ -13,7 +13,7 @@ from ..optimizer.packages import SCHEDULE_FREE
 from ..optimizer.sara_adamw import SaraAdamW
 from .batches import BatchOrder, by_key
 from .config import TrainConfig
-from .memory_need import LiveBytes
+from .memory_need import most_bytes
 from .noise_tally import NoiseTally
 from .out_of_memory import is_out_of_memory
 from .passes import Passes
@@ -168,15 +168,18 @@ class TrainingRun:
         keys = by_key(self.task.keys, [*self.task.training, *self.task.regularisation])
         largest = max(keys.values(), key=lambda bucket: self.task.latents(bucket[:1]).numel())
         pictures = [largest[i % len(largest)] for i in range(count)]
+
+        def go_over() -> None:
+            *draw, _ = self.passes.draw(pictures, torch.Generator())
+            longest = [self.task.longest_caption(picture) for picture in pictures]
+            self.passes.backward((*draw, longest), 1.0)
+
         try:
             device = self.task.latents(pictures[:1]).device
-            with LiveBytes(device) as live, self.optimizer.no_sync():
-                *draw, _ = self.passes.draw(pictures, torch.Generator())
-                longest = [self.task.longest_caption(picture) for picture in pictures]
-                self.passes.backward((*draw, longest), 1.0)
+            with self.optimizer.no_sync():
+                return most_bytes(device, go_over)
         finally:
             self.optimizer.zero_grad()
-        return live.peak
 
     def validate(self) -> float | None:
         """Return the loss on the pictures held out, at the same noise every time; None without any.

@@ -10,7 +10,7 @@ from torch import nn
 
 from sara_core import SaraAdamW
 from sara_core.training.config import TrainConfig
-from sara_core.training.memory_need import LiveBytes, MemoryNeed
+from sara_core.training.memory_need import LiveBytes, MemoryNeed, most_bytes
 from sara_core.training.trainer import TrainingRun
 
 from .test_training import Task, run
@@ -69,6 +69,30 @@ def test_what_would_fit():
     assert (roomy.fits, roomy.largest_batch(), roomy.largest_area()) == (True, 4, 1.0)
     hopeless = MemoryNeed(100, 150, 80, 1, 200, 4)
     assert (hopeless.largest_batch(), hopeless.largest_area()) == (0, 0.0)
+
+
+class Allocator:
+    """That of a device, of which kernels have taken 512 bytes for themselves."""
+
+    def __init__(self):
+        self.is_reset = False
+
+    def reset_peak_memory_stats(self, device):
+        self.is_reset = True
+
+    def memory_allocated(self, device):
+        assert self.is_reset
+        return 10_000
+
+    def max_memory_allocated(self, device):
+        return 10_000 + 400 + 512
+
+
+def test_what_kernels_take_for_themselves_counts_where_the_allocator_tells_of_it():
+    cpu, make = torch.device("cpu"), lambda: torch.zeros(100)
+    assert most_bytes(cpu, make) == 400
+    assert most_bytes(cpu, make, Allocator()) == 912
+    assert most_bytes(cpu, lambda: torch.zeros(1000), Allocator()) == 4000
 
 
 PEAKS = """
