@@ -17,6 +17,7 @@ from ...sara_core.weights.quantised import Quantised, numbers_on_use
 from .attention import differentiable_attention
 from .compiled import compile_wrappers
 from .model_calls import ModelCalls
+from .operations import differentiable_operations, full_accumulation
 from .weights import (
     PREFIX,
     REAL_SCALE,
@@ -25,7 +26,9 @@ from .weights import (
     device_of,
     is_dynamic,
     is_ggml,
+    is_quantised,
     is_widened,
+    patch_dtype,
     patchable_names,
     scale_of,
 )
@@ -68,6 +71,8 @@ def trainable(
         torch.inference_mode(False),
         torch.enable_grad(),
         differentiable_attention(),
+        differentiable_operations(),
+        full_accumulation(),
         _numbers_on_use(model, computes_in(patcher), device_of(patcher), learned_on),
     ):
         _unpin(patcher)
@@ -171,8 +176,10 @@ def _changes(model: torch.nn.Module, converters: dict) -> dict[str, list[Callabl
     for name in converters:
         path, _, kind = name.rpartition(".")
         functions = getattr(model.get_submodule(path), f"{kind}_function", ())
+        stored = model.get_parameter(name)
+        kept = None if is_quantised(stored) or is_ggml(stored) else stored.dtype
         found[name] = [
-            functools.partial(_patched, function)
+            functools.partial(_patched, function, kept)
             if isinstance(function, LowVramPatch)
             else function
             for function in functions
@@ -180,10 +187,18 @@ def _changes(model: torch.nn.Module, converters: dict) -> dict[str, list[Callabl
     return found
 
 
-def _patched(patch: LowVramPatch, weight: torch.Tensor) -> torch.Tensor:
-    """Add a patch as it is added to a model that is loaded whole: in float32, and rounded once."""
-    out = comfy.lora.calculate_weight(patch.patches[patch.key], weight.float(), patch.key)
-    return out.to(weight.dtype)
+def _patched(patch: LowVramPatch, kept: torch.dtype | None, weight: torch.Tensor) -> torch.Tensor:
+    """Add a patch to numbers.
+
+    Args:
+        patch: What is added.
+        kept: Dtype of the stored weight, which a model that is loaded whole rounds the sum to; None for few
+            bits, to which it is not rounded here.
+        weight: Numbers, which may change.
+    """
+    number = weight.to(torch.float32 if kept is None else patch_dtype(weight.device))
+    out = comfy.lora.calculate_weight(patch.patches[patch.key], number, patch.key)
+    return out.to(kept or weight.dtype).to(weight.dtype)
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import comfy.float
 import comfy.lora
+import comfy.model_management
 import comfy.model_patcher
 import comfy.supported_models
 import comfy.utils
@@ -93,15 +94,23 @@ def patched_weights(patcher) -> BaseWeights:
     """Return the weights of a MODEL as it uses them: with the LoRAs, merges and deltas it carries."""
 
     def patch(key: str, weight: Tensor) -> Tensor:
-        number = weight.to(torch.float32, copy=True)
+        few_bits = is_quantised(weight)
+        dtype = torch.float32 if few_bits else patch_dtype(patcher.load_device)
+        number = weight.to(dtype, copy=True)
         out = comfy.lora.calculate_weight(patcher.patches[key], number, key)
-        if is_quantised(weight):  # added when it is used, so not rounded
+        if few_bits:  # added when it is used, so not rounded
             return out
         return comfy.float.stochastic_rounding(out, weight.dtype, seed=string_to_seed(key))
 
     weights = base_weights(patcher)
     keys = {name: PREFIX + name for name in weights if PREFIX + name in patcher.patches}
     return weights.patched({name: functools.partial(patch, key) for name, key in keys.items()})
+
+
+def patch_dtype(device: torch.device) -> torch.dtype:
+    """Return in what ComfyUI adds patches to weights on a device: since 0.33 half precision on graphics cards."""
+    told = getattr(comfy.model_management, "lora_compute_dtype", None)
+    return torch.float32 if told is None else told(device)
 
 
 def rounds_patches(patcher) -> bool:

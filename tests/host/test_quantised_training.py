@@ -2,6 +2,7 @@
 
 import gc
 
+import comfy.model_management
 import comfy.sd as comfy_sd
 import pytest
 import torch
@@ -75,6 +76,30 @@ def test_a_lora_that_the_model_carries_is_part_of_what_trains(sara, form, offloa
     delta, losses = delta_of(sara, small, **options)
     assert losses[0] == pytest.approx(expected[0], rel=1e-3)
     assert delta.fits_base(sara.host.patched_weights(small))
+
+
+@pytest.mark.parametrize("in_half", [False, True])
+@pytest.mark.parametrize("form", ["float32", "half"])
+def test_a_lora_is_added_as_to_a_model_that_is_loaded_whole(sara, form, in_half, monkeypatch):
+    management = comfy.model_management
+    if in_half:  # as on graphics cards, since 0.33
+        if not hasattr(management, "lora_compute_dtype"):
+            pytest.skip("this ComfyUI adds patches in float32 on all devices")
+        monkeypatch.setattr(management, "lora_compute_dtype", lambda device: torch.float16)
+
+    def weights(offloading):
+        patcher = with_patch(load(form))
+        expected = sara.host.patched_weights(patcher)
+        with sara.host.trainable(patcher, None, offloading=offloading) as calls:
+            parameters = dict(calls.model.diffusion_model.named_parameters())
+            return [(name, parameters[name].detach() + 0.0, expected[name]) for name in expected]
+
+    num_patched = 0
+    for (name, waiting, expected), (_, whole, _) in zip(weights(True), weights(False), strict=True):
+        assert torch.equal(waiting.float(), whole.float()), name
+        assert torch.equal(whole.float(), expected.float()), name
+        num_patched += 1
+    assert num_patched
 
 
 @pytest.mark.parametrize("form", ["e4m3fn", "scaled", "mixed"])
