@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from ...sara_core.training.task import StepReport
 from .. import host, page_state
@@ -64,11 +64,13 @@ class LiveChart:
         rates: list[float],
         validation: list[tuple[int, float]],
         stage: int,
+        previews: Sequence[tuple[int, str]] = (),
     ) -> None:
         """Show what a resumed run has behind it."""
         self._losses, self._rates = Curve(losses), Curve(rates)
         self._step, self._stage = len(losses), stage
         self._validation = []
+        self._previews = [list(preview) for preview in previews]
         for step, loss in validation:
             self.add_validation(step, loss)
         self._last_step = time.monotonic()

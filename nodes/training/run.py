@@ -82,11 +82,23 @@ def run(
                 reporter.say(memory.keep_what_fits(calls, settings, need))
             with Wishes(folder.path.name) as wishes:
                 Session(training, previews, reporter, saver, wishes).train(rates)
-        path = saver.finish()
-        if (line := worse_than_it_began(saver.losses)) is not None:
-            reporter.warn(line)
-        training.processes.agree(FINE)
-        return path, loss_map(saver.losses, saver.validation), reporter.chart.finish()
+        with _telling_of_the_end(reporter):
+            path = saver.finish()
+            if (line := worse_than_it_began(saver.losses)) is not None:
+                reporter.warn(line)
+            training.processes.agree(FINE)
+            return path, loss_map(saver.losses, saver.validation), reporter.chart.finish()
+
+
+@contextlib.contextmanager
+def _telling_of_the_end(reporter: Reporter) -> Iterator[None]:
+    """Have the chart say so if a run that has made its steps does not end well."""
+    try:
+        yield
+    except BaseException as error:
+        text = str(error) or type(error).__name__
+        reporter.chart.stop(text, isinstance(error, host.Cancelled))
+        raise
 
 
 def follow(patcher, examples: Examples, settings: RunSettings, resume: bool) -> None:

@@ -79,9 +79,8 @@ class Session:
         )
         chart = self.reporter.chart
         chart.by_noise = self.training.noise_tally.means
-        chart.start(self.saver.losses, rates, self.saver.validation, self._stage)
-        for step, name in folder.previews(self.training.step):
-            chart.add_preview(step, name)
+        previews = folder.previews(self.training.step)
+        chart.start(self.saver.losses, rates, self.saver.validation, self._stage, previews)
 
     def _between_steps(self) -> None:
         self._validate()

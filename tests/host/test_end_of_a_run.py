@@ -113,6 +113,30 @@ def test_a_best_that_cannot_be_written_does_not_end_the_run(
     assert "No space left on device" in str(chart["marks"])
 
 
+def test_the_chart_tells_of_a_run_whose_last_save_fails(
+    sd15, sara, tmp_path, measured, monkeypatch
+):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    shown = []
+    send = sara.run.Reporter.__init__
+
+    def watched(reporter, *args):
+        send(reporter, *args)
+        monkeypatch.setattr(reporter.chart, "send", lambda: shown.append(reporter.chart.state()))
+
+    monkeypatch.setattr(sara.run.Reporter, "__init__", watched)
+    monkeypatch.setattr(sara.folder.RunFolder, "finish", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        run(sara, sd15, tmp_path, held_out(sara))
+    assert shown[0]["status"] == "training"
+    assert shown[-1]["status"] == "stopped"
+    step, kind, text = shown[-1]["marks"][-1]
+    assert (step, kind) == (7, "error")
+    assert "all 7 steps are saved in output/sara" in text
+
+
 def test_only_bests_that_are_there_count(sd15, sara, tmp_path, measured, monkeypatch):
     keep, failing = sara.folder.RunFolder.keep_best, [3]
 
