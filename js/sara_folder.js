@@ -2,7 +2,7 @@
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
-import { ACCENT, addBoxWidget, addText, followWidget } from "./sara_chart.js";
+import { addBoxWidget, addText, addWarning, followByAsking, scrolls } from "./sara_chart.js";
 import { text } from "./sara_text.js";
 
 const HEIGHT = 190, THUMBNAIL = 72;
@@ -13,7 +13,7 @@ function describe(folder, isOfVideos) {
   return [
     isOfVideos ? text("videos", { count: folder.pictures }) : text("pictures", { count: folder.pictures }),
     captions,
-    folder.problems.length ? text("problems", { count: folder.problems.length }) : "",
+    folder.problem_count ? text("problems", { count: folder.problem_count }) : "",
   ].filter(Boolean).join(", ");
 }
 
@@ -24,13 +24,12 @@ function warn(folder) {
   return folder.same ? text("same_captions") : "";
 }
 
-function thumbnail({ name, caption, subfolder }) {
+function thumbnail({ name, caption, file }, folder) {
   const cell = document.createElement("figure"), label = document.createElement("figcaption");
   cell.style.cssText = `margin:0 4px 4px 0;width:${THUMBNAIL}px;flex:none`;
-  if (subfolder != null) {
+  if (file != null) {
     const picture = document.createElement("img");
-    const query = new URLSearchParams({ filename: name, subfolder, type: "input", preview: "webp;60" });
-    picture.src = api.apiURL(`/view?${query}`);
+    picture.src = api.apiURL(`/sara/thumbnail?${new URLSearchParams({ folder, name: file })}`);
     picture.loading = "lazy";
     picture.alt = name;
     picture.style.cssText = `width:${THUMBNAIL}px;height:${THUMBNAIL}px;object-fit:cover;display:block`;
@@ -46,6 +45,13 @@ function thumbnail({ name, caption, subfolder }) {
 
 async function show(card, widget, subfolders) {
   const name = widget.value;
+  if (widget.options?.values?.indexOf?.(name) === 0) { // what stands there before one is chosen
+    card.query = null;
+    card.caption.textContent = text("choose_folder");
+    card.warning.style.display = "none";
+    card.pictures.replaceChildren();
+    return;
+  }
   const asked = { name: name ?? "", subfolders: subfolders?.value ?? false };
   const query = card.query = `${new URLSearchParams(card.isOfVideos ? { ...asked, kind: "video" } : asked)}`;
   let folder;
@@ -56,11 +62,11 @@ async function show(card, widget, subfolders) {
     folder = { error: error.message };
   }
   if (card.query !== query) return; // another one was chosen meanwhile
-  const isChosen = widget.options?.values?.indexOf?.(name) !== 0;
-  card.caption.textContent = folder.error ? (isChosen ? folder.error : text("choose_folder"))
-    : describe(folder, card.isOfVideos);
+  card.caption.textContent = folder.error ?? describe(folder, card.isOfVideos);
+  card.caption.title = (folder.problems ?? []).join("\n");
   card.warning.textContent = folder.error ? "" : warn(folder);
-  card.pictures.replaceChildren(...(folder.shown ?? []).map(thumbnail));
+  card.warning.style.display = card.warning.textContent ? "block" : "none";
+  card.pictures.replaceChildren(...(folder.shown ?? []).map((one) => thumbnail(one, name)));
 }
 
 app.registerExtension({
@@ -70,17 +76,18 @@ app.registerExtension({
     const widget = node.widgets?.find((one) => one.name === "folder");
     if (!widget) return;
     const { box } = addBoxWidget(node, "card", () => HEIGHT, "sara-folder");
-    const card = { isOfVideos: node.comfyClass === "SaraVideoFolder", caption: addText(box), warning: addText(box), pictures: document.createElement("div") };
-    for (const part of [card.caption, card.warning]) {
-      part.style.minHeight = "0";
-      part.style.flex = "none";
-    }
-    card.warning.style.color = ACCENT.validation;
+    const card = {
+      isOfVideos: node.comfyClass === "SaraVideoFolder", caption: addText(box), warning: addWarning(box),
+      pictures: document.createElement("div"),
+    };
+    card.caption.style.minHeight = "0";
+    card.caption.style.flex = card.warning.style.flex = "none";
+    card.warning.style.display = "none";
+    scrolls(card.pictures);
     card.pictures.style.cssText =
       "display:flex;flex-wrap:wrap;overflow-y:auto;flex:1 1 auto;padding:2px 4px;color:var(--input-text,#ddd)";
     box.append(card.pictures);
     const subfolders = node.widgets.find((one) => one.name === "subfolders");
-    for (const one of [widget, subfolders].filter(Boolean))
-      followWidget(node, one, () => show(card, widget, subfolders));
+    followByAsking(node, [widget, subfolders].filter(Boolean), () => show(card, widget, subfolders));
   },
 });

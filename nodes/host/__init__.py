@@ -15,6 +15,7 @@ from .encoders import (
 from .execution import (
     Cancelled,
     Progress,
+    add_picture_route,
     add_route,
     check_cancelled,
     free_memory,
@@ -25,7 +26,6 @@ from .execution import (
 from .families import is_guidance_distilled, trained_side
 from .files import (
     FOLDER,
-    INPUT,
     LORA_ENDING,
     cache_folder,
     delta_names,
@@ -35,6 +35,7 @@ from .files import (
     is_delta_name,
     new_output_path,
     output_root,
+    picture_file,
     picture_folder,
     picture_folders,
     register_folders,
@@ -67,7 +68,6 @@ from .weights import (
 )
 
 __all__ = [
-    "INPUT",
     "FOLDER",
     "LORA_ENDING",
     "Cancelled",
@@ -80,6 +80,7 @@ __all__ = [
     "Progress",
     "SparseAdapter",
     "ZeroSmallWeights",
+    "add_picture_route",
     "add_route",
     "apply_delta",
     "architecture",
@@ -114,6 +115,7 @@ __all__ = [
     "rounds_patches",
     "processes",
     "patches_carried",
+    "picture_file",
     "picture_folder",
     "picture_folders",
     "register_folders",

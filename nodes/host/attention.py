@@ -8,6 +8,8 @@ import comfy.ldm.modules.attention as attention
 import comfy.ops
 from torch import Tensor
 
+from .operations import standing_in
+
 # In `transformer_options`: what is called in place of ComfyUI's attention.
 OVERRIDE = "optimized_attention_override"
 INFERENCE_ONLY = {
@@ -41,14 +43,8 @@ def differentiable_attention() -> Iterator[None]:
     """
     if _is_inference_only():
         logger.info("SaRA Train: attention is torch's, as %s has no gradients", _name())
-    held = {name: getattr(attention, name) for name in KERNELS if hasattr(attention, name)}
-    for name in held:
-        setattr(attention, name, KERNELS[name])
-    try:
+    with standing_in(attention, KERNELS):
         yield
-    finally:
-        for name, kernel in held.items():
-            setattr(attention, name, kernel)
 
 
 def _name() -> str:

@@ -56,6 +56,24 @@ def add_route(
     (routes.post if changes_something else routes.get)(path)(handle)
 
 
+def add_picture_route(path: str, make: Callable[[Mapping[str, str]], bytes | None]) -> None:
+    """Have the server answer requests for a path with a picture in WebP that is made of the query.
+
+    Args:
+        path: Of the requests.
+        make: Called in a thread of its own; returns None where there is no such picture.
+    """
+
+    async def handle(request):
+        data = await asyncio.to_thread(make, request.query)
+        if data is None:
+            return web.Response(status=404)
+        headers = {"Cache-Control": "max-age=600"}
+        return web.Response(body=data, content_type="image/webp", headers=headers)
+
+    PromptServer.instance.routes.get(path)(handle)
+
+
 def memory_in_use() -> tuple[int, int]:
     """Return bytes in use and bytes there are on the device that models run on."""
     device = comfy.model_management.get_torch_device()

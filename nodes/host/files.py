@@ -109,9 +109,7 @@ def video_folders() -> dict[str, str]:
 
 def _folders_with(endings: Collection[str]) -> dict[str, tuple[int, str]]:
     """Return rank and path of folders that hold files of some endings, or have such further down, by name."""
-    roots = [(INPUT, folder_paths.get_input_directory())]
-    if DATASETS in folder_paths.folder_names_and_paths:  # since 0.33
-        roots += [(DATASETS, path) for path in folder_paths.get_folder_paths(DATASETS)]
+    roots = [(label, path) for label, paths in _roots().items() for path in paths]
     found: dict[str, tuple[int, str]] = {}
     for label, root in roots:
         for path, rank in _with_files(Path(root), endings).items():
@@ -167,6 +165,36 @@ def picture_folder(name: str) -> str:
             "press R to refresh the list"
         )
     return folders[name]
+
+
+def picture_file(folder: str, name: str) -> Path | None:
+    """Return the path of a picture in a folder that goes by a name of `picture_folders`; None if there is none.
+
+    Args:
+        folder: Name of the folder, such as `input/cats`.
+        name: Path of the picture within it.
+    """
+    label, _, below = folder.partition("/")
+    for root in map(Path, _roots().get(label, ())):
+        try:
+            path = (root / below / name).resolve()
+            if (
+                path.is_relative_to(root.resolve())
+                and path.suffix.lower() in ENDINGS
+                and path.is_file()
+            ):
+                return path
+        except (OSError, ValueError):  # such as a name that no file can have
+            continue
+    return None
+
+
+def _roots() -> dict[str, list[str]]:
+    """Return the folders below which pictures are looked for, by the first part of their names."""
+    found = {INPUT: [folder_paths.get_input_directory()]}
+    if DATASETS in folder_paths.folder_names_and_paths:  # since 0.33
+        found[DATASETS] = folder_paths.get_folder_paths(DATASETS)
+    return found
 
 
 def video_folder(name: str) -> str:

@@ -1,9 +1,8 @@
 """ComfyUI's fast operations as gradients need them."""
 
 import contextlib
-import importlib
-from collections.abc import Iterator
-from unittest import mock
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import comfy.quant_ops
 import torch
@@ -18,27 +17,34 @@ def differentiable_operations() -> Iterator[None]:
     Most models leave them out themselves while ComfyUI trains, some (Cosmos-Predict2, Anima) do not.
     """
     kitchen = getattr(comfy.quant_ops, "ck", None)
-    with contextlib.ExitStack() as stack:
-        for name, function in _plain(kitchen).items():
-            stack.enter_context(mock.patch.object(kitchen, name, function))
+    with standing_in(kitchen, _plain(kitchen)):
         yield
 
 
-def _plain(kitchen) -> dict:
+def _plain(kitchen: Any) -> dict[str, Callable]:
     """Return plain operations that change none of their arguments, by name; none without comfy_kitchen."""
-    found = {}
-    for room in PLAIN if kitchen is not None else ():
-        try:
-            module = importlib.import_module(f"{kitchen.__name__}.backends.eager.{room}")
-        except ImportError:  # an older or a newer one
-            continue
-        found |= {
-            name: function
-            for name, function in vars(module).items()
-            if callable(function) and not name.startswith("_") and not name.endswith("_")
-            and getattr(function, "__module__", "") == module.__name__ and hasattr(kitchen, name)
-        }  # fmt: skip
-    return found
+    eager = getattr(getattr(kitchen, "backends", None), "eager", None)
+    rooms = [getattr(eager, room) for room in PLAIN if hasattr(eager, room)]
+    return {
+        name: function
+        for room in rooms
+        for name, function in vars(room).items()
+        if callable(function) and not name.startswith("_") and not name.endswith("_")
+        and getattr(function, "__module__", "") == room.__name__ and hasattr(kitchen, name)
+    }  # fmt: skip
+
+
+@contextlib.contextmanager
+def standing_in(module: Any, functions: Mapping[str, Callable]) -> Iterator[None]:
+    """Have functions stand in for those of a module that it has by their names."""
+    held = {name: getattr(module, name) for name in functions if hasattr(module, name)}
+    for name in held:
+        setattr(module, name, functions[name])
+    try:
+        yield
+    finally:
+        for name, function in held.items():
+            setattr(module, name, function)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from ...sara_core.pictures.picture_folder import find_pictures
 from ...sara_core.pictures.video_folder import find_videos
@@ -20,8 +20,8 @@ def look(query: Mapping[str, str]) -> dict:
     Returns:
         `error` alone if there is no such folder; else `pictures`, `captions` by where they are from,
         `without` (a caption of their own), `same` (whether all that are there are equal),
-        `problems`, and `shown`: name, caption and, where the page can ask for the picture,
-        `subfolder` of the input folder.
+        `problems`: the first of them, of `problem_count`, and `shown`: name, caption, and `file`, by which
+        the page can ask for a thumbnail, of pictures.
     """
     name = query.get("name", "")
     try:
@@ -31,7 +31,6 @@ def look(query: Mapping[str, str]) -> dict:
         files, problems = find(folder, query.get("subfolders") == "true")
     except (OSError, ValueError) as error:
         return {"error": str(error)}
-    root, _, below = name.partition("/")
     captions = [file.caption for file in files if file.caption is not None]
     return {
         "pictures": len(files),
@@ -39,13 +38,12 @@ def look(query: Mapping[str, str]) -> dict:
         "without": len(files) - len(captions),
         "same": len(captions) > 1 and len(set(captions)) == 1,
         "problems": list(map(str, problems[:MAX_SHOWN])),
+        "problem_count": sum(not problem.is_note for problem in problems),
         "shown": [
             {
                 "name": Path(file.name).name,
                 "caption": file.caption,
-                "subfolder": str(PurePosixPath(below, file.name).parent)
-                if root == host.INPUT and not is_of_videos
-                else None,
+                "file": None if is_of_videos else file.name,
             }
             for file in files[:MAX_SHOWN]
         ],

@@ -60,19 +60,23 @@ ALLOWED = {
 }
 
 
-def test_there_are_four_addresses_and_one_of_them_changes_something():
+def test_there_are_five_addresses_and_one_of_them_changes_something():
     text = "".join((ROOT / path).read_text(encoding="utf-8") for path in shipped())
-    assert re.findall(r"routes\.(\w+)", text) == ["post", "get"]
+    assert re.findall(r"routes\.(\w+)", text) == ["post", "get", "get"]
     assert re.findall(r"aiohttp import (.*)", text) == ["web"]
-    assert re.findall(r"\bweb\.(\w+)", text) == ["json_response"]
+    assert re.findall(r"\bweb\.(\w+)", text) == ["json_response", "Response", "Response"]
     assert re.findall(r"host\.add_route\((.*)\)", text) == [
         "page_state.PATH, page_state.everything",
         "folder_look.PATH, folder_look.look",
         "checkpoint_strip.PATH, checkpoint_strip.look",
         "wishes.PATH, wishes.ask, changes_something=True",
     ]
+    assert re.findall(r"host\.add_picture_route\((.*)\)", text) == [
+        "thumbnail.PATH, thumbnail.thumbnail"
+    ]
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert "`/sara/shown`" in readme
+    assert "`/sara/thumbnail`" in readme
     assert "`/sara/folder`" in readme
     assert "`/sara/checkpoints`" in readme
     assert "`/sara/ask`" in readme
