@@ -165,12 +165,13 @@ app.registerExtension({
   name: "SaRA.Analyze",
   nodeCreated(node) {
     if (node.comfyClass !== "SaraAnalyze") return;
-    const chart = addCanvasWidget(node, "chart", 230, (context, width, height, colour) =>
+    const chart = addCanvasWidget(node, "chart", 190, (context, width, height, colour) =>
       draw(node, chart, context, width, height, colour));
     followPointer(node, chart);
     const refresh = () => {
       if (!chart.data) return;
       describe(node, chart);
+      chart.fit();
       chart.redraw();
     };
     charts.set(chart.box, (data) => {

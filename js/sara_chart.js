@@ -2,7 +2,9 @@
 
 import { app } from "../../scripts/app.js";
 
-const boxes = new Map(); // element -> its node, as long as that is in the graph
+const boxes = new Map(); // element -> its node, as long as that is in a graph
+const redraws = new Map(); // element -> what draws it anew
+const TALLEST = 160; // lines of text that are more are scrolled
 const COLOURS = {
   text: ["--input-text", "#ddd"],
   faint: ["--descrip-text", "#999"],
@@ -34,37 +36,86 @@ export function addBoxWidget(node, name, height, className) {
     setValue: () => {},
   });
   widget.serialize = false; // not into the workflow either
-  boxes.set(box, node);
-  const removed = node.onRemoved;
-  node.onRemoved = function () {
-    boxes.delete(box);
-    return removed?.apply(this, arguments);
-  };
+  whileInGraph(node, () => boxes.set(box, node), () => boxes.delete(box));
+  letWheelThrough(box);
 
   function fit() {
     box.style.minHeight = `${height()}px`;
     const [width, least] = node.computeSize();
-    if (node.size[1] < least) node.setSize([Math.max(node.size[0], width), least]);
+    if (node.size[1] >= least) return;
+    node.setSize([Math.max(node.size[0], width), least]);
     node.graph?.setDirtyCanvas?.(true, true);
   }
   return { box, fit };
+}
+
+// Calls `added` when a node comes into a graph, and `removed` when it leaves it; some are made for a moment only.
+function whileInGraph(node, added, removed) {
+  for (const [event, does] of [["onAdded", added], ["onRemoved", removed]]) {
+    const before = node[event];
+    node[event] = function () {
+      does();
+      return before?.apply(this, arguments);
+    };
+  }
+}
+
+// Over what cannot be scrolled the wheel zooms, as over the rest of the canvas.
+function letWheelThrough(box) {
+  box.addEventListener("wheel", (event) => {
+    if (LiteGraph.vueNodesMode) return; // which does it by itself
+    const part = event.target.closest?.("[data-scrolls]");
+    const isAside = Math.abs(event.deltaX) > Math.abs(event.deltaY);
+    if (!event.ctrlKey && part && (isAside ? part.scrollWidth > part.clientWidth : part.scrollHeight > part.clientHeight)) {
+      event.stopPropagation();
+      return;
+    }
+    event.preventDefault();
+    app.canvas?.processMouseWheel?.(event);
+  }, { passive: false });
+}
+
+// Marks a part of a box that is scrolled, by the wheel and by keys, where there is more in it.
+export function scrolls(part) {
+  part.dataset.scrolls = part.dataset.captureWheel = "true";
+  part.tabIndex = 0;
 }
 
 export function addText(box) {
   const text = document.createElement("div");
   text.style.cssText =
     "font:11px sans-serif;line-height:1.35;min-height:30px;padding:2px 4px;white-space:pre-line;" +
-    "color:var(--input-text,#ddd);overflow-y:auto;overflow-wrap:anywhere;max-height:160px";
+    `color:var(--input-text,#ddd);overflow-y:auto;overflow-wrap:anywhere;max-height:${TALLEST}px`;
+  scrolls(text);
   box.append(text);
   return text;
 }
 
+// Lines of text that stand out, for what is amiss.
+export function addWarning(box) {
+  const text = addText(box);
+  text.style.borderLeft = `3px solid ${ACCENT.validation}`;
+  text.style.minHeight = "0";
+  return text;
+}
+
+// How tall a part of a box has to be.
+function heightOf(part) {
+  if (part.style.display === "none") return 0;
+  const least = Number(part.dataset.height ?? 0) || parseFloat(part.style.minHeight) || 0;
+  const content = Math.max(part.scrollHeight, part.offsetHeight); // without borders, and with them
+  return part.dataset.height ? least : Math.max(least, Math.min(content, TALLEST));
+}
+
 // A widget with a canvas, lines of text and further elements below it; `draw(context, width, height,
 // colours)` is called whenever the size changes or `redraw` is called.
-export function addCanvasWidget(node, name, height, draw, more = () => 0) {
-  const { box, fit } = addBoxWidget(node, name, () => height + more(), "sara-chart");
+export function addCanvasWidget(node, name, height, draw) {
   const canvas = document.createElement("canvas");
-  canvas.style.cssText = `width:100%;flex:1 1 ${height - 40}px;min-height:${height - 40}px;display:block`;
+  canvas.dataset.height = height;
+  canvas.style.cssText = `width:100%;flex:1 1 ${height}px;min-height:${height}px;display:block`;
+  const parts = () => [...(canvas.parentElement?.children ?? [canvas])];
+  const least = () => parts().reduce((sum, part) => sum + heightOf(part), 0);
+  const { box, fit } = addBoxWidget(node, name, least, "sara-chart");
   box.append(canvas);
   const caption = addText(box);
 
@@ -83,12 +134,13 @@ export function addCanvasWidget(node, name, height, draw, more = () => 0) {
   }
 
   const observer = new ResizeObserver(redraw);
-  observer.observe(canvas);
-  const removed = node.onRemoved;
-  node.onRemoved = function () {
+  whileInGraph(node, () => {
+    observer.observe(canvas);
+    redraws.set(box, redraw);
+  }, () => {
     observer.disconnect();
-    return removed?.apply(this, arguments);
-  };
+    redraws.delete(box);
+  });
   return { box, canvas, caption, redraw, fit };
 }
 
@@ -96,6 +148,10 @@ export function addCanvasWidget(node, name, height, draw, more = () => 0) {
 // showing the elements of the nodes before; this puts the new ones in their place.
 function takePlaces() {
   for (const [box, node] of boxes) {
+    if (node.graph?.rootGraph && node.graph.rootGraph !== app.rootGraph) { // of a graph that is gone
+      boxes.delete(box);
+      continue;
+    }
     const shown = document.querySelector(`[data-node-id="${node.id}"] .${box.className}`);
     if (shown && shown !== box) shown.replaceWith(box);
   }
@@ -103,6 +159,13 @@ function takePlaces() {
 
 app.registerExtension({
   name: "SaRA.Charts",
+  async setup() {
+    app.ui?.settings?.addEventListener?.("Comfy.ColorPalette.change", () =>
+      requestAnimationFrame(() => redraws.forEach((redraw) => redraw())));
+  },
+  async refreshComboInNodes() {
+    cards.forEach((later) => later());
+  },
   async afterConfigureGraph() {
     for (const delay of [0, 200, 1000]) setTimeout(takePlaces, delay); // Vue draws when it likes
   },
@@ -129,6 +192,22 @@ export function followWidget(node, widget, show) {
     };
   }
   show();
+}
+
+const WAIT = 50, asking = new WeakMap(), cards = new Map(); // node -> what asks for its card anew
+
+// Calls `ask` once a node is in a graph, whenever one of the widgets has changed, and when lists are refreshed (R);
+// of changes at one time only the last counts.
+export function followByAsking(node, widgets, ask) {
+  const later = () => {
+    clearTimeout(asking.get(ask));
+    asking.set(ask, setTimeout(() => node.graph && ask(), WAIT));
+  };
+  whileInGraph(node, () => {
+    cards.set(node, later);
+    later();
+  }, () => cards.delete(node));
+  for (const widget of widgets) followWidget(node, widget, later);
 }
 
 export function short(number) {

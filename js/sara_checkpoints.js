@@ -2,7 +2,7 @@
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
-import { ACCENT, addBoxWidget, addText, followWidget } from "./sara_chart.js";
+import { ACCENT, addBoxWidget, addText, followByAsking, followWidget, scrolls } from "./sara_chart.js";
 import { text } from "./sara_text.js";
 
 const HEIGHT = 130, PICTURE = 84;
@@ -90,11 +90,12 @@ app.registerExtension({
     const { box } = addBoxWidget(node, "strip", () => HEIGHT, "sara-checkpoints");
     const strip = document.createElement("div");
     strip.style.cssText = "display:flex;overflow-x:auto;flex:1 1 auto;padding:2px 4px";
+    scrolls(strip);
     box.append(strip);
     const card = { strip, steps, caption: addText(box), name: null };
     card.caption.style.minHeight = "0";
     card.caption.style.flex = "none";
-    followWidget(node, run, () => show(card, run));
+    followByAsking(node, [run], () => show(card, run));
     followWidget(node, steps, () => mark(card));
   },
 });

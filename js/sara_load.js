@@ -2,7 +2,7 @@
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
-import { addBoxWidget, addText, followWidget, short } from "./sara_chart.js";
+import { addBoxWidget, addText, followByAsking, short } from "./sara_chart.js";
 import { text } from "./sara_text.js";
 
 const PICTURE = 96;
@@ -64,6 +64,6 @@ app.registerExtension({
     const card = { picture, caption: addText(box), file: null };
     const widget = node.widgets?.find((one) => one.name === "delta_name");
     if (!widget) return;
-    followWidget(node, widget, () => show(card, widget));
+    followByAsking(node, [widget], () => show(card, widget));
   },
 });

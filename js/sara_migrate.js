@@ -29,13 +29,23 @@ export function ordered(values, before, widgets) {
   });
 }
 
+const known = new Map(); // type -> its widgets, as a new node has them
+
+function widgetsOf(type) {
+  if (!known.has(type)) {
+    const fresh = LiteGraph.createNode(type);
+    if (!fresh) return null;
+    known.set(type, saved(fresh).map(({ name, value }) => ({ name, value })));
+  }
+  return known.get(type);
+}
+
 function reorder(nodes) {
   for (const node of nodes ?? []) {
     const before = node.properties?.[NAMES] ?? BEFORE[node.type];
     if (!before || !node.type?.startsWith("Sara") || !Array.isArray(node.widgets_values)) continue;
-    const fresh = LiteGraph.createNode(node.type);
-    if (!fresh) continue;
-    const widgets = saved(fresh);
+    const widgets = widgetsOf(node.type);
+    if (!widgets) continue;
     node.widgets_values = ordered(node.widgets_values, before, widgets);
     node.properties = { ...node.properties, [NAMES]: widgets.map((widget) => widget.name) };
   }

@@ -14,6 +14,7 @@ try {
 // The text of a key, with `{name}` replaced by the value of that name.
 export function text(key, values = {}) {
   const language = app.extensionManager?.setting?.get("Comfy.Locale") ?? FALLBACK;
-  const found = told[language]?.sara?.[key] ?? told[FALLBACK]?.sara?.[key] ?? key;
+  const [general] = language.split("-"); // of zh-TW, zh
+  const found = told[language]?.sara?.[key] ?? told[general]?.sara?.[key] ?? told[FALLBACK]?.sara?.[key] ?? key;
   return found.replace(/\{(\w+)\}/g, (whole, name) => values[name] ?? whole);
 }

@@ -2,7 +2,7 @@
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
-import { ACCENT, addCanvasWidget, addText, bytes } from "./sara_chart.js";
+import { ACCENT, addCanvasWidget, addText, addWarning, bytes, scrolls } from "./sara_chart.js";
 import { follow } from "./sara_shown.js";
 import { text } from "./sara_text.js";
 
@@ -160,13 +160,13 @@ function showPreviews(chart, state) {
     row.style.cssText = "display:block;color:inherit;text-decoration:none";
     label.textContent = text("step", { step });
     picture.alt = label.textContent;
-    picture.style.cssText = "display:block;max-width:100%;min-width:min(100%,160px)";
+    picture.loading = "lazy"; // of a long run there are hundreds
+    picture.decoding = "async";
+    picture.style.cssText = "display:block;max-width:100%;min-width:min(100%,160px);min-height:40px";
     row.append(label, picture);
     chart.previews.prepend(row);
   }
-  const hadNone = chart.previews.style.display === "none";
   chart.previews.style.display = chart.previews.children.length ? "block" : "none";
-  if (hadNone && chart.previews.children.length) chart.fit();
 }
 
 const BUTTON = "flex:1;font:11px sans-serif;cursor:pointer;padding:2px;border-radius:4px;" +
@@ -250,6 +250,7 @@ function show(node, state) {
   showTurn(chart);
   showWishes(chart.wishes, state);
   showPreviews(chart, state);
+  chart.fit();
   chart.redraw();
 }
 
@@ -265,16 +266,16 @@ app.registerExtension({
     if (node.comfyClass !== "SaraTrain") return;
     const previews = document.createElement("div");
     const chart = addCanvasWidget(
-      node, "chart", 215,
-      (context, width, height, colour) => draw(chart?.state, chart?.byNoise, context, width, height, colour),
-      () => (previews.children.length ? PREVIEWS_HEIGHT : 0));
+      node, "chart", 175,
+      (context, width, height, colour) => draw(chart?.state, chart?.byNoise, context, width, height, colour));
     chart.turn = addTurn(chart);
     chart.wishes = addWishes(chart.box);
-    chart.warnings = addText(chart.box);
+    chart.warnings = addWarning(chart.box);
     chart.warnings.className = "sara-warnings";
-    chart.warnings.style.color = ACCENT.validation;
     chart.warnings.style.display = "none";
     previews.className = "sara-previews";
+    previews.dataset.height = PREVIEWS_HEIGHT;
+    scrolls(previews);
     previews.style.cssText =
       `display:none;flex:1 1 ${PREVIEWS_HEIGHT}px;min-height:0;overflow-y:auto;padding:2px 4px;` +
       "font:11px sans-serif;color:var(--input-text,#ddd)";

@@ -26,7 +26,7 @@ def training_inputs() -> list:
         *main_inputs(),
         *advanced(
             [
-                *selection_details(),
+                *filter_inputs(),
                 *course_inputs(),
                 *loss_inputs(),
                 *memory_inputs(),
@@ -63,6 +63,9 @@ def main_inputs() -> list:
             tooltip="Pictures per forward pass, each with its own caption and noise level. Lower it "
             "when memory runs out.",
         ),
+        *advanced(
+            [threshold_input()]
+        ),  # a link that is dropped on the node goes to the first number
         fraction_input(),
         io.Float.Input(
             "learning_rate",
@@ -124,14 +127,6 @@ def main_inputs() -> list:
             tooltip="For a finished run chosen under resume: so many steps more, at the learning rate "
             "and on the course set here. 0 puts out what it has learned.",
         ),
-    ]
-
-
-def selection_details() -> list:
-    """Which weights train, beside their share."""
-    return [
-        threshold_input(),
-        *filter_inputs(),
     ]
 
 

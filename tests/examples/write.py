@@ -6,7 +6,6 @@ usage: python dev.py examples
 import json
 import sys
 import tempfile
-import uuid
 from pathlib import Path
 
 from ..harness.environment import ROOT
@@ -16,7 +15,6 @@ from .sd15 import SD15_SPECS
 
 EXAMPLES = ROOT / "example_workflows"
 VIEW = {"scale": 0.8, "offset": [110, 160]}  # readable, the note clear of the bars
-NAMESPACE = uuid.UUID("5a7a0000-0000-4000-8000-000000000000")
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 SIZES = {
     "MarkdownNote": (400, 330), "CheckpointLoaderSimple": (340, 120), "CLIPTextEncode": (400, 140),
@@ -49,7 +47,7 @@ def widgets_of(info):
                 yield None, "image"
 
 
-def written(name, nodes, infos):
+def written(nodes, infos):
     """An example as the frontend saves it."""
     numbers = {key: i for i, key in enumerate(nodes, 1)}
     links, saved = [], []
@@ -103,7 +101,7 @@ def written(name, nodes, infos):
     for number, source, output, *_ in links:
         saved[source - 1]["outputs"][output]["links"].append(number)
     return {
-        "id": str(uuid.uuid5(NAMESPACE, name)), "revision": 0, "last_node_id": len(saved),
+        "revision": 0, "last_node_id": len(saved),
         "last_link_id": len(links), "nodes": saved, "links": links, "groups": [], "config": {},
         "extra": {"ds": VIEW}, "version": 0.4,
     }  # fmt: skip
@@ -118,7 +116,7 @@ def main():
         with Server(base) as server:
             infos = server.get("/object_info")
     for name, nodes in (SD15_SPECS | FAMILY_SPECS).items():
-        text = json.dumps(written(name, nodes, infos), indent=1, ensure_ascii=False) + "\n"
+        text = json.dumps(written(nodes, infos), indent=1, ensure_ascii=False) + "\n"
         (EXAMPLES / f"{name}.json").write_text(text, encoding="utf-8")
         sys.stdout.write(f"{name}: {len(nodes)} nodes\n")
 

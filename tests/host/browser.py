@@ -88,6 +88,15 @@ class Page:
 
     def drop(self, path):
         """Drop a workflow file onto the canvas."""
+        self._drop(path.read_text(encoding="utf-8"), path.name)
+
+    def reopen(self):
+        """Open the page anew with the workflow as it was, as after a reload."""
+        text = self.js("return JSON.stringify(window.app.graph.serialize())")
+        self.open()
+        self._drop(text, "reopened.json")
+
+    def _drop(self, text, name):
         self.js("window.before = window.app.graph.nodes[0]")
         self.js(
             """const data = new DataTransfer();
@@ -96,14 +105,14 @@ class Page:
             for (const type of ["dragover", "drop"])
               canvas.dispatchEvent(new DragEvent(type, { dataTransfer: data, bubbles: true,
                 cancelable: true, clientX: 800, clientY: 500 }));""",
-            path.read_text(encoding="utf-8"),
-            path.name,
+            text,
+            name,
         )
-        saved = json.loads(path.read_text(encoding="utf-8"))
+        saved = json.loads(text)
         self.wait(
             "const { id, nodes } = window.app.graph;"
-            "return id === arguments[0] && nodes.length === arguments[1] && nodes[0] !== window.before",
-            saved["id"],
+            "return (arguments[0] ?? id) === id && nodes.length === arguments[1] && nodes[0] !== window.before",
+            saved.get("id"),
             len(saved["nodes"]),
         )
         time.sleep(0.5)

@@ -110,7 +110,7 @@ def test_few_widgets_are_shown_and_the_rest_on_demand(page):
     shown = """const node = window.app.graph.nodes.find((n) => n.type === arguments[0]);
         const all = node.widgets.filter((w) => w.serialize !== false);
         const isFolded = (w) => w.hidden || (native() && w.options?.advanced);
-        function native() { return !node.widgets.some((w) => w.type === "button"); }
+        function native() { return node.widgets.find((w) => w.type === "button").hidden; }
         return [all.filter((w) => !isFolded(w)).map((w) => w.name), all.length, node.size[1]];"""
     for kind, most in (("SaraTrain", 10), ("SaraImageFolder", 7)):
         names, total, _ = page.js(shown, kind)
@@ -118,11 +118,46 @@ def test_few_widgets_are_shown_and_the_rest_on_demand(page):
         assert total > 14
     _, _, short = page.js(shown, "SaraTrain")
     button = "window.app.graph.nodes.find((n) => n.type === 'SaraTrain').widgets.find((w) => w.type === 'button')"
-    if page.js(f"return !!{button}"):  # newer frontends have one of their own in Vue nodes
+    if not page.js(f"return {button}.hidden"):  # newer frontends have one of their own in Vue nodes
         page.js(f"{button}.callback()")
         names, total, tall = page.js(shown, "SaraTrain")
         assert len(names) == total
         assert tall > short + 300
+        page.js(f"{button}.callback()")
+        assert page.js(shown, "SaraTrain")[2] == short
+
+
+def test_a_node_keeps_the_height_that_was_given_to_it(page):
+    page.drop(WORKFLOWS / f"{TRAIN}.json")
+    height = "return window.app.graph.nodes.find((n) => n.type === 'SaraTrain').size[1]"
+    page.js(
+        """const node = window.app.graph.nodes.find((n) => n.type === "SaraTrain");
+        node.setSize([node.size[0], node.size[1] + 333]);"""
+    )
+    given = page.js(height)
+    page.reopen()
+    assert page.js(height) == pytest.approx(given, abs=30)
+
+
+def test_what_is_linked_is_not_folded_away(page):
+    page.drop(WORKFLOWS / "5 Look at the small weights.json")
+    page.js(
+        """const graph = window.app.graph, train = LiteGraph.createNode("SaraTrain");
+        train.pos = [2000, 0];
+        graph.add(train);
+        graph.nodes.find((n) => n.type === "SaraAnalyze").connectByType(
+          graph.nodes.find((n) => n.type === "SaraAnalyze").outputs.findIndex((o) => o.type === "FLOAT"),
+          train, "FLOAT");"""
+    )
+    linked = """const node = window.app.graph.nodes.find((n) => n.type === "SaraTrain");
+        return [node.inputs.filter((i) => i.type === "FLOAT" && i.link != null).map((i) => i.name),
+          node.widgets.find((w) => w.name === "threshold").hidden,
+          node.widgets.find((w) => w.name === "weight_decay").hidden];"""
+    names, is_hidden, others = page.js(linked)
+    assert names == ["threshold"]
+    assert not is_hidden
+    native = "return window.app.graph.nodes.find((n) => n.type === 'SaraTrain').widgets.find((w) => w.type === 'button').hidden"
+    assert others or page.js(native)
 
 
 def test_the_folder_is_seen_before_anything_runs(page):

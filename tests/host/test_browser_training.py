@@ -36,8 +36,7 @@ def test_the_loss_and_previews_appear_while_it_trains(page):
                  "20 times over the pictures", "needs ", "for activations"):  # fmt: skip
         assert part in text, text
 
-    page.open()  # as after a reload: the state comes from the server
-    page.drop(WORKFLOWS / f"{TRAIN}.json")
+    page.reopen()  # the state comes from the server
     box = page.box("SaraTrain")
     again = page.wait(f"const s = {step}; return s > 1 && s", box)
     assert again > first
@@ -46,8 +45,7 @@ def test_the_loss_and_previews_appear_while_it_trains(page):
     page.wait("return /: cancelled/.test(arguments[0].innerText)", box)
     assert "To go on, choose fluent3d_" in page.text("SaraTrain")
     idle(page)
-    page.open()  # what is told of a stopped run is still there
-    page.drop(WORKFLOWS / f"{TRAIN}.json")
+    page.reopen()  # what is told of a stopped run is still there
     box = page.box("SaraTrain")
     page.wait("return /: cancelled/.test(arguments[0].innerText)", box)
     assert "To go on, choose fluent3d_" in page.text("SaraTrain")
@@ -61,16 +59,18 @@ def test_queue_after_queue_and_a_reload_show_the_last_run(page):
     kept = ("CheckpointLoaderSimple", "SaraImageFolder")
     del by_script[train]["inputs"]["preview"]
     page.server.run({k: n for k, n in by_script.items() if n["class_type"] in kept or k == train})
+    first_training(page)
     for _ in range(2):
-        first_training(page)
         page.command("Comfy.QueuePrompt")
         idle(page)
         box = page.box("SaraTrain")
         page.wait("return /finished, step 6 of 6/.test(arguments[0].innerText)", box)
-    page.open()
-    page.drop(WORKFLOWS / f"{TRAIN}.json")
+    page.reopen()
     box = page.box("SaraTrain")
     page.wait("return /finished, step 6 of 6/.test(arguments[0].innerText)", box)
+    page.drop(WORKFLOWS / f"{TRAIN}.json")  # a workflow of its own, though of the same template
+    time.sleep(1)
+    assert "finished" not in page.text("SaraTrain")
 
 
 def test_the_chart_turns_over_to_the_loss_by_noise_level(page):
@@ -170,3 +170,28 @@ def test_what_is_asked_in_the_page_is_done(page):
     assert page.js(f"return !({shown})", box, "end")
     idle(page)
     assert (folder / f"fluent3d_{last}_steps.safetensors").is_file()
+
+
+def test_buttons_and_warnings_are_in_view_without_previews(page):
+    first_training(page, steps=2000, save_every_steps=0, progressive=0, batch_size=2)
+    page.js(
+        """const node = window.app.graph.nodes.find((n) => n.type === "SaraTrain");
+        node.disconnectInput(node.inputs.findIndex((i) => i.name === "preview"));
+        node.setSize([node.size[0], node.computeSize()[1]]);"""
+    )
+    page.command("Comfy.QueuePrompt")
+    box = page.box("SaraTrain")
+    page.wait("return / 2000, stage/.test(arguments[0].innerText)", box)
+    page.wait("return arguments[0].querySelector('.sara-turn')?.offsetHeight > 0", box)
+    page.show("SaraTrain")
+    met = """const part = arguments[0].querySelector(arguments[1]);
+        const { left, top, width, height } = part.getBoundingClientRect();
+        const seen = document.elementFromPoint(left + width / 2, top + height - 3);
+        return part.contains(seen);"""
+    for part in ("[data-wish=save]", "[data-wish=end]", ".sara-turn"):
+        assert page.js(met, box, part), part
+    page.js("arguments[0].querySelector('[data-wish=end]').click()", box)
+    page.wait("return /: finished, step/.test(arguments[0].innerText)", box)
+    page.wait("return arguments[0].querySelector('.sara-warnings').offsetHeight > 0", box)
+    assert page.js(met, box, ".sara-warnings")
+    idle(page)

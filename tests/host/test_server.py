@@ -25,8 +25,8 @@ INPUTS = {  # public: saved workflows depend on every name
     "SaraImageFolder": "vae clip folder size max_buckets divisible_by crop crops max_upscale flip "
     "alpha background trigger default_caption repeats problems seed cache_gb parentheses subfolders caption_lines shuffle_tags tag_dropout keep_tags caption_variants more_sizes model",
     "SaraAnalyze": "model threshold fraction count include exclude zeros",
-    "SaraTrain": "model latents positive steps batch_size fraction learning_rate output_name seed "
-    "save_every_steps preview_every_steps resume threshold include exclude zeros lr_schedule "
+    "SaraTrain": "model latents positive steps batch_size threshold fraction learning_rate output_name seed "
+    "save_every_steps preview_every_steps resume include exclude zeros lr_schedule "
     "warmup_steps progressive low_rank_weight weight_decay max_grad_norm grad_accumulation_steps "
     "loss_function caption_dropout regularisation_weight gradient_checkpointing training_dtype "
     "validation_split validate_every_steps keep_checkpoints save_dtype trigger_words "
