@@ -11,6 +11,7 @@ from ..delta.sparse_delta import SparseDelta
 from ..optimizer.learning_rate import factor
 from ..optimizer.packages import SCHEDULE_FREE
 from ..optimizer.sara_adamw import SaraAdamW
+from ..weights.shards import is_sharded
 from .batches import BatchOrder, by_key
 from .config import TrainConfig
 from .memory_need import most_bytes
@@ -39,7 +40,7 @@ class TrainingRun:
     error in one ends all; where memory runs out in one, all go on in parts.
 
     Each step waits for the device once, before its update, to leave out one that is not finite; the loss is
-    read back at the same time.
+    read back at the same time. A scaler, and processes that agree, wait once more each.
 
     Args:
         optimizer: Holds the weights that train; its learning rate is the peak of the schedule.
@@ -319,6 +320,7 @@ class TrainingRun:
         optimizer.add_low_rank_gradient_()
         limit = self.config.max_grad_norm or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(optimizer.parameters(), limit)
+        norm = norm.full_tensor() if is_sharded(norm) else norm
         is_finite = torch.isfinite(losses.sum()) & torch.isfinite(norm)
         *found, told = torch.cat([losses, is_finite.to(losses)[None]]).tolist()
         finite = bool(told)

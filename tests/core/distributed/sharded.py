@@ -18,7 +18,10 @@ from torch.distributed.tensor import Shard, distribute_module
 
 from sara_core import SaraAdamW
 from sara_core.optimizer.updates import clip_
+from sara_core.training.config import TrainConfig
+from sara_core.training.trainer import TrainingRun
 
+from ..training.small_run import Task
 from .torchrun import leave
 from .training import BATCH, Net, train
 
@@ -172,6 +175,20 @@ def continued():
     }
 
 
+def whole_loop(divide):
+    """Train by the loop that SaRA Train uses, with a picture for each process in every pass."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(9, 40), torch.nn.Tanh(), torch.nn.Linear(40, 8))
+    divide(net)
+    optimizer = SaraAdamW(net, fraction=0.5, lr=1e-2, low_rank_weight=1e-2, seed=3)
+    config = TrainConfig(steps=4, batch_size=4, seed=11)
+    task = Task(net)
+    task.training = range(4)  # of one size
+    reports = list(TrainingRun(optimizer, task, config))
+    entries = {n: (e.index, e.values) for n, e in optimizer.delta().entries.items()}
+    return {"entries": entries, "losses": [report.loss for report in reports]}
+
+
 def half_precision():
     """Make a step with weights of float32 that are computed with in bfloat16."""
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -225,6 +242,7 @@ ALONE = {
     "spike": lambda folder: train(divide=divided, scaler=True, spike_at=3)[1],
     "there_and_back": lambda folder: there_and_back(),
     "continued": lambda folder: continued(),
+    "whole_loop": lambda folder: whole_loop(fully_shard),
     "half_precision": lambda folder: half_precision(),
     "by_columns": lambda folder: refused(
         lambda: SaraAdamW(divided(Net(), shard_placement_fn=by_columns), 0.1)

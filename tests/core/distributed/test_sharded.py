@@ -44,6 +44,14 @@ def test_a_divided_model_learns_what_a_whole_one_does(left, name):
     assert_close(left[name][0], expected)
 
 
+def test_the_training_loop_takes_a_divided_model(left):
+    expected = sharded.whole_loop(lambda net: None)
+    assert_same_bits(left["whole_loop"])
+    for found in left["whole_loop"]:
+        assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+    assert_close(left["whole_loop"][0], expected)
+
+
 def test_moments_in_eight_bits_are_as_exact_as_in_a_whole_model(left):
     """They are scaled in other blocks, which end where a part does."""
     exact = flat(training.train()[1])
