@@ -24,12 +24,12 @@ function warn(folder) {
   return folder.same ? text("same_captions") : "";
 }
 
-function thumbnail({ name, caption, file }, folder) {
+function thumbnail({ name, caption, file, changed }, folder) {
   const cell = document.createElement("figure"), label = document.createElement("figcaption");
   cell.style.cssText = `margin:0 4px 4px 0;width:${THUMBNAIL}px;flex:none`;
   if (file != null) {
     const picture = document.createElement("img");
-    picture.src = api.apiURL(`/sara/thumbnail?${new URLSearchParams({ folder, name: file })}`);
+    picture.src = api.apiURL(`/sara/thumbnail?${new URLSearchParams({ folder, name: file, changed })}`);
     picture.loading = "lazy";
     picture.alt = name;
     picture.style.cssText = `width:${THUMBNAIL}px;height:${THUMBNAIL}px;object-fit:cover;display:block`;

@@ -175,6 +175,8 @@ def picture_file(folder: str, name: str) -> Path | None:
         name: Path of the picture within it.
     """
     label, _, below = folder.partition("/")
+    if any(Path(part).anchor or ".." in Path(part).parts for part in (below, name)):
+        return None  # before a path of another machine is touched
     for root in map(Path, _roots().get(label, ())):
         try:
             path = (root / below / name).resolve()

@@ -21,7 +21,7 @@ def look(query: Mapping[str, str]) -> dict:
         `error` alone if there is no such folder; else `pictures`, `captions` by where they are from,
         `without` (a caption of their own), `same` (whether all that are there are equal),
         `problems`: the first of them, of `problem_count`, and `shown`: name, caption, and `file`, by which
-        the page can ask for a thumbnail, of pictures.
+        the page can ask for a thumbnail, of pictures, and when it `changed`.
     """
     name = query.get("name", "")
     try:
@@ -31,6 +31,7 @@ def look(query: Mapping[str, str]) -> dict:
         files, problems = find(folder, query.get("subfolders") == "true")
     except (OSError, ValueError) as error:
         return {"error": str(error)}
+    problems = [problem for problem in problems if not problem.is_note]
     captions = [file.caption for file in files if file.caption is not None]
     return {
         "pictures": len(files),
@@ -38,12 +39,13 @@ def look(query: Mapping[str, str]) -> dict:
         "without": len(files) - len(captions),
         "same": len(captions) > 1 and len(set(captions)) == 1,
         "problems": list(map(str, problems[:MAX_SHOWN])),
-        "problem_count": sum(not problem.is_note for problem in problems),
+        "problem_count": len(problems),
         "shown": [
             {
                 "name": Path(file.name).name,
                 "caption": file.caption,
                 "file": None if is_of_videos else file.name,
+                "changed": file.path.stat().st_mtime_ns if file.path.is_file() else 0,
             }
             for file in files[:MAX_SHOWN]
         ],

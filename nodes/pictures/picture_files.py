@@ -103,7 +103,7 @@ def read_picture(data: bytes, background: str = "white", name: str = "") -> Pict
                 ImageOps.exif_transpose(image, in_place=True)
             profile = None if image.mode == "LAB" else image.info.get("icc_profile")
             opacity = _opacity(image)
-            colour = _to_srgb(_eight_bit(image), profile, name)
+            colour = _to_srgb(eight_bit(image), profile, name)
             if opacity is not None:
                 ground = Image.new("RGB", colour.size, ImageColor.getrgb(background)[:3])
                 colour = Image.composite(colour, ground, opacity)
@@ -165,7 +165,7 @@ def _opacity(image: Image.Image) -> Image.Image | None:
     return None if alpha.getextrema() == (255, 255) else alpha
 
 
-def _eight_bit(image: Image.Image) -> Image.Image:
+def eight_bit(image: Image.Image) -> Image.Image:
     """Turn palettes, 16-bit and floating-point pictures into L, RGB or CMYK."""
     if image.mode in SIXTEEN_BIT and image.mode != "I":
         return _scaled(np.asarray(image), 1 / 257)

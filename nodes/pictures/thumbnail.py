@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from PIL import Image, ImageOps
 
 from .. import host
+from .picture_files import eight_bit
 
 PATH = "/sara/thumbnail"
 SIDE, QUALITY = 144, 60
@@ -28,10 +29,10 @@ def thumbnail(query: Mapping[str, str]) -> bytes | None:
         with Image.open(path) as image:
             image.draft("RGB", (SIDE, SIDE))  # a JPEG is decoded no larger than needed
             small = ImageOps.exif_transpose(image)
+            is_clear = small.has_transparency_data
+            small = small.convert("RGBA") if is_clear else eight_bit(small).convert("RGB")
             small.thumbnail((SIDE, SIDE))
-            small.convert("RGBA" if small.has_transparency_data else "RGB").save(
-                out, "WEBP", quality=QUALITY
-            )
+            small.save(out, "WEBP", quality=QUALITY)
     except (
         Exception
     ) as error:  # decoders raise anything; what is wrong with it is said when it is read

@@ -47,7 +47,7 @@ class CopiesAhead:
         current = self._backend.current_stream(self.device)
         current.wait_event(arrived)
         _record(copy, current)
-        self._wait_for_device(current)
+        self.hold_back()
         self._following[self._last] = waiting
         in_backward = torch._C._current_graph_task_id() != -1
         self._last = in_backward, self._last[-1], id(waiting)
@@ -79,10 +79,12 @@ class CopiesAhead:
             arrived.record(self._stream)
         return waiting, copy, arrived
 
-    def _wait_for_device(self, current: Any) -> None:
-        """Wait until what was taken some time ago has been used."""
+    def hold_back(self) -> None:
+        """Wait until what was taken some time ago has been used, so that no more of it piles up."""
+        if self._backend is None:
+            return
         event = self._backend.Event()
-        event.record(current)
+        event.record(self._backend.current_stream(self.device))
         self._used.append(event)
         if len(self._used) > BEHIND:
             self._used.popleft().synchronize()

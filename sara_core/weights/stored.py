@@ -93,6 +93,8 @@ class Source:
             out = change(out)
         for part in self.learned:
             if part.acting is not None:
+                if not is_own and self.copies is not None and part.acting.device != device:
+                    self.copies.hold_back()  # which taking a copy does by itself
                 write_(out, part.index_on(device), send(part.acting, device).to(dtype))
         return out
 

@@ -167,9 +167,13 @@ def test_where_memory_ran_out_no_copy_is_begun_ahead_for_a_while(copying, monkey
 def test_other_errors_of_a_copy_ahead_are_raised(copying, monkeypatch):
     backend, weights, copies = copying
     use(copying, "abcdabcd")
-    monkeypatch.setattr(copies, "_begin", lambda waiting: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        use(copying, "a")
+
+    def fail(waiting):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(copies, "_begin", fail)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        use(copying, "a")  # which is there; b fails
 
 
 def test_nothing_is_held_once_forgotten(copying):
