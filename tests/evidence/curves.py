@@ -39,15 +39,17 @@ def curves_of(runs, what="new"):
 
     Returns:
         Curves: the spots (forgotten, loss, rate) of all rates and strengths that no other beats in both, by what is
-        forgotten. Forgotten is how much the loss on the base's own styles has grown.
+        forgotten, after that of the base. Forgotten is how much the loss on the base's own styles has grown, or 0.
+        Seeds without a run of the base are left out.
     """
     start = starts(runs)
     spots = defaultdict(lambda: defaultdict(list))
     for run in runs:
-        if run["method"] != "none":
+        if run["method"] != "none" and run["seed"] in start:
             spots[run["name"]][run["seed"]] += _path(run, start[run["seed"]], what)
     return {
-        name: {seed: best(found) for seed, found in seeds.items()} for name, seeds in spots.items()
+        name: {seed: [(0.0, start[seed][what], 0.0), *best(found)] for seed, found in seeds.items()}
+        for name, seeds in spots.items()
     }
 
 
@@ -60,7 +62,7 @@ def _path(run, start, what):
         [(forgotten(measured[s]) - forgotten(start), measured[s][what]) for s in strengths],
     )
     fine = np.linspace(0, strengths[-1], round(strengths[-1] / STEP) + 1)
-    return [(grown, loss, run["rate"]) for grown, loss in spline(fine).tolist()]
+    return [(max(grown, 0.0), loss, run["rate"]) for grown, loss in spline(fine).tolist()]
 
 
 def best(spots):
@@ -73,9 +75,8 @@ def best(spots):
 
 
 def learned_at(curve, level):
-    """The spot with the lowest loss of those that forget so much at most; None if all forget more."""
-    place = bisect.bisect_right(curve, level, key=lambda spot: spot[0])
-    return curve[place - 1] if place else None
+    """The spot with the lowest loss of those that forget so much at most."""
+    return curve[bisect.bisect_right(curve, level, key=lambda spot: spot[0]) - 1]
 
 
 def forgotten_at(curve, loss):
@@ -112,9 +113,7 @@ def advantage(method, reference, levels):
     found = {}
     for seed in method.keys() & reference.keys():
         pairs = [(learned_at(method[seed], x), learned_at(reference[seed], x)) for x in levels]
-        shares = [1 - own[1] / other[1] for own, other in pairs if own and other]
-        if shares:
-            found[seed] = statistics.mean(shares)
+        found[seed] = statistics.mean(1 - own[1] / other[1] for own, other in pairs)
     return dict(sorted(found.items()))
 
 
@@ -129,8 +128,9 @@ def forgets(method, reference):
     shares = []
     for seed in method.keys() & reference.keys():
         loss = loss_where_learned(reference[seed], MIDDLE)
-        own = forgotten_at(method[seed], loss)
+        own, least = (forgotten_at(curves[seed], loss) for curves in (method, reference))
         if own is None:
             return "never learns it"
-        shares.append(own / forgotten_at(reference[seed], loss) - 1)
+        if least:
+            shares.append(own / least - 1)
     return f"{statistics.mean(shares):+.0%}" if shares else ""

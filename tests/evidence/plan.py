@@ -143,13 +143,13 @@ OPTIMIZERS = {  # method, options, rates; Prodigy's is a factor of its own
 AUTHORS = {"the authors' code": ("authors", {}, (1.25e-4, 2.5e-4, 5e-4))}  # method, options, rates
 
 
-LOOKS = {  # rates at which about as much is forgotten
+LOOKS = {  # rates of which pictures are made
     "SaRA 10 %": 2.5e-4, "random 10 %": 2.5e-4, "LoRA r8": 2e-4, "full": 2e-5,
 }  # fmt: skip
 
 
 def looks(base, seed=0, **changes):
-    """Pictures of some methods that forget about as much, of concepts that were not shown."""
+    """Pictures of some methods, of concepts that were not shown."""
     common = {"base": base, **COMMON, **changes, "seed": seed, "likeness": True}
     plans = [{**common, "name": "base", "method": "none", "options": {}, "rate": 0}]
     for name, rate in LOOKS.items():

@@ -7,7 +7,7 @@ from PIL import Image, ImageDraw, ImageFont
 from . import curves
 
 COLORS = ("#e8743b", "#5b8db8", "#6a9f58", "#967bb6", "#c2447a", "#8c6d31", "#3aa6a6", "#555555",
-          "#b0b03a", "#d9a0c0", "#2f4f7f", "#a05030", "#80c0e0", "#405020", "#909090")  # fmt: skip
+          "#b0b03a", "#d9a0c0", "#2f4f7f", "#a05030", "#80c0e0", "#405020", "#909090", "#d02020", "#20a020", "#2020d0", "#000000")  # fmt: skip
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 1100, 620, 70, 320, 30, 60
 LABELS = 110
 SHOWN = (-10, 25)  # percent

@@ -39,7 +39,7 @@ def test_a_curve_is_the_best_of_all_rates_and_strengths():
     assert curves.learned_at(ours, 0.3)[1:] == (pytest.approx(3.0, **near), 1e-4)
     assert curves.learned_at(ours, 0.6)[1:] == (pytest.approx(2.0, **near), 2e-4)
     assert curves.learned_at(ours, 9.0)[1:] == (pytest.approx(1.0, **near), 2e-4)
-    assert curves.learned_at(ours, -0.1) is None
+    assert curves.learned_at(ours, 0.0)[1] == 5.0
     assert curves.forgotten_at(ours, 3.5) == pytest.approx(0.15, abs=0.003)
     assert curves.forgotten_at(ours, 0.5) is None
     (shown,) = curves.curves_of(RUNS, "shown")["ours"].values()
@@ -80,6 +80,23 @@ def test_a_method_is_compared_with_the_reference_at_equal_forgetting():
     # three quarters of 4 are learned at 2.0, where ours has forgotten 0.6 and the reference 0.3
     assert curves.forgets(found["ours"], reference) == "+100%"
     assert curves.forgets(reference, found["ours"]) == "-50%"
+
+
+def test_what_forgets_less_than_nothing_forgets_nothing():
+    runs = [BASE, straight("LoRA r8", 1e-3, 0.9, 4.0), straight("LoRA r8", 2e-3, 1.4, 1.0)]
+    reference = curves.curves_of(runs)["LoRA r8"]
+    assert curves.learned_at(reference[0], 0.0)[1] == 4.0
+    assert curves.loss_where_learned(reference[0], 0.5) == 3.0  # of 5 to 1
+    assert curves.levels_of(reference, (0.25, 0.5)) == pytest.approx([0.0, 0.2], abs=0.003)
+    assert curves.forgets(reference, reference) == "+0%"
+    worse = curves.curves_of([BASE, straight("LoRA r8", 1e-3, 1.5, 6.0)])["LoRA r8"]
+    assert curves.levels_of(worse, (0.5, 1.0)) == [0.0, 0.0]
+    assert curves.forgets(worse, worse) == ""
+
+
+def test_seeds_without_the_base_are_left_out():
+    found = curves.curves_of([*RUNS, straight("ours", 1e-4, 1.2, 3.0, seed=1)])
+    assert found["ours"].keys() == {0}
 
 
 def test_what_is_never_learned_is_told():
