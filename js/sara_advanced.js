@@ -66,7 +66,16 @@ app.registerExtension({
     button.serialize = false;
     button.options.serialize = false;
     refolds.set(node, () => refold(node, button));
-    const configured = node.onConfigure, connected = node.onConnectionsChange;
+    const configure = node.configure, configured = node.onConfigure, connected = node.onConnectionsChange;
+    let isConfigured = true; // while it is not, its size is that of what is not yet there
+    node.configure = function () {
+      isConfigured = false;
+      try {
+        return configure.apply(this, arguments);
+      } finally {
+        isConfigured = true;
+      }
+    };
     node.onConfigure = function () {
       const result = configured?.apply(this, arguments);
       apply(node, button);
@@ -77,7 +86,7 @@ app.registerExtension({
     };
     node.onConnectionsChange = function () {
       const result = connected?.apply(this, arguments);
-      if (node.graph) refold(node, button);
+      if (node.graph && isConfigured) refold(node, button);
       return result;
     };
     refold(node, button);

@@ -146,10 +146,16 @@ export function addCanvasWidget(node, name, height, draw) {
 
 // A graph that is made anew, by undo or another tab, may have nodes of the same ids. Vue nodes then go on
 // showing the elements of the nodes before; this puts the new ones in their place.
+function isThere(node) {
+  const root = app.rootGraph ?? app.graph, within = root?.subgraphs ?? root?._subgraphs;
+  const isOpen = node.graph === root || !within?.has || within.get(node.graph?.id) === node.graph;
+  return isOpen && node.graph?.getNodeById?.(node.id) != null;
+}
+
 function takePlaces() {
   for (const [box, node] of boxes) {
-    if (node.graph?.rootGraph && node.graph.rootGraph !== app.rootGraph) { // of a graph that is gone
-      boxes.delete(box);
+    if (!isThere(node)) { // of a subgraph that is gone, whose nodes are not told so
+      node.onRemoved?.();
       continue;
     }
     const shown = document.querySelector(`[data-node-id="${node.id}"] .${box.className}`);

@@ -139,6 +139,27 @@ def test_a_node_keeps_the_height_that_was_given_to_it(page):
     assert page.js(height) == pytest.approx(given, abs=30)
 
 
+def test_loading_makes_no_node_taller(page):
+    page.drop(WORKFLOWS / f"{TRAIN}.json")
+    of_folder = "window.app.graph.nodes.find((n) => n.type === 'SaraImageFolder')"
+    button = f"{of_folder}.widgets.find((w) => w.type === 'button')"
+    page.js(f"{button}.callback()")
+    page.js(
+        """const graph = window.app.graph, train = graph.nodes.find((n) => n.type === "SaraTrain");
+        const number = LiteGraph.createNode("PrimitiveFloat");
+        graph.add(number);
+        number.connect(0, train, train.inputs.findIndex((i) => i.name === "weight_decay"));"""
+    )
+    heights = """return window.app.graph.nodes.filter((n) => n.type.startsWith("Sara")).map((n) => n.size[1])"""
+    page.reopen()
+    before = page.js(heights)
+    for _ in range(2):
+        page.reopen()
+        found = page.js(heights)
+        assert len(found) == len(before)
+        assert all(now <= then + 1 for now, then in zip(found, before, strict=True))
+
+
 def test_what_is_linked_is_not_folded_away(page):
     page.drop(WORKFLOWS / "5 Look at the small weights.json")
     page.js(
