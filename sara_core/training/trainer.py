@@ -320,7 +320,7 @@ class TrainingRun:
         optimizer.add_low_rank_gradient_()
         limit = self.config.max_grad_norm or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(optimizer.parameters(), limit)
-        norm = norm.full_tensor() if is_sharded(norm) else norm
+        norm = norm.full_tensor() if is_sharded(norm) else norm  # type: ignore[attr-defined]
         is_finite = torch.isfinite(losses.sum()) & torch.isfinite(norm)
         *found, told = torch.cat([losses, is_finite.to(losses)[None]]).tolist()
         finite = bool(told)
