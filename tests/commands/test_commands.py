@@ -123,7 +123,7 @@ def test_the_study_runs_each_method_and_writes_its_report(tmp_path):
     for found in (losses["1.0"] for losses in curves if "1.0" in losses):
         assert found["new"] < base["new"]  # three steps teach a little
         assert found["drift"] > 0
-    assert pixels(tmp_path / "images" / "evidence_1.png").std() > 5
+    assert pixels(tmp_path / "images" / "evidence_the_machinery.png").std() > 5
     assert "| SaRA 10 % |" in (tmp_path / "evidence.md").read_text()
     again = run("evidence", "--quick", "--folder", tmp_path / "runs", "--out", tmp_path)
     assert again.count("emoji64-") == 0  # all were done

@@ -121,7 +121,12 @@ reference's at {curves.MIDDLE:.0%}. *Best rate* is that in the column of {curves
 """
 
 
-def write(questions, runs, out, rows=None):
+def slug(title):
+    """A title as a part of a file's name."""
+    return "_".join("".join(c for c in title.lower() if c.isalnum() or c == " ").split())
+
+
+def write(questions, runs, out, rows=None, left=None):
     """Write evidence.json, evidence.md and a picture for each question into a folder.
 
     What was written by hand stays: only what lies between the marks is made anew.
@@ -131,13 +136,14 @@ def write(questions, runs, out, rows=None):
         runs: All that were done, also of questions that cannot be answered yet.
         out: The folder.
         rows: Files of the pictures made by runs of a title, if they made any.
+        left: How many runs of a title are still to be made.
     """
-    rows = rows or {}
+    rows, left = rows or {}, left or {}
     (out / "images").mkdir(parents=True, exist_ok=True)
     (out / "evidence.json").write_text(json.dumps(runs, indent=1) + "\n")
     text = [HOW_TO_READ]
-    for number, (title, found) in enumerate(questions.items(), 1):
-        picture = f"images/evidence_{number}.png"
+    for title, found in questions.items():
+        picture = f"images/evidence_{slug(title)}.png"
         if title in rows:
             if all(file.is_file() for file in rows[title]):  # else the picture there stays
                 draw_rows(rows[title], [run["name"] for run in found]).save(out / picture)
@@ -152,6 +158,8 @@ def write(questions, runs, out, rows=None):
             by_name, reference = curves.curves_of(found), REFERENCES.get(title, REFERENCE)
             draw(by_name, reference, curves.loss_of_base(found)).save(out / picture)
             text += section(title, found, picture)
+        if left.get(title):
+            text += [f"{left[title]} runs of this question are still to be made.", ""]
     file = out / "evidence.md"
     before = file.read_text() if file.is_file() else f"{TITLE}\n\n{BEGIN}\n{END}\n"
     above, below = before.split(BEGIN)[0], before.split(END)[1]

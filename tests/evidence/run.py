@@ -2,8 +2,8 @@
 
 Run by `python dev.py evidence [QUESTION ...] [--part 0/2] [--quick] [--folder FOLDER]`. A run leaves one JSON
 file in the folder, by default in the cache; one that was interrupted begins anew, and one whose figures are in
-docs/evidence.json is not done again, unless `--anew` says so or pictures are wanted of it. The report, of the seeds
-of which every run is done, is written beside them, or where `--out` says.
+docs/evidence.json is not done again, unless `--anew` says so or pictures are wanted of it. The report, of what is done
+so far, is written beside them, or where `--out` says.
 """
 
 import argparse
@@ -11,11 +11,12 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 from ..emoji64 import pictures as emoji
 from ..harness.environment import CACHE
-from .plan import QUESTIONS, key, plan_of, quick
+from .plan import QUESTIONS, REFERENCE, REFERENCES, key, kind, plan_of, quick
 from .report import write
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,10 +41,20 @@ def recall(folder, with_pictures):
             file.write_text(json.dumps(run, indent=1))
 
 
-def whole_seeds(plans, runs):
-    """Return the plans of those seeds of a question of which every run is done."""
-    missing = {plan["seed"] for plan in plans if key(plan) not in runs}
-    return [plan for plan in plans if plan["seed"] not in missing]
+def enough(plans, runs, reference):
+    """Return the plans of a question that are done, as far as methods can be compared by them.
+
+    A method counts with the seeds in which all its rates are done, or two of them; a seed counts in which the base
+    and what others are compared with are done.
+    """
+    planned = Counter((plan["name"], plan["seed"]) for plan in plans)
+    done = [plan for plan in plans if key(plan) in runs]
+    found = Counter((plan["name"], plan["seed"]) for plan in done)
+    counts = {which for which, number in found.items() if number >= min(2, planned[which])}
+    if kind(plans[0]) == "curves":
+        seeds = {seed for name, seed in counts if {("base", seed), (reference, seed)} <= counts}
+        counts = {(name, seed) for name, seed in counts if seed in seeds}
+    return [plan for plan in done if (plan["name"], plan["seed"]) in counts]
 
 
 def main():
@@ -56,9 +67,7 @@ def main():
     parser.add_argument("--folder", type=Path, default=CACHE / "evidence")
     parser.add_argument("--out", type=Path, help="folder of the report")
     parser.add_argument("--anew", action="store_true", help="also what docs/evidence.json holds")
-    parser.add_argument(
-        "--report", action="store_true", help="only that, of the seeds that are done"
-    )
+    parser.add_argument("--report", action="store_true", help="only that, of what is done")
     parser.add_argument("--part", default="0/1", help="every n-th run, from this one on")
     parser.add_argument(
         "--quick", action="store_true", help="a few steps of some: the machinery only"
@@ -89,7 +98,8 @@ def main():
     for title, plans in asked.items():
         if count := sum(key(plan) not in runs for plan in plans):
             print(f"{title}: {count} of {len(plans)} runs missing")
-    asked = {title: whole_seeds(plans, runs) for title, plans in asked.items()}
+    left = {title: sum(key(p) not in runs for p in plans) for title, plans in asked.items()}
+    asked = {t: enough(p, runs, REFERENCES.get(t, REFERENCE)) for t, p in asked.items()}
     asked = {title: plans for title, plans in asked.items() if plans}
     out = options.out or options.folder
     rows = {
@@ -98,7 +108,7 @@ def main():
         if plans[0].get("likeness")
     }
     questions = {title: [runs[key(plan)] for plan in plans] for title, plans in asked.items()}
-    write(questions, list(runs.values()), out, rows)
+    write(questions, list(runs.values()), out, rows, left)
     print(f"written: {out / 'evidence.md'}")
     if len(runs) < len(files):
         sys.exit(1)
