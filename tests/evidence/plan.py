@@ -10,9 +10,8 @@ SARA = {"fraction": 0.1, "progressive": 0.5}
 REFERENCE = "LoRA r8"  # what methods are compared with
 SHARE = 0.6  # of each of two styles, where both are in one model
 
-LAYERS = {
-    "SaRA, each layer": ("sara", {**SARA, "by_parameter": True}, (6e-5, 1.25e-4, 2.5e-4)),
-}  # fmt: skip
+OF_LAYERS = {**SARA, "by_parameter": True}
+LAYERS = {"SaRA, each layer": ("sara", OF_LAYERS, (6e-5, 1.25e-4, 2.5e-4))}
 
 GRIDS = {  # name: method, options, rates
     "SaRA 10 %": ("sara", SARA, (1.25e-4, 2.5e-4, 5e-4, 1e-3)),
@@ -182,12 +181,12 @@ def with_text(base="emoji64-unet", seed=0, rate=2.5e-4):
 
 
 ELSEWHERE = {  # method, options, rates
-    "SaRA 10 %": ("sara", SARA, (1.25e-4, 2.5e-4, 5e-4)),
+    "SaRA 10 %": ("sara", SARA, (6e-5, 1.25e-4, 2.5e-4, 5e-4)),
     "smallest of each layer": ("masked", {"chosen": "layer"}, (6e-5, 1.25e-4, 2.5e-4)),
-    **LAYERS,
-    "random 10 %": ("masked", {"chosen": "random"}, (1.25e-4, 2.5e-4, 5e-4)),
-    "LoRA r8": ("lora", {"rank": 8}, (1e-4, 2e-4, 4e-4)),
-    "full": ("full", {}, (5e-6, 1e-5, 2e-5)),
+    "SaRA, each layer": ("sara", OF_LAYERS, (3e-5, 6e-5, 1.25e-4, 2.5e-4)),
+    "random 10 %": ("masked", {"chosen": "random"}, (6e-5, 1.25e-4, 2.5e-4, 5e-4)),
+    "LoRA r8": ("lora", {"rank": 8}, (5e-5, 1e-4, 2e-4, 4e-4)),
+    "full": ("full", {}, (2.5e-6, 5e-6, 1e-5, 2e-5)),
 }
 
 ELSEWHERE_ON_UNET = {  # method, options, rates
@@ -284,10 +283,10 @@ QUESTIONS = {  # title in the report: the plans of its runs
     "Weights at zero": zeroed,
     "The authors' code": lambda: beside_known("emoji64", AUTHORS),
     "Silhouettes, on a UNet": lambda: methods(
-        "emoji64-unet", ELSEWHERE_ON_UNET, (0,), style="contrast"
+        "emoji64-unet", ELSEWHERE_ON_UNET, (0, 1), style="contrast"
     ),
     "A subject, on a UNet": lambda: methods(
-        "emoji64-unet", ELSEWHERE_ON_UNET, (0,), style="blue cat", pictures=5
+        "emoji64-unet", ELSEWHERE_ON_UNET, (0, 1), style="blue cat", pictures=5
     ),
     "What it costs": costs,
 }
