@@ -1,12 +1,19 @@
 """Small models, and a dense reference of SaRA written independently of the core."""
 
 import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
+from torch.utils import backend_registration
 
 from sara_core import SaraAdamW
 
+ROOT = Path(__file__).resolve().parents[2]
 THRESHOLD, LR = 0.05, 1e-2
 
 
@@ -105,3 +112,13 @@ def pair(dtype=torch.float32, **options):
     twin = copy.deepcopy(net)
     options = {"lr": LR, "low_rank_weight": 0, **options}
     return net, SaraAdamW(net, THRESHOLD, **options), DenseReference(twin, THRESHOLD, options["lr"])
+
+
+def on_second_device(module):
+    """What a script writes that makes a device in Python, for which it needs a process of its own."""
+    if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
+        pytest.skip("this torch takes no devices made in Python")
+    command = [sys.executable, "-m", module]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)

@@ -1,25 +1,15 @@
 """Weights that wait in main memory train another device, made in Python, as if they were there."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
-from torch.utils import backend_registration
 
-ROOT = Path(__file__).resolve().parents[3]
+from ..helpers import on_second_device
+
 FORMS = ("float32", "float16", "float8_e4m3fn", "scaled float8")
 
 
 @pytest.fixture(scope="module")
 def results():
-    if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
-        pytest.skip("this torch takes no devices made in Python")
-    command = [sys.executable, "-m", "tests.core.optimizer.on_second_device"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return on_second_device("tests.core.optimizer.on_second_device")
 
 
 @pytest.mark.parametrize("form", FORMS)

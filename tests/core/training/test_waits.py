@@ -1,25 +1,15 @@
 """What a step waits for, on a device made in Python."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
-from torch.utils import backend_registration
 
-ROOT = Path(__file__).resolve().parents[3]
+from ..helpers import on_second_device
+
 LAYERS, MICRO_BATCHES = 2, 2
 
 
 @pytest.fixture(scope="module")
 def waits():
-    if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
-        pytest.skip("this torch takes no devices made in Python")
-    command = [sys.executable, "-m", "tests.core.training.waiting_steps"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return on_second_device("tests.core.training.waiting_steps")
 
 
 @pytest.mark.parametrize("case", ["on the device", "weights in main memory"])
