@@ -63,8 +63,9 @@ def test_the_demo_leaves_what_it_promises(tmp_path):
 
 def test_the_server_answers_and_ends_on_ctrl_c():
     process = subprocess.Popen(
-        command("server"), cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
+        command("server"), cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in the background
+    )  # fmt: skip
     try:
         address = next(
             found[1] for line in process.stdout if (found := re.search(r"Open (http://\S+)", line))
