@@ -146,15 +146,16 @@ export function addCanvasWidget(node, name, height, draw) {
 
 // A graph that is made anew, by undo or another tab, may have nodes of the same ids. Vue nodes then go on
 // showing the elements of the nodes before; this puts the new ones in their place.
-function isThere(node) {
-  const root = app.rootGraph ?? app.graph, within = root?.subgraphs ?? root?._subgraphs;
-  const isOpen = node.graph === root || !within?.has || within.get(node.graph?.id) === node.graph;
-  return isOpen && node.graph?.getNodeById?.(node.id) != null;
+// Whether the open workflow has a node with this element; nodes and graphs themselves may be proxies.
+function isThere(box, node) {
+  const root = app.rootGraph ?? app.graph, id = node.graph?.id;
+  const graph = id === root?.id ? root : root?.subgraphs?.get?.(id);
+  return Boolean(graph?.getNodeById?.(node.id)?.widgets?.some((widget) => widget.element === box));
 }
 
 function takePlaces() {
   for (const [box, node] of boxes) {
-    if (!isThere(node)) { // of a subgraph that is gone, whose nodes are not told so
+    if (!isThere(box, node)) { // of a subgraph that is gone, whose nodes are not told so
       node.onRemoved?.();
       continue;
     }
