@@ -15,6 +15,7 @@ LAYERS = {"SaRA, each layer": ("sara", OF_LAYERS, (6e-5, 1.25e-4, 2.5e-4))}
 
 GRIDS = {  # name: method, options, rates
     "SaRA 10 %": ("sara", SARA, (1.25e-4, 2.5e-4, 5e-4, 1e-3)),
+    "SaRA, each layer": ("sara", OF_LAYERS, (6e-5, 1.25e-4, 2.5e-4, 5e-4)),
     "random 10 %": ("masked", {"chosen": "random"}, (1.25e-4, 2.5e-4, 5e-4, 1e-3)),
     "largest 10 %": ("masked", {"chosen": "largest"}, (3e-5, 6e-5, 1.25e-4, 2.5e-4, 5e-4)),
     "LoRA r8": ("lora", {"rank": 8}, (1e-4, 2e-4, 3e-4, 4e-4, 8e-4)),
@@ -108,7 +109,10 @@ IDEAS = {  # method, options, rates
     "smallest 3 % of each layer": (
         "masked", {"chosen": "layer", "fraction": 0.03}, (2.5e-4, 5e-4, 1e-3, 2e-3),
     ),
-    **LAYERS,
+    "each layer of attention": ("sara", {**OF_LAYERS, "include": "attn"}, (1.25e-4, 2.5e-4, 5e-4)),
+    "each layer but modulation": (
+        "sara", {**OF_LAYERS, "exclude": "adaLN_modulation"}, (6e-5, 1.25e-4, 2.5e-4),
+    ),
     "largest gradients": ("masked", {"chosen": "gradient"}, (6e-5, 1.25e-4, 2.5e-4, 5e-4)),
     "largest gradients of the smallest 30 %": (
         "masked", {"chosen": "small gradient"}, (6e-5, 1.25e-4, 2.5e-4, 5e-4),
@@ -122,9 +126,9 @@ IDEAS = {  # method, options, rates
 
 
 def beside_known(base, grids, seeds=(0, 1), **changes):
-    """Methods at their rates, beside SaRA, random masks and LoRA."""
+    """Methods at their rates, beside SaRA in both ways, random masks and LoRA."""
     common = {"base": base, **COMMON, **changes}
-    compared = ("base", "SaRA 10 %", "random 10 %", "LoRA r8")
+    compared = ("base", "SaRA 10 %", "SaRA, each layer", "random 10 %", "LoRA r8")
     known = [p for p in methods(base, **changes) if p["name"] in compared and p["seed"] in seeds]
     return known + [
         {**common, "name": name, "method": method, "options": options, "rate": rate, "seed": seed}
@@ -143,7 +147,8 @@ AUTHORS = {"the authors' code": ("authors", {}, (1.25e-4, 2.5e-4, 5e-4))}  # met
 
 
 LOOKS = {  # rates of which pictures are made
-    "SaRA 10 %": 2.5e-4, "random 10 %": 2.5e-4, "LoRA r8": 2e-4, "full": 2e-5,
+    "SaRA 10 %": 2.5e-4, "SaRA, each layer": 1.25e-4, "random 10 %": 2.5e-4, "LoRA r8": 2e-4,
+    "full": 2e-5,
 }  # fmt: skip
 
 
@@ -204,10 +209,12 @@ SHARES = {  # method, options, rates
 LONGER = {  # steps: methods with their options and rates
     1000: {
         "SaRA 10 %": ("sara", SARA, (6e-5, 1.25e-4, 2.5e-4)),
+        "SaRA, each layer": ("sara", OF_LAYERS, (3e-5, 6e-5, 1.25e-4)),
         "LoRA r8": ("lora", {"rank": 8}, (5e-5, 1e-4, 2e-4)),
     },
     3000: {
         "SaRA 10 %": ("sara", SARA, (3e-5, 6e-5, 1.25e-4)),
+        "SaRA, each layer": ("sara", OF_LAYERS, (1.5e-5, 3e-5, 6e-5)),
         "LoRA r8": ("lora", {"rank": 8}, (2.5e-5, 5e-5, 1e-4)),
     },
 }
@@ -272,10 +279,10 @@ QUESTIONS = {  # title in the report: the plans of its runs
     "A subject": lambda: methods("emoji64", ELSEWHERE, (0, 1), style="blue cat", pictures=5),
     "Two styles together": merged,
     "Ten pictures": lambda: methods(
-        "emoji64", some("SaRA 10 %", "LoRA r8", "full"), (0, 1), pictures=10
+        "emoji64", some("SaRA 10 %", "SaRA, each layer", "LoRA r8", "full"), (0, 1), pictures=10
     ),
     "A hundred and sixty pictures": lambda: methods(
-        "emoji64", some("SaRA 10 %", "LoRA r8", "full"), (0, 1), pictures=160
+        "emoji64", some("SaRA 10 %", "SaRA, each layer", "LoRA r8", "full"), (0, 1), pictures=160
     ),
     "Shares of the weights": lambda: beside_known("emoji64", SHARES),
     "A thousand steps": lambda: methods("emoji64", LONGER[1000], (0, 1), steps=1000),
