@@ -7,18 +7,23 @@ import { text } from "./sara_text.js";
 
 const PICTURE = 96;
 
+function selected({ select_from, fraction }, count, threshold) {
+  if (threshold) return text("weights_below", { count, threshold: threshold.toPrecision(3) });
+  if (select_from !== "each layer") return text("weights", { count }); // such as of a merged delta
+  return text("weights_of_each", { count, share: Number((100 * fraction).toPrecision(3)) });
+}
+
 export function lines(told) {
   const settings = JSON.parse(told["sara.settings"] ?? "{}");
   const architecture = (told["modelspec.architecture"] ?? "?").replace(/\/sara$/, "");
   const prediction = told["modelspec.prediction_type"];
-  const count = short(Number(told["sara.num_values"])), threshold = Number(told["sara.threshold"]);
+  const count = short(Number(told["sara.num_values"]));
   const steps = told["sara.steps"], words = told["modelspec.trigger_phrase"];
   const pictures = settings.batch_size * (settings.grad_accumulation_steps ?? 1);
   return [
     told["modelspec.title"],
     text("made_for", { model: prediction ? `${architecture} (${prediction})` : architecture }),
-    threshold ? text("weights_below", { count, threshold: threshold.toPrecision(3) })
-      : text("weights", { count }),
+    selected(settings, count, Number(told["sara.threshold"])),
     steps ? (pictures ? text("steps_of", { steps, pictures }) : text("steps", { steps })) : "",
     words ? text("trigger_words", { words }) : "",
     told["sara.patches_below"]

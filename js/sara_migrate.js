@@ -20,12 +20,15 @@ const BEFORE = { // up to 0.1
   ],
 };
 
+// What was done before there was a widget, where that is not what a new node does.
+const WAS = { select_from: "model" };
+
 const saved = (node) => (node.widgets ?? []).filter((widget) => widget.serialize !== false);
 
 export function ordered(values, before, widgets) {
   return widgets.map(({ name, value }) => {
     const found = before.indexOf(name);
-    return found >= 0 && found < values.length ? values[found] : value;
+    return found >= 0 && found < values.length ? values[found] : (WAS[name] ?? value);
   });
 }
 

@@ -16,6 +16,8 @@ export function update(node) {
     widget.disabled = isDecided;
     isDecided ||= isSet(widget, node);
   }
+  const from = node.widgets?.find((one) => one.name === "select_from"); // of which the fraction is
+  if (from) from.disabled = node.widgets.find((one) => one.name === "fraction")?.disabled;
   node.graph?.setDirtyCanvas?.(true, true);
 }
 

@@ -4,7 +4,7 @@ import dataclasses
 
 from comfy_api.latest import io
 
-from ..sara_core.weights.selection import ZEROS
+from ..sara_core.weights.cutoff import ZEROS
 
 CHOOSE = "choose a"  # in place of a file, where there may be none yet
 
@@ -41,8 +41,8 @@ def threshold_input():
         min=0.0,
         max=10.0,
         step=0.000001,
-        tooltip="Weights with a magnitude below this are selected, instead of a fraction; the "
-        "histogram of SaRA Analyze shows how many. 0 takes the fraction. The paper uses 0.0002 to "
+        tooltip="Weights of the whole model with a magnitude below this are selected, instead of a fraction; "
+        "the histogram of SaRA Analyze shows how many. 0 takes the fraction. The paper uses 0.0002 to "
         "0.002 for Stable Diffusion 1.5.",
     )
 

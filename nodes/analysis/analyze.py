@@ -81,7 +81,11 @@ class SaraAnalyze(io.ComfyNode):
             ],
             outputs=[
                 io.Model.Output(display_name="model", tooltip="The model, unchanged."),
-                io.Float.Output(display_name="threshold", tooltip="Connect to SaRA Train."),
+                io.Float.Output(
+                    display_name="threshold",
+                    tooltip="Connected to SaRA Train, it trains these weights. By itself SaRA Train takes the same "
+                    "share of each layer.",
+                ),
                 io.String.Output(
                     display_name="report", tooltip="Counts by block and kind of layer."
                 ),

@@ -15,9 +15,10 @@ def late_inputs() -> list:
             options=list(SELECT_FROM),
             default=SETTINGS.select_from,
             optional=True,
-            tooltip="Where the smallest weights are looked for: in the whole model, as in the paper, so that "
-            "some layers train more than others; or the same fraction of each layer, each with a threshold "
-            "of its own, which learned more on one of our two small models and as much on the other.",
+            tooltip="What the fraction is taken of. Each layer: the same fraction of every layer, each with a "
+            "threshold of its own; on two small models this learned as much or clearly more for what it forgot. "
+            "Model: the smallest of the whole model, as in the paper, so that some layers train more than "
+            "others. A threshold is for the whole model and leaves this unused.",
         ),
         io.Float.Input(
             "ema_decay",

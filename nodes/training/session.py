@@ -4,7 +4,6 @@ import dataclasses
 import traceback
 
 from ...sara_core.training.out_of_memory import is_out_of_memory
-from ...sara_core.training.run_settings import SELECT_FROM
 from ...sara_core.training.trainer import TrainingRun
 from .. import host
 from .ending import refuse_unlearned
@@ -71,7 +70,7 @@ class Session:
         optimizer, folder = self.training.optimizer, self.saver.folder
         self._stage = optimizer.stage
         which = f"those below {optimizer.threshold:.4g}"
-        if self.settings.select_from != SELECT_FROM[0]:
+        if self.settings.selection_rule.get("by_parameter"):
             which = f"the smallest {self.settings.fraction:.1%} of each layer"
         self.reporter.say(
             f"training {optimizer.num_trainable} of {optimizer.num_considered} weights, {which}, for {self.settings.steps} steps at a learning rate "

@@ -81,7 +81,8 @@ class SaraAdamW(TrainedModel, torch.optim.Optimizer):
         biases_and_norms: Also select among parameters of fewer than two dimensions.
         zeros: How exact zeros are treated, see `selection.select`.
         by_parameter: Select the smallest weights of each parameter, `fraction` of them, by a threshold of
-            its own, instead of the smallest of the whole model. The rule for `lr` goes by the one of all.
+            its own, instead of the smallest of the whole model, as the paper does; by default where a
+            `fraction` is given. The rule for `lr` goes by the threshold of all.
         seed: Seed of the draws for the low-rank term.
         distributed: Average gradients over processes where torch.distributed is initialised. False
             trains in this one alone.
@@ -125,7 +126,7 @@ class SaraAdamW(TrainedModel, torch.optim.Optimizer):
         exclude: str | Iterable[str] | None = None,
         biases_and_norms: bool = False,
         zeros: str = "auto",
-        by_parameter: bool = False,
+        by_parameter: bool | None = None,
         seed: int = 0,
         distributed: bool = True,
         process_group: "torch.distributed.ProcessGroup | None" = None,

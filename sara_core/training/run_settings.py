@@ -12,7 +12,7 @@ from ..optimizer.adam_moments import KINDS
 from ..optimizer.average import refuse_bad_decay
 from ..optimizer.layer_rates import refuse_bad_rates
 from ..optimizer.sara_adamw import LOW_RANK_WEIGHT
-from ..weights.selection import ZEROS
+from ..weights.cutoff import ZEROS
 from .config import TrainConfig, check_choice, check_least, check_share
 
 VERSION = 2  # of saved settings; 1 was the widgets of SaRA Train, without a version
@@ -24,6 +24,7 @@ COMPUTE_DTYPES = {
     "fp16": torch.float16,
 }
 SELECT_FROM = ("model", "each layer")
+EACH_LAYER = SELECT_FROM[1]
 PUT_OUT = ("last step", "best validation")
 TRAINED_IN = ("device", "main memory")
 COMFYUIS = -1.0  # guidance
@@ -40,8 +41,8 @@ class RunSettings(TrainConfig):
     Args:
         threshold: Weights with a magnitude below it train; 0 takes `fraction`.
         fraction: Share of the weights that trains, the smallest ones, in `(0, 1]`.
-        select_from: Whether the smallest weights of the whole model train, or of each layer; one of
-            `SELECT_FROM`.
+        select_from: Where that share is taken, from the whole model or from each layer; one of
+            `SELECT_FROM`. A threshold is for the whole model.
         include: Patterns of parameter names, separated by commas; empty takes all.
         exclude: Patterns of parameter names that do not train.
         zeros: How exact zeros are treated, see `selection.select`.
@@ -89,7 +90,7 @@ class RunSettings(TrainConfig):
     caption_dropout: float = 0.1
     threshold: float = 0.0
     fraction: float = 0.1
-    select_from: str = "model"
+    select_from: str = EACH_LAYER
     include: str = ""
     exclude: str = ""
     zeros: str = "auto"
@@ -146,11 +147,6 @@ class RunSettings(TrainConfig):
         Raises:
             ValueError: They do.
         """
-        if self.threshold and self.select_from != SELECT_FROM[0]:
-            raise ValueError(
-                f"select_from is {self.select_from!r}, which goes by fraction, but threshold is "
-                f"{self.threshold:g}; set it to 0, or disconnect it, or select from the model"
-            )
         packages.refuse_beside_package(
             self.optimizer,
             moments=self.moments,
@@ -167,15 +163,16 @@ class RunSettings(TrainConfig):
 
     @property
     def selection_rule(self) -> dict:
-        """Say which weights train, as `select` takes it: the threshold, or else the fraction."""
-        return {"threshold": self.threshold} if self.threshold else {"fraction": self.fraction}
+        """Say which weights train, as `select` takes it: the threshold, or else the fraction and of what."""
+        if self.threshold:
+            return {"threshold": self.threshold}
+        return {"fraction": self.fraction, "by_parameter": self.select_from == EACH_LAYER}
 
     @property
     def optimizer_options(self) -> dict:
         """What `SaraAdamW` takes beside the model."""
         return {
             **self.selection_rule,
-            "by_parameter": self.select_from == SELECT_FROM[1],
             "lr": self.learning_rate or None,
             "rates": self.layer_rates,
             "progressive_step": round(self.progressive * self.steps),
@@ -239,7 +236,8 @@ class RunSettings(TrainConfig):
         """
         values = dict(saved)
         version = values.pop("version", 1)
-        values.setdefault("guidance", COMFYUIS)  # an option that was not there yet was off
+        # What was done before there was an option.
+        values = {"guidance": COMFYUIS, "select_from": SELECT_FROM[0], **values}
         if version == 1:
             values = {"keep_state": False, "allow_other_prediction": True, **values}
         names = {entry.name for entry in dataclasses.fields(cls)}

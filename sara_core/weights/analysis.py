@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .cutoff import Cutoff, parse_count, solve_cutoff, warn_of_many_zeros
 from .magnitudes import NON_FINITE_BIN, bin_edges, count_small
-from .selection import Cutoff, parse_count, solve_cutoff
 
 SUGGESTED_COUNTS = ("5M", "20M", "50M")
 SUGGESTED_FRACTIONS = (0.01, 0.05, 0.10, 0.20)
@@ -71,6 +71,7 @@ def analyze(
         num_trainable=num_trainable,
         zeros=zeros,
     )
+    warn_of_many_zeros([cutoff])
     result = Analysis(cutoff, suggestions=_suggestions(cutoff))
     for name, weight in parameters.items():
         num_zeros = cutoff.zeros[name]

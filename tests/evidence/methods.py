@@ -18,12 +18,19 @@ from .chosen import positions_of
 from .variants import ByLayerSize, Equalised, LowRankChange, Reselecting
 
 
-def sara(model, rate, fraction=0.1, low_rank_weight=5e-4, kind=SaraAdamW, **options):
+def sara(
+    model, rate, fraction=0.1, low_rank_weight=5e-4, kind=SaraAdamW, by_parameter=False, **options
+):
     """SaRA; `rate=None` takes the paper's rule."""
     return kind(
-        model, fraction=fraction, lr=rate, low_rank_weight=low_rank_weight, max_grad_norm=1.0,
+        model,
+        fraction=fraction,
+        lr=rate,
+        low_rank_weight=low_rank_weight,
+        max_grad_norm=1.0,
+        by_parameter=by_parameter,
         **options,
-    )  # fmt: skip
+    )
 
 
 def masked(

@@ -1,5 +1,6 @@
 """What people see, in a real browser, in both renderers."""
 
+import itertools
 import json
 import math
 import time
@@ -15,6 +16,7 @@ pytestmark = pytest.mark.skipif(find_chromium() is None, reason="needs chromium 
 
 WORKFLOWS = Path(__file__).resolve().parents[2] / "example_workflows"
 NAMES = sorted(path.stem for path in WORKFLOWS.glob("*.json"))
+SEEDS = itertools.count(1)
 
 
 @pytest.fixture(scope="module", params=["classic", "vue"])
@@ -44,9 +46,10 @@ def idle(page):
 
 
 def first_training(page, **train):
+    """Set up the first example for a run of its own: what the server has done before comes from its cache."""
     page.drop(WORKFLOWS / f"{TRAIN}.json")
     page.set_for_the_small_model()
-    page.set_widgets("SaraTrain", **{"steps": 6, "batch_size": 2, **train})
+    page.set_widgets("SaraTrain", **{"steps": 6, "batch_size": 2, "seed": next(SEEDS), **train})
     page.set_widgets("SaraSampling", steps=1)
     page.set_widgets("SaraCompare", strengths="1")
 
@@ -86,7 +89,7 @@ def test_a_workflow_of_an_earlier_version_keeps_its_values(page, tmp_path):
         "gradient_checkpointing": False, "training_dtype": "auto", "save_dtype": "fp16",
         "output_name": "fluent3d", "save_every_steps": 100, "keep_checkpoints": 2,
         "resume": "new run", "zeros": "auto", "validate_every_steps": 50, "moments": "fp32",
-        "preview_strength": 1.0, "more_steps": 0,
+        "preview_strength": 1.0, "more_steps": 0, "select_from": "model",
     }  # fmt: skip
     for name, value in expected.items():
         assert page.widget("SaraTrain", name) == value, name
@@ -95,14 +98,15 @@ def test_a_workflow_of_an_earlier_version_keeps_its_values(page, tmp_path):
         return Object.values(output).find((n) => n.class_type === "SaraSampling").inputs.latent[0];"""
     assert page.later(linked) == "8"
     assert page.widget("SaraAnalyze", "fraction") == 0.1
-    # Its threshold comes from SaRA Analyze, so the fraction beside it is visibly off.
-    off = "return window.app.graph.nodes.find((n) => n.type === 'SaraTrain').widgets.find((w) => w.name === 'fraction').disabled"
-    assert page.js(off) is True
+    # Its threshold comes from SaRA Analyze, so the fraction beside it is visibly off, and what it is of.
+    off = """const { widgets } = window.app.graph.nodes.find((n) => n.type === "SaraTrain");
+        return ["fraction", "select_from"].map((name) => widgets.find((w) => w.name === name).disabled);"""
+    assert page.js(off) == [True, True]
     page.js(
         """const node = window.app.graph.nodes.find((n) => n.type === "SaraTrain");
         node.disconnectInput(node.inputs.findIndex((i) => i.name === "threshold"));"""
     )
-    assert page.js(off) is False
+    assert page.js(off) == [False, False]
 
 
 def test_few_widgets_are_shown_and_the_rest_on_demand(page):
@@ -266,25 +270,30 @@ def test_the_histogram_and_the_threshold_follow_each_other(page):
 
 
 def test_the_card_tells_what_is_in_a_file(page):
-    first_training(page, trigger_words="fluent style")
-    page.command("Comfy.QueuePrompt")
-    idle(page)
-    runs = sorted((page.server.base / "output" / "sara").glob("fluent3d_*/*_6_steps.safetensors"))
-    name = runs[-1].relative_to(page.server.base / "output" / "sara").as_posix()
-    with safe_open(runs[-1], "pt") as file:
-        told = file.metadata()
+    files = []
+    for of in ("model", "each layer"):
+        first_training(page, trigger_words=f"of {of}", select_from=of)
+        page.command("Comfy.QueuePrompt")
+        idle(page)
+        folder = page.server.base / "output" / "sara"
+        files.append(max(folder.glob("fluent3d_*/*_6_steps.safetensors")))
+    assert files[0] != files[1]
+    with safe_open(files[0], "pt") as file:
+        threshold = float(file.metadata()["sara.threshold"])
     page.drop(WORKFLOWS / f"{USE}.json")
-    page.set_widgets("SaraLoadDelta", delta_name=name)
-    box = page.box("SaraLoadDelta")
-    page.wait("return arguments[0].innerText.includes('trigger words: fluent style')", box)
-    text = page.text("SaraLoadDelta")
-    for part in (
-        "fluent3d",
-        "for sd3 (flow)",
-        f"1.05 M weights below {float(told['sara.threshold']):.3g}",
-        "6 steps of 2 pictures",
-    ):
-        assert part in text, text
+    selected = (
+        f"1.05 M weights below {threshold:.3g}",
+        "1.05 M weights, the smallest 10 % of each layer",
+    )
+    for of, path, which in zip(("model", "each layer"), files, selected, strict=True):
+        page.set_widgets("SaraLoadDelta", delta_name=path.relative_to(folder).as_posix())
+        box = page.box("SaraLoadDelta")
+        page.wait(
+            "return arguments[0].innerText.includes(arguments[1])", box, f"trigger words: of {of}"
+        )
+        text = page.text("SaraLoadDelta")
+        for part in ("fluent3d", "for sd3 (flow)", which, "6 steps of 2 pictures"):
+            assert part in text, text
     assert page.js("return arguments[0].querySelector('img').naturalWidth", box) == 64
     page.set_widgets("SaraLoadDelta", delta_name="no such file.safetensors")
     page.wait("return arguments[0].innerText.includes('this file is not there')", box)

@@ -1,6 +1,7 @@
 """A run in this process: what it learns, what it leaves alone, what it refuses."""
 
 import copy
+import dataclasses
 import weakref
 
 import pytest
@@ -160,11 +161,19 @@ def test_what_a_module_keeps_from_step_to_step_is_dropped(sd15, sara, monkeypatc
     assert not any(found)
 
 
-def test_each_layer_trains_the_same_share_if_asked(sd15, sara):
+def test_each_layer_trains_the_same_share_unless_the_model_is_asked_for(sd15, sara):
     latents, captions = pairs(2)
-    options = settings(sara, select_from="each layer", fraction=0.1, steps=2, progressive=0)
+    options = settings(sara, fraction=0.1, steps=2, progressive=0)
     delta, _ = train(sara, sd15, latents, captions, options)
     for name, entry in delta.entries.items():
         count = torch.Size(entry.shape).numel()
         assert len(entry.index) == max(1, round(0.1 * count)), name
     assert "sara.threshold" not in delta.metadata
+    options = dataclasses.replace(options, select_from="model")
+    of_all, _ = train(sara, sd15, latents, captions, options)
+    below = float(of_all.metadata["sara.threshold"])
+    for name, weight in sd15.model.diffusion_model.named_parameters():
+        if weight.dim() > 1:
+            expected = int((weight.detach().abs() < below).sum())
+            entry = of_all.entries.get(name)
+            assert (len(entry.index) if entry else 0) == expected, name

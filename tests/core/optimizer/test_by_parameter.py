@@ -29,23 +29,45 @@ def test_each_parameter_gives_the_same_share():
     with torch.no_grad():
         net.first.weight.mul_(10)
     parameters = matrices(net)
-    found = select(parameters, fraction=FRACTION, by_parameter=True)
+    found = select(parameters, fraction=FRACTION)
     assert found.own_thresholds == limits_of(parameters)
     for name, p in parameters.items():
         expected = (p.detach().abs() < found.own_thresholds[name]).flatten().nonzero()[:, 0]
         assert torch.equal(found.index[name].long(), expected)
         assert len(expected) == round(FRACTION * p.numel())
-    assert found.threshold == select(parameters, fraction=FRACTION).threshold
+    of_all = select(parameters, fraction=FRACTION, by_parameter=False)
+    assert found.threshold == of_all.threshold
+    assert not of_all.own_thresholds
+    assert not set(of_all.index) - set(found.index)
+    shares = [len(i) / parameters[name].numel() for name, i in of_all.index.items()]
+    assert max(shares) > 1.2 * FRACTION  # as first.weight has hardly any small ones
 
 
-def test_parameters_of_zeros_take_nothing_unless_zeros_train():
+@pytest.mark.parametrize("rule", [{"threshold": 0.1}, {"num_trainable": 50}])
+def test_other_rules_are_for_all_parameters_together(rule):
+    parameters = matrices(Net())
+    found = select(parameters, **rule)
+    assert not found.own_thresholds
+    everything = torch.cat([p.detach().abs().flatten() for p in parameters.values()])
+    assert found.num_selected == rule.get("num_trainable", int((everything < 0.1).sum()))
+
+
+def test_parameters_of_zeros_take_nothing_unless_zeros_train(caplog):
     weights = {"a": torch.randn(20, 20), "zeros": torch.zeros(20, 20), "half": torch.randn(20, 20)}
     weights["half"].flatten()[:200] = 0
-    found = select(weights, fraction=0.1, by_parameter=True)
+    found = select(weights, fraction=0.1)
     assert {name: len(index) for name, index in found.index.items()} == {"a": 40, "half": 20}
+    assert "600 of 1200 weights are exactly zero" in caplog.text
+    assert "most of the selection in their layers" in caplog.text
+    assert found.zeros_skipped
     assert not (weights["half"].flatten()[found.index["half"].long()] == 0).any()
-    everything = select(weights, fraction=0.1, by_parameter=True, zeros="train")
+    caplog.clear()
+    everything = select(weights, fraction=0.1, zeros="train")
     assert len(everything.index["zeros"]) == 400  # none of them can be told from the others
+    assert len(everything.index["half"]) == 200
+    assert [record.getMessage() for record in caplog.records] == [
+        "600 weights are exactly zero, more than the 80 that are to train; all of them train"
+    ]
 
 
 @pytest.mark.parametrize("rule", [{"threshold": 0.1}, {"num_trainable": 5}])
@@ -63,9 +85,7 @@ def test_it_trains_as_masked_adamw_and_each_goes_on_below_its_own_threshold():
     dense = matrices(reference)
     masks = {name: p.detach().abs() < limits[name] for name, p in dense.items()}
     adamw = torch.optim.AdamW(dense.values(), lr=LR, weight_decay=0.0)
-    optimizer = SaraAdamW(
-        net, fraction=FRACTION, by_parameter=True, lr=LR, low_rank_weight=0, progressive_step=3
-    )
+    optimizer = SaraAdamW(net, fraction=FRACTION, lr=LR, low_rank_weight=0, progressive_step=3)
     for step in range(6):
         if step == 3:
             masks = {name: mask & (dense[name].detach().abs() < limits[name]) for name, mask in masks.items()}  # fmt: skip
@@ -103,9 +123,9 @@ def test_a_saved_run_keeps_its_thresholds():
             optimizer.zero_grad()
 
     straight, stopped, resumed = Net(), Net(), Net()
-    one = SaraAdamW(straight, fraction=FRACTION, by_parameter=True, **options)
+    one = SaraAdamW(straight, fraction=FRACTION, **options)
     steps(straight, one, range(6))
-    first = SaraAdamW(stopped, fraction=FRACTION, by_parameter=True, **options)
+    first = SaraAdamW(stopped, fraction=FRACTION, **options)
     steps(stopped, first, range(2))
     second = SaraAdamW(resumed, fraction=0.05, **options)  # takes over everything
     second.load_state_dict(copy.deepcopy(first.state_dict()))

@@ -125,7 +125,9 @@ def test_scaler_that_skips_a_step_leaves_everything_usable():
 def test_everything_selected_equals_full_fine_tuning():
     net = Net()
     twin = copy.deepcopy(net)
-    optimizer = SaraAdamW(net, fraction=1.0, lr=LR, low_rank_weight=0, biases_and_norms=True)
+    optimizer = SaraAdamW(
+        net, fraction=1.0, lr=LR, low_rank_weight=0, biases_and_norms=True, zeros="train"
+    )
     full = torch.optim.AdamW(twin.parameters(), lr=LR, weight_decay=0)
     for seed in range(5):
         loss_of(net, seed).backward()

@@ -4,7 +4,7 @@ import json
 import pytest
 
 from sara_core.training.run_folder import RunFolder
-from sara_core.training.run_settings import COMFYUIS, PUT_OUT, RunSettings
+from sara_core.training.run_settings import COMFYUIS, PUT_OUT, SELECT_FROM, RunSettings
 
 OF_VERSION_1 = {  # as 0.1.0 wrote it: the widgets of SaRA Train
     "batch_size": 8, "caption_dropout": 0.1, "exclude": "", "fraction": 0.1,
@@ -77,6 +77,21 @@ def test_a_run_of_before_goes_on_at_the_guidance_it_had():
     assert RunSettings.read(saved).guidance == COMFYUIS == -1.0
 
 
+def test_a_run_of_before_goes_on_with_the_smallest_of_the_whole_model():
+    saved = RunSettings(fraction=0.2).saved()
+    rule = {"fraction": 0.2, "by_parameter": True}
+    assert RunSettings.read(saved).selection_rule == rule
+    del saved["select_from"]
+    assert RunSettings.read(saved).selection_rule == {**rule, "by_parameter": False}
+
+
+def test_a_threshold_is_for_the_whole_model():
+    for of in SELECT_FROM:
+        settings = RunSettings(threshold=0.1, select_from=of)
+        settings.refuse_contradictions()
+        assert settings.selection_rule == {"threshold": 0.1}
+
+
 def test_a_run_that_holds_nothing_out_is_not_resumed_by_what_is_held_out():
     own, node = RunSettings(), RunSettings(validation_split=0.2, patience=3, put_out=PUT_OUT[1])
     assert own.resumed_with(node).patience == 0
@@ -107,7 +122,6 @@ def test_bad_settings_are_named(values, message):
     [
         ({"patience": 3}, "patience is 3, which goes by .* validation_split is 0"),
         ({"put_out": "best validation"}, "put_out is 'best validation', which goes by"),
-        ({"select_from": "each layer", "threshold": 0.1}, "goes by fraction, but threshold is 0.1"),
     ],
 )
 def test_contradictions_are_refused_where_a_run_is_made_and_not_where_one_is_resumed(

@@ -3,9 +3,9 @@ import torch
 from torch import nn
 
 from sara_core import select
+from sara_core.weights.cutoff import parse_count
 from sara_core.weights.magnitudes import CHUNK_ON_CPU, mark_small_weights
 from sara_core.weights.parameters import choose_parameters
-from sara_core.weights.selection import parse_count
 
 
 def model(*sizes):
