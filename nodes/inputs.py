@@ -55,7 +55,7 @@ def fraction_input():
         min=0.0001,
         max=1.0,
         step=0.0001,
-        tooltip="Share of the model's weights to select, the smallest ones. Not used while a "
+        tooltip="Share of the weights to select, the smallest ones. Not used while a "
         "threshold is set or, in SaRA Analyze, a count. 0.1 is 10 %; 0.05 to 0.2 is usual.",
     )
 

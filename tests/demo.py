@@ -75,7 +75,7 @@ def run(out):
     say(f"Done in {time.time() - started:.0f} seconds; look at {out}:")
     print("  before.png, after.png   the same prompts and seeds without and with the delta")
     print("  loss.png, weights.png   loss of the training; magnitudes of the model's weights")
-    print("  report.txt              which weights train, block by block")
+    print("  report.txt              how large they are, block by block")
     print("  fluent3d.safetensors    what was learned")
     print("  concepts: " + ", ".join(CONCEPTS))
 

@@ -19,11 +19,11 @@ def analysis_chart(analysis: Analysis, bytes_per_weight: int) -> dict:
         `edges` of the bins, one more than there are `counts`; exact zeros are counted apart, as
         `zeros`. `blocks` holds name, number of weights, exact zeros and counts of each.
     """
-    cutoff = analysis.cutoff
+    cutoff, seen = analysis.cutoff, analysis.survey
     blocks: dict[str, torch.Tensor] = {}
-    for name, counts in cutoff.coarse.items():
+    for name, counts in seen.coarse.items():
         live = counts.clone()
-        live[0] -= cutoff.zeros[name]
+        live[0] -= seen.zeros[name]
         block = block_of(name)
         blocks[block] = blocks[block] + live if block in blocks else live
     total = sum(blocks.values())
@@ -39,8 +39,8 @@ def analysis_chart(analysis: Analysis, bytes_per_weight: int) -> dict:
     return {
         "threshold": cutoff.threshold,
         "skip_zeros": cutoff.skip_zeros,
-        "total": cutoff.num_considered,
-        "zeros": cutoff.num_zeros,
+        "total": seen.num_weights,
+        "zeros": seen.num_zeros,
         "edges": [coarse_edge(i) for i in range(first, filled[-1] + 2)],
         "counts": shown(total),
         "blocks": [

@@ -19,8 +19,8 @@ def magnitude_bars(analysis: Analysis) -> np.ndarray:
 
     Exact zeros are left out; magnitudes beyond an end count into the bar there.
     """
-    counts = analysis.cutoff.histogram[:NON_FINITE_BIN].double().numpy().copy()
-    counts[0] -= analysis.cutoff.num_zeros
+    counts = analysis.survey.histogram[:NON_FINITE_BIN].double().numpy().copy()
+    counts[0] -= analysis.survey.num_zeros
     edges = bin_edges().double().numpy()
     middle = np.log10(np.maximum((edges[:-1] + edges[1:]) / 2, 1e-45))
     bar = (middle - LOWEST) / (HIGHEST - LOWEST) * NUM_BARS

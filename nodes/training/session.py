@@ -71,7 +71,7 @@ class Session:
         self._stage = optimizer.stage
         which = f"those below {optimizer.threshold:.4g}"
         if self.settings.selection_rule.get("by_parameter"):
-            which = f"the smallest {self.settings.fraction:.1%} of each layer"
+            which = f"the smallest {100 * self.settings.fraction:.3g} % of each layer"
         self.reporter.say(
             f"training {optimizer.num_trainable} of {optimizer.num_considered} weights, {which}, for {self.settings.steps} steps at a learning rate "
             f"of at most {self.training.peak_rate:.3g}, in {folder.path}"

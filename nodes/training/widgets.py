@@ -73,8 +73,8 @@ def main_inputs() -> list:
             min=0.0,
             max=1.0,
             step=0.0000001,
-            tooltip="Peak learning rate. 0 takes the paper's rule, 0.001 * exp(-350 * threshold), for "
-            "thresholds up to 0.005, and 0.00017 for larger ones; the chart shows the highest rate. If the "
+            tooltip="Peak learning rate. 0 takes the paper's rule, 0.001 * exp(-350 * threshold), with the "
+            "threshold of the whole model, but at least 0.000125; the chart shows the highest rate. If the "
             "pictures hardly change, train longer or double it.",
         ),
         io.String.Input(

@@ -3,7 +3,7 @@
 import math
 
 RULE_SCALE, RULE_DECAY = 1e-3, 350.0
-LARGEST_FITTED = 5e-3  # threshold
+LEAST = 1.25e-4
 SCHEDULES = ("constant", "linear", "cosine", "cosine_restarts", "constant_then_linear")
 LAST_PART = 0.2  # of the steps after the warm-up, in which constant_then_linear falls
 
@@ -11,16 +11,16 @@ LAST_PART = 0.2  # of the steps after the warm-up, in which constant_then_linear
 def rule(threshold: float) -> float:
     """Peak learning rate that suits a threshold: `1e-3 * exp(-350 * threshold)`.
 
-    The rule was fitted to five thresholds on SD1.5, from 2e-4 to 5e-3. Beyond the last one its rate there,
-    1.7e-4, is kept: followed further the exponential soon learns nothing, while models with larger weights
-    were seen to want more.
+    The rule was fitted to five thresholds on SD1.5, from 2e-4 to 5e-3. Followed much further the exponential
+    soon learns nothing. So the rate is at least 1.25e-4, which learned most for what was forgotten on two small
+    models of thresholds beyond (`docs/evidence.md`).
 
     Args:
         threshold: Absolute weight value, > 0.
 
     Source: Hu et al. 2024, arXiv:2409.06633, appendix K, eq. 12; the end is our own.
     """
-    return RULE_SCALE * math.exp(-RULE_DECAY * min(threshold, LARGEST_FITTED))
+    return max(RULE_SCALE * math.exp(-RULE_DECAY * threshold), LEAST)
 
 
 def factor(

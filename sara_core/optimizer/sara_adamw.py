@@ -54,7 +54,7 @@ class SaraAdamW(TrainedModel, torch.optim.Optimizer):
         model: Any module, on the device and in the dtype it will train in. Parameters with
             requires_grad=False are never trained.
         threshold: Absolute weight value; weights with `|w| < threshold` train.
-        fraction: Share of the chosen parameters' weights that trains, in `(0, 1]`.
+        fraction: Share of each chosen parameter's weights that trains, in `(0, 1]`; see `by_parameter`.
         num_trainable: Number of weights that train, such as 5000000 or "5M".
         lr: Learning rate; by default `learning_rate.rule(threshold)`. Of Prodigy it is a factor of the rate
             that it finds by itself, by default 1.
@@ -183,6 +183,7 @@ class SaraAdamW(TrainedModel, torch.optim.Optimizer):
         if distributed and is_shared(process_group):
             facts = {
                 "trained weights": self.num_trainable, "threshold": self.threshold, "lr": lr, "seed": seed,
+                "own thresholds": selection.own_thresholds,
                 "communication_dtype": str(communication_dtype), "overlap": overlap,
                 "accumulation_steps": accumulation_steps, "optimizer": optimizer, "rates": self.rates,
             }  # fmt: skip
@@ -300,10 +301,10 @@ class SaraAdamW(TrainedModel, torch.optim.Optimizer):
         marks, num_left = self._weights.marks_below(self.threshold)
         if not num_left:
             logger.warning(
-                "progressive adjustment skipped: all %d trained weights have left the threshold "
-                "%g, so none would go on. A lower learning rate or progressive_step=0 avoids this",
-                num_before, self.threshold,
-            )  # fmt: skip
+                "progressive adjustment skipped: all %d trained weights have left their threshold, so "
+                "none would go on. A lower learning rate or progressive_step=0 avoids this",
+                num_before,
+            )
             return
         self._weights.freeze(marks, partial(self._updates.keep, self.state))
         self.param_groups[0]["params"] = self.parameters()

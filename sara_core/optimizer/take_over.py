@@ -116,7 +116,8 @@ def _places(model: SparseModel, delta: SparseDelta) -> dict[str, tuple[slice, Te
     if outside:
         raise ValueError(
             f"the delta changes {outside} weights that are not selected here; load the checkpoint it "
-            "was trained on, and select with its threshold or fraction and patterns of names"
+            "was trained on, and select with its threshold, or its fraction, and patterns of names; a delta "
+            "with a threshold was selected from the whole model (by_parameter=False)"
         )
     return places
 

@@ -12,7 +12,7 @@ class TrainedModel:
     """What `SaraAdamW` knows of its model, apart from the update.
 
     Attributes:
-        threshold: Weights with a smaller magnitude were selected.
+        threshold: Weights with a smaller magnitude were selected, unless each layer has one of its own.
         fingerprint: Of the base.
         num_steps: Updates made.
     """

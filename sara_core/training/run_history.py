@@ -50,14 +50,18 @@ def read_history(folder: Path, name: str) -> RunHistory:
 
 
 def differing(histories: Sequence[RunHistory]) -> list[str]:
-    """Name the settings in which runs differ."""
-    names = [field.name for field in dataclasses.fields(RunSettings)]
+    """Name the settings in which runs differ, of those that they go by."""
+    every = [_in_use(history.settings) for history in histories]
     return [
-        name
-        for name in names
-        if name not in NAMES_ALONE
-        and len({repr(getattr(history.settings, name)) for history in histories}) > 1
+        field.name
+        for field in dataclasses.fields(RunSettings)
+        if len({repr(values.get(field.name)) for values in every}) > 1
     ]
+
+
+def _in_use(settings: RunSettings) -> dict:
+    unused = NAMES_ALONE | ({"fraction", "select_from"} if settings.threshold else set())
+    return {k: v for k, v in dataclasses.asdict(settings).items() if k not in unused}
 
 
 def _pairs(path: Path) -> list[tuple[int, float]]:

@@ -40,7 +40,7 @@ class RunSettings(TrainConfig):
 
     Args:
         threshold: Weights with a magnitude below it train; 0 takes `fraction`.
-        fraction: Share of the weights that trains, the smallest ones, in `(0, 1]`.
+        fraction: Share of the weights that trains, the smallest ones, in `(0, 1]`, see `select_from`.
         select_from: Where that share is taken, from the whole model or from each layer; one of
             `SELECT_FROM`. A threshold is for the whole model.
         include: Patterns of parameter names, separated by commas; empty takes all.

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .cutoff import Cutoff, parse_count, solve_cutoff, warn_of_many_zeros
+from .cutoff import Cutoff, parse_count, solve_cutoff, warn_of_more
 from .magnitudes import NON_FINITE_BIN, bin_edges, count_small
+from .survey import Survey
 
 SUGGESTED_COUNTS = ("5M", "20M", "50M")
 SUGGESTED_FRACTIONS = (0.01, 0.05, 0.10, 0.20)
@@ -34,7 +35,8 @@ class Analysis:
     """What a threshold selects in a model.
 
     Args:
-        cutoff: The threshold, whether zeros are skipped, and the histogram of magnitudes.
+        cutoff: The threshold, and whether zeros are skipped.
+        survey: The histogram of magnitudes, and exact zeros.
         total: Counts over all parameters.
         blocks: Counts by block of the model, such as "input_blocks.4", in the model's order.
         kinds: Counts by number of dimensions: "matrix", "conv2d", ...
@@ -43,6 +45,7 @@ class Analysis:
     """
 
     cutoff: Cutoff
+    survey: Survey
     total: Tally = field(default_factory=Tally)
     blocks: dict[str, Tally] = field(default_factory=dict)
     kinds: dict[str, Tally] = field(default_factory=dict)
@@ -64,17 +67,17 @@ def analyze(
 
     Args and errors are those of `selection.select`; selecting nothing is no error here.
     """
-    cutoff = solve_cutoff(
+    cutoff, seen = solve_cutoff(
         parameters,
         threshold=threshold,
         fraction=fraction,
         num_trainable=num_trainable,
         zeros=zeros,
     )
-    warn_of_many_zeros([cutoff])
-    result = Analysis(cutoff, suggestions=_suggestions(cutoff))
+    warn_of_more([cutoff])
+    result = Analysis(cutoff, seen, suggestions=_suggestions(seen))
     for name, weight in parameters.items():
-        num_zeros = cutoff.zeros[name]
+        num_zeros = seen.zeros[name]
         num_small = count_small(weight, cutoff.threshold)
         num_selected = num_small - num_zeros if cutoff.skip_zeros else num_small
         tally = Tally(weight.numel(), num_selected, num_zeros)
@@ -94,18 +97,16 @@ def block_of(name: str) -> str:
     return found.group(1) if found else name.split(".")[0]
 
 
-def _suggestions(cutoff: Cutoff) -> dict[str, float]:
-    live = cutoff.num_considered - cutoff.num_zeros
+def _suggestions(seen: Survey) -> dict[str, float]:
+    live = seen.num_weights - seen.num_zeros
     wanted = {count: parse_count(count) for count in SUGGESTED_COUNTS}
     wanted |= {f"{share:.0%}": round(share * live) for share in SUGGESTED_FRACTIONS}
-    return {
-        label: _interpolate(cutoff, count) for label, count in wanted.items() if 0 < count < live
-    }
+    return {label: _interpolate(seen, count) for label, count in wanted.items() if 0 < count < live}
 
 
-def _interpolate(cutoff: Cutoff, count: int) -> float:
-    counts = cutoff.histogram[:NON_FINITE_BIN].double().clone()
-    counts[0] -= cutoff.num_zeros
+def _interpolate(seen: Survey, count: int) -> float:
+    counts = seen.histogram[:NON_FINITE_BIN].double().clone()
+    counts[0] -= seen.num_zeros
     cumulative = counts.cumsum(0)
     bin_ = int(torch.searchsorted(cumulative, count))
     low, high = bin_edges()[bin_ : bin_ + 2].tolist()

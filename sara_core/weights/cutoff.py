@@ -7,16 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .magnitudes import (
-    NON_FINITE_BIN,
-    NUM_BINS,
-    NUM_COARSE_BINS,
-    bin_of,
-    coarsened,
-    count_small,
-    kth_magnitude,
-    magnitude_histogram,
-)
+from .magnitudes import Level, bin_of, count_small, counts_within, level_at, place_of
+from .survey import Survey, survey
 
 logger = logging.getLogger("comfyui-sara")
 
@@ -46,44 +38,29 @@ def parse_count(count: int | str) -> int:
 
 @dataclass(frozen=True)
 class Cutoff:
-    """A threshold with what was seen on the way to it.
+    """A threshold for some weights, and what it does.
 
     Args:
         threshold: Absolute weight value; weights strictly closer to zero are selected.
         skip_zeros: Whether exact zeros are skipped.
-        budget: Number of weights that was asked for, of those considered; 0 where a threshold was.
-        num_considered: Weights in all the parameters looked at.
-        zeros: Exact zeros in each parameter, by name.
-        histogram: Sum of the parameters' `magnitude_histogram` counts.
-        coarse: Counts of each parameter, `coarsened`, by name.
+        budget: Number of weights that was asked for, 0 where a threshold was.
+        takes_more: Number of equal ones, the smallest, that are all selected although fewer were asked for.
     """
 
     threshold: float
     skip_zeros: bool
-    budget: int
-    num_considered: int
-    zeros: dict[str, int]
-    histogram: Tensor
-    coarse: dict[str, Tensor]
-
-    @property
-    def num_zeros(self) -> int:
-        """Exact zeros in all parameters."""
-        return sum(self.zeros.values())
-
-    @property
-    def takes_more(self) -> bool:
-        """Whether more weights are exactly zero than were asked for, and all of them are selected."""
-        return not self.skip_zeros and 0 < self.budget < self.num_zeros
+    budget: int = 0
+    takes_more: int = 0
 
 
-def warn_of_many_zeros(cutoffs: Iterable[Cutoff]) -> None:
-    """Say in one line how many zeros are selected beyond what was asked for, if any are."""
+def warn_of_more(cutoffs: Iterable[Cutoff]) -> None:
+    """Say in one line how many weights are selected beyond what was asked for, if any are."""
     larger = [cutoff for cutoff in cutoffs if cutoff.takes_more]
     if larger:
         logger.warning(
-            "%d weights are exactly zero, more than the %d that are to train; all of them train",
-            sum(cutoff.num_zeros for cutoff in larger),
+            "%d of the smallest weights are equal, as exact zeros are, and more than the %d that are to "
+            "train; all of them train",
+            sum(cutoff.takes_more for cutoff in larger),
             sum(cutoff.budget for cutoff in larger),
         )
 
@@ -95,41 +72,114 @@ def solve_cutoff(
     fraction: float | None = None,
     num_trainable: int | str | None = None,
     zeros: str = "auto",
-) -> Cutoff:
-    """Find the threshold that selects as asked; arguments and errors are those of `select`.
+) -> tuple[Cutoff, Survey]:
+    """Find the threshold that selects as asked from all parameters together.
 
-    No more than a chunk of the weights is copied at a time.
+    Arguments and errors are those of `select`. No more than a chunk of the weights is copied at a time.
     """
     _refuse_rules(threshold, fraction, num_trainable, zeros)
-    histogram, zero_counts, coarse = _histogram_of_finite(parameters)
-    total, num_zeros = int(histogram.sum()), sum(zero_counts.values())
-    skip = zeros == "skip"
+    seen = survey(parameters)
     if threshold is not None:
-        skip = skip or (
-            zeros == "auto" and _mostly_zeros(parameters, histogram, num_zeros, threshold)
-        )
-        return Cutoff(threshold, skip, 0, total, zero_counts, histogram, coarse)
-    budget = (
-        parse_count(num_trainable or 0) if fraction is None else max(1, round(fraction * total))
-    )
-    skip = skip or (zeros == "auto" and num_zeros > budget / 2)
-    live = total - num_zeros if skip else total
-    if fraction is not None:
-        budget = min(live, max(1, round(fraction * live)))
-    if not 0 < budget <= live:
-        raise ValueError(
-            f"{budget} weights are to train but the chosen parameters hold only {live}"
-            f"{' that are not exactly zero' if skip else ''}; ask for fewer"
-        )
-    k = total - live + budget
-    if not skip and k < num_zeros:  # none of the zeros can be told from the others
-        k = num_zeros
-    if k < total:
-        threshold = kth_magnitude(parameters, histogram, k)
-    else:
-        largest = torch.tensor(kth_magnitude(parameters, histogram, total - 1))
-        threshold = torch.nextafter(largest, torch.tensor(float("inf"))).item()
-    return Cutoff(threshold, skip, budget, total, zero_counts, histogram, coarse)
+        skip = zeros == "skip" or (zeros == "auto" and _mostly_zeros(parameters, seen, threshold))
+        return Cutoff(threshold, skip), seen
+    rank = _Rank.of(seen.num_weights, seen.num_zeros, fraction, num_trainable, zeros)
+    place = place_of(seen.histogram, rank.place)
+    counts = torch.zeros(1 << 16, dtype=torch.int64)
+    for weight in parameters.values():
+        counts += counts_within(weight, [place.bin])[0]
+    return rank.cutoff(level_at(place, counts)), seen
+
+
+def solve_each(
+    parameters: Mapping[str, Tensor], fraction: float, zeros: str = "auto"
+) -> tuple[Cutoff, Survey, dict[str, Cutoff]]:
+    """Find a threshold for each parameter that selects a share of it, and the one for all together.
+
+    Where many weights of a parameter are equal, as in a base of eight bits, the number that comes
+    nearest to the share is selected. Parameters of zeros alone have no threshold unless zeros train.
+
+    Arguments and errors are those of `select`. The weights are looked at as often as for one threshold.
+    """
+    _refuse_rules(None, fraction, None, zeros)
+    ranks, places = {}, {}
+
+    def visit(name: str, histogram: Tensor, num_zeros: int) -> None:
+        num_weights = int(histogram.sum())
+        if num_weights > num_zeros or (num_weights and zeros == "train"):
+            ranks[name] = _Rank.of(num_weights, num_zeros, fraction, None, zeros)
+            places[name] = place_of(histogram, ranks[name].place)
+
+    seen = survey(parameters, visit)
+    rank = _Rank.of(seen.num_weights, seen.num_zeros, fraction, None, zeros)
+    place = place_of(seen.histogram, rank.place)
+    every, own = torch.zeros(1 << 16, dtype=torch.int64), {}
+    for name, weight in parameters.items():
+        bins = [place.bin, *({places[name].bin} if name in places else ())]
+        counts = counts_within(weight, bins)
+        every += counts[0]
+        if name in places:
+            level = level_at(places[name], counts[1])
+            own[name] = ranks[name].cutoff(level, is_nearest=True)
+    return rank.cutoff(level_at(place, every)), seen, own
+
+
+@dataclass(frozen=True)
+class _Rank:
+    """How many of the smallest weights are below the threshold.
+
+    Args:
+        k: Number of weights below the threshold, skipped zeros among them.
+        num_weights: Of how many.
+        num_zeros: Exact zeros among them.
+        skip_zeros: Whether they are skipped.
+        budget: Number that was asked for.
+    """
+
+    k: int
+    num_weights: int
+    num_zeros: int
+    skip_zeros: bool
+    budget: int
+
+    @classmethod
+    def of(cls, num_weights, num_zeros, fraction, num_trainable, zeros) -> "_Rank":
+        if fraction is None:
+            budget = parse_count(num_trainable or 0)
+        else:
+            budget = max(1, round(fraction * num_weights))
+        skip = zeros == "skip" or (zeros == "auto" and num_zeros > budget / 2)
+        live = num_weights - num_zeros if skip else num_weights
+        if fraction is not None:
+            budget = min(live, max(1, round(fraction * live)))
+        if not 0 < budget <= live:
+            raise ValueError(
+                f"{budget} weights are to train but the chosen parameters hold only {live}"
+                f"{' that are not exactly zero' if skip else ''}; ask for fewer"
+            )
+        k = num_weights - live + budget
+        if not skip and k < num_zeros:  # none of the zeros can be told from the others
+            k = num_zeros
+        return cls(k, num_weights, num_zeros, skip, budget)
+
+    @property
+    def place(self) -> int:
+        """Rank of the smallest weight above the threshold, or of the largest if there is none."""
+        return min(self.k, self.num_weights - 1)
+
+    def cutoff(self, border: Level, is_nearest: bool = False) -> Cutoff:
+        """Return the threshold at a border, or just above it if that selects all, or comes nearer to the budget."""
+        skipped = self.num_zeros if self.skip_zeros else 0
+        below, up_to = border.below - skipped, border.up_to - skipped
+        is_above = self.k == self.num_weights
+        takes_more = self.num_zeros if not skipped and self.budget < self.num_zeros else 0
+        if is_nearest and border.below < self.k:
+            alone = not below and up_to <= (self.num_weights - skipped) / 2
+            is_above = is_above or alone or up_to - self.budget < self.budget - below
+            takes_more = takes_more or (up_to if is_above and not below else 0)
+        threshold = torch.tensor(border.magnitude)
+        if is_above:
+            threshold = torch.nextafter(threshold, torch.tensor(float("inf")))
+        return Cutoff(threshold.item(), self.skip_zeros, self.budget, takes_more)
 
 
 def _refuse_rules(threshold, fraction, num_trainable, zeros) -> None:
@@ -145,32 +195,9 @@ def _refuse_rules(threshold, fraction, num_trainable, zeros) -> None:
         raise ValueError(f"fraction is {fraction!r}; expected a number above 0 and at most 1")
 
 
-def _mostly_zeros(
-    parameters: Mapping[str, Tensor], histogram: Tensor, num_zeros: int, threshold: float
-) -> bool:
-    surely_below = int(histogram[: bin_of(threshold)].sum())
-    if num_zeros <= surely_below / 2:
+def _mostly_zeros(parameters: Mapping[str, Tensor], seen: Survey, threshold: float) -> bool:
+    surely_below = int(seen.histogram[: bin_of(threshold)].sum())
+    if seen.num_zeros <= surely_below / 2:
         return False
-    return num_zeros > sum(count_small(weight, threshold) for weight in parameters.values()) / 2
-
-
-def _histogram_of_finite(
-    parameters: Mapping[str, Tensor],
-) -> tuple[Tensor, dict[str, int], dict[str, Tensor]]:
-    total = torch.zeros(NUM_BINS, dtype=torch.int64)
-    kept = torch.empty((len(parameters), NUM_COARSE_BINS), dtype=torch.int64)  # in one piece
-    coarse = dict(zip(parameters, kept, strict=True))
-    zeros, broken = {}, []
-    for name, weight in parameters.items():
-        counts, zeros[name] = magnitude_histogram(weight)
-        if int(counts[NON_FINITE_BIN:].sum()):
-            broken.append(f"{name} ({int(counts[NON_FINITE_BIN:].sum())})")
-        total += counts
-        coarse[name].copy_(coarsened(counts))
-    if broken:
-        more = f" and {len(broken) - 10} more" if len(broken) > 10 else ""
-        raise ValueError(
-            f"the base holds NaN or infinite weights in {', '.join(broken[:10])}{more}; every "
-            "loss would be NaN. Load an intact checkpoint"
-        )
-    return total, zeros, coarse
+    selected = sum(count_small(weight, threshold) for weight in parameters.values())
+    return seen.num_zeros > selected / 2

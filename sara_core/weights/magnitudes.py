@@ -5,7 +5,8 @@ SaRA's mask is `M = 1[|w| < threshold]`, one absolute threshold for the whole mo
 sort like the numbers.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -96,27 +97,65 @@ def count_small(weight: Tensor, threshold: float) -> int:
     return int(total(weight, torch.tensor(here)))
 
 
-def kth_magnitude(parameters: Mapping[str, Tensor], histogram: Tensor, k: int) -> float:
-    """Find the k-th smallest |w| (k counts from 0) exactly, one chunk in memory at a time.
+class Place(NamedTuple):
+    """Where the k-th smallest magnitude lies.
 
     Args:
-        parameters: All weights, by name.
-        histogram: Sum of their `magnitude_histogram` counts.
-        k: In `[0, number of weights)`.
+        bin: Of `magnitude_histogram`.
+        rank: How many in that bin are smaller, at most.
+        below: Number of magnitudes in smaller bins.
     """
+
+    bin: int
+    rank: int
+    below: int
+
+
+class Level(NamedTuple):
+    """A magnitude that occurs.
+
+    Args:
+        magnitude: As float32 has it.
+        below: Number of smaller ones.
+        up_to: Number of those that are not larger.
+    """
+
+    magnitude: float
+    below: int
+    up_to: int
+
+
+def place_of(histogram: Tensor, k: int) -> Place:
+    """Find the bin of the k-th smallest magnitude (k counts from 0) among those counted."""
     cumulative = histogram.cumsum(0)
-    high = int(torch.searchsorted(cumulative, k, right=True))
-    rank = k - (int(cumulative[high - 1]) if high else 0)
-    low_counts = torch.zeros(1 << 16, dtype=torch.int64)
-    for weight in parameters.values():
-        counts = torch.zeros_like(low_counts, device=held(weight).device)
-        for chunk in magnitudes(weight):
-            bits = chunk.view(torch.int32).bitwise_xor_(high << 16)
-            low = bits[bits <= 0xFFFF]
-            counts += torch.bincount(low, minlength=1 << 16)
-        low_counts += total(weight, counts.cpu())
-    low_half = int(torch.searchsorted(low_counts.cumsum(0), rank, right=True))
-    return torch.tensor((high << 16) | low_half, dtype=torch.int32).view(torch.float32).item()
+    bin_ = int(torch.searchsorted(cumulative, k, right=True))
+    below = int(cumulative[bin_ - 1]) if bin_ else 0
+    return Place(bin_, k - below, below)
+
+
+def counts_within(weight: Tensor, bins: Sequence[int]) -> Tensor:
+    """Count the magnitudes in some bins of `magnitude_histogram` by the lower 16 bits, in one pass.
+
+    Returns:
+        Shape `(len(bins), 65536)`, int64 on the CPU.
+    """
+    counts = torch.zeros((len(bins), 1 << 16), dtype=torch.int64, device=held(weight).device)
+    for chunk in magnitudes(weight):
+        bits, turned = chunk.view(torch.int32), 0
+        for row, bin_ in zip(counts, bins, strict=True):
+            bits = bits.bitwise_xor_((turned ^ bin_) << 16)  # zero in the upper bits if it is there
+            row += torch.bincount(bits[bits <= 0xFFFF], minlength=1 << 16)
+            turned = bin_
+    return total(weight, counts.cpu())
+
+
+def level_at(place: Place, counts: Tensor) -> Level:
+    """Return the magnitude at a place exactly, from the `counts_within` its bin."""
+    cumulative = counts.cumsum(0)
+    low = int(torch.searchsorted(cumulative, place.rank, right=True))
+    bits = torch.tensor((place.bin << 16) | low, dtype=torch.int32)
+    below = place.below + (int(cumulative[low - 1]) if low else 0)
+    return Level(bits.view(torch.float32).item(), below, place.below + int(cumulative[low]))
 
 
 def mark_small_weights(weight: Tensor, threshold: float, skip_zeros: bool = False) -> Tensor:

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .cutoff import Cutoff, solve_cutoff, warn_of_many_zeros
+from .cutoff import Cutoff, solve_cutoff, solve_each, warn_of_more
 from .magnitudes import small_weight_index
 from .shards import total
+from .survey import NAMED, Survey
 
 logger = logging.getLogger("comfyui-sara")
 
@@ -55,8 +56,9 @@ def select(
     """Select the weights that train: the smallest share of each parameter, or of all `parameters` together.
 
     Exactly one of `threshold`, `fraction` and `num_trainable` is given. For a budget the threshold
-    is the smallest magnitude left out, so the count is met exactly; only equal magnitudes at that
-    border (common in bfloat16) can make the selection smaller; larger only where more weights are exactly
+    is the smallest magnitude left out, so the count is met exactly, but for equal magnitudes at that
+    border (common in bfloat16). Of all parameters together they are left out; of each parameter, they are
+    taken if that comes nearer to its share. More are selected where more weights are exactly
     zero than are to train and zeros train, as in a base of four bits.
 
     Exact zeros are ordinary small weights to the paper, but a padded or pruned base has so many
@@ -78,46 +80,42 @@ def select(
         ValueError: Not exactly one rule, another one than `fraction` with `by_parameter`, a value out
             of range, NaN or infinity in a weight, or nothing selected.
     """
-    whole = solve_cutoff(
-        parameters,
-        threshold=threshold,
-        fraction=fraction,
-        num_trainable=num_trainable,
-        zeros=zeros,
-    )
+    is_share = fraction is not None and threshold is None and num_trainable is None
+    if by_parameter and not is_share:
+        raise ValueError("by_parameter takes a share of each parameter; give fraction alone")
     if by_parameter is None:
-        by_parameter = fraction is not None
-    own = _own_cutoffs(parameters, whole, fraction, zeros) if by_parameter else {}
+        by_parameter = is_share
+    own: dict[str, Cutoff] = {}
+    if by_parameter:
+        whole, seen, own = solve_each(parameters, fraction or 0.0, zeros)
+    else:
+        whole, seen = solve_cutoff(
+            parameters,
+            threshold=threshold,
+            fraction=fraction,
+            num_trainable=num_trainable,
+            zeros=zeros,
+        )
     cutoffs = own if by_parameter else dict.fromkeys(parameters, whole)
     index = _positions(parameters, cutoffs)
     skipped = sum(
         count
-        for name, count in whole.zeros.items()
+        for name, count in seen.zeros.items()
         if name not in cutoffs or cutoffs[name].skip_zeros
     )
     if not index:
-        also = f" ({skipped} exact zeros were skipped)" if skipped else ""
-        raise ValueError(
-            f"no weight is selected: none of {whole.num_considered} has a magnitude below "
-            f"{whole.threshold:g}{also}, so there would be nothing to train. Raise the "
-            "threshold or the fraction"
-        )
+        raise ValueError(_why_nothing(whole, seen, skipped, by_parameter))
     if skipped and zeros == "auto":
         logger.warning(
             "%d of %d weights are exactly zero (padded or pruned) and not trained, as they would take "
             "most of the selection%s. Set zeros to 'train' to train them",
-            skipped,
-            whole.num_considered,
-            " in their layers" if by_parameter else "",
-        )
-    warn_of_many_zeros(own.values() if by_parameter else [whole])
+            skipped, seen.num_weights, " in their layers" if by_parameter else "",
+        )  # fmt: skip
+    warn_of_more(own.values() if by_parameter else [whole])
+    _tell_of_left_out([name for name in own if name not in index])
+    thresholds = {name: cutoff.threshold for name, cutoff in own.items()}
     return Selection(
-        whole.threshold,
-        index,
-        whole.num_considered,
-        whole.num_zeros,
-        skipped > 0,
-        {name: cutoff.threshold for name, cutoff in own.items()},
+        whole.threshold, index, seen.num_weights, seen.num_zeros, skipped > 0, thresholds
     )
 
 
@@ -136,14 +134,23 @@ def _positions(
     }
 
 
-def _own_cutoffs(
-    parameters: Mapping[str, Tensor], whole: Cutoff, fraction: float | None, zeros: str
-) -> dict[str, Cutoff]:
-    """Return a cutoff for each parameter, but those of zeros alone, which are skipped unless they train."""
-    if fraction is None:
-        raise ValueError("by_parameter takes a share of each parameter; give fraction alone")
-    return {
-        name: solve_cutoff({name: weight}, fraction=fraction, zeros=zeros)
-        for name, weight in parameters.items()
-        if zeros == "train" or whole.zeros[name] < weight.numel()
-    }
+def _why_nothing(whole: Cutoff, seen: Survey, skipped: int, by_parameter: bool) -> str:
+    also = f" ({skipped} exact zeros were skipped)" if skipped else ""
+    if by_parameter:
+        return (
+            f"no weight is selected: none of {seen.num_weights} can be told from most others of its "
+            f"layer{also}, so there would be nothing to train. Raise the fraction"
+        )
+    return (
+        f"no weight is selected: none of {seen.num_weights} has a magnitude below "
+        f"{whole.threshold:g}{also}, so there would be nothing to train. Raise the "
+        "threshold or the fraction"
+    )
+
+
+def _tell_of_left_out(names: list[str]) -> None:
+    if names:
+        logger.warning(
+            "%d layers do not train, as too many of their weights are equal: %s%s",
+            len(names), ", ".join(names[:NAMED]), ", ..." if len(names) > NAMED else "",
+        )  # fmt: skip

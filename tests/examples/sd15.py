@@ -113,7 +113,7 @@ SD15_SPECS = {
     "5 Look at the small weights": {
         "note": note(
             "## What do the small weights do?\n\n**SaRA Analyze** shows how large the model's weights are; "
-            "the blue ones would train. Drag in the histogram to try thresholds. Its output **zeroed** is "
+            "the blue ones would train with this threshold. Drag in the histogram to try others. Its output **zeroed** is "
             "the model with exactly those weights at zero: the two pictures hardly differ, which is why "
             "there is room in them to learn something."
         ),

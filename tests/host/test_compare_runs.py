@@ -107,3 +107,12 @@ def test_a_run_without_a_step_is_refused(tmp_path, sara):
     (path / "loss.csv").unlink()
     with pytest.raises(ValueError, match="has made no step yet"):
         history(path)
+
+
+@pytest.mark.parametrize(("threshold", "names"), [(0.0, ["select_from"]), (0.1, [])])
+def test_what_a_run_does_not_go_by_is_no_difference(tmp_path, sara, threshold, names):
+    from sara_core.training.run_history import differing
+
+    ways = ("model", "each layer")
+    runs = [write_run(tmp_path, [1.0], select_from=way, threshold=threshold) for way in ways]
+    assert differing([history(run) for run in runs]) == names

@@ -173,10 +173,11 @@ def test_what_analyze_shows_and_train_trains_are_the_patched_weights(sd15, sara,
     )
 
     before = {name: weight.clone() for name, weight in sara.host.base_weights(sd15).items()}
-    delta, _ = train(sara, merged, *pairs(2), settings(sara, fraction=0.1))
+    delta, _ = train(sara, merged, *pairs(2), settings(sara, threshold=threshold))
     after = sara.host.base_weights(merged)
     assert all(torch.equal(weight, after[name]) for name, weight in before.items())
-    assert float(delta.metadata["sara.threshold"]) == pytest.approx(threshold, rel=1e-6)
+    assert float(delta.metadata["sara.threshold"]) == threshold
+    assert delta.num_values == int((magnitudes < threshold).sum())
     assert delta.fits_base(saved)
     assert not delta.fits_base(sara.host.base_weights(sd15))
     assert delta.metadata["sara.patches_below"].startswith("merge on ")

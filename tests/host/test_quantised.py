@@ -87,7 +87,7 @@ def test_analyze_counts_the_zeros_of_float8(sara):
     found = analyze(weights, fraction=0.1, zeros="train")
     zeros = sum(int((w.float() == 0).sum()) for w in weights.stored.values() if w.dim() > 0)
     assert zeros > 1000
-    assert found.cutoff.num_zeros == zeros
+    assert found.survey.num_zeros == zeros
 
 
 def test_copies_of_a_delta_are_let_go_of_with_the_model(sara):

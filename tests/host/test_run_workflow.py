@@ -182,7 +182,7 @@ def test_killed_processes_are_started_again_and_go_on_from_the_last_save(alone):
     chance = random.Random(7)
     started = Started(alone, workflow(alone, "killed", 2), 2, restarts=3)
     for times in (1, 2):
-        started.wait_for("weights, those below", times)
+        started.wait_for("weights, the smallest 10 % of each layer", times)
         time.sleep(chance.uniform(0, 1))
         os.kill(chance.choice(started.workers()), signal.SIGKILL)
     assert started.end() == 0, started.said[-3000:]

@@ -71,6 +71,7 @@ def test_what_does_not_fit_changes_nothing():
             {"threshold": THRESHOLD / 4},
             r"the delta changes \d+ weights that are not selected",
         ),
+        (Net(), {"fraction": 0.1}, r"a threshold was selected .* \(by_parameter=False\)"),
         (Net(), {"threshold": THRESHOLD, "exclude": "last"}, "weights that are not selected"),
         (other, {"fraction": 1.0}, "another base than this model holds"),
     ]

@@ -19,7 +19,7 @@ from sara_core.training.trainer import TrainingRun
 def test_rule_gives_the_papers_rates_and_beyond_its_thresholds_the_last_one():
     for threshold, rate in ((2e-4, 9.32e-4), (2e-3, 4.97e-4), (5e-3, 1.738e-4)):
         assert rule(threshold) == pytest.approx(rate, rel=5e-3)
-    assert rule(6e-3) == rule(1.0) == rule(5e-3)
+    assert rule(6e-3) == rule(1.0) == 1.25e-4
 
 
 def test_schedules_by_hand():

@@ -47,7 +47,7 @@ def test_suggestions_are_near_the_exact_thresholds():
 
 def test_histogram_holds_every_weight():
     found = analyze(weights(), fraction=0.1)
-    assert int(found.cutoff.histogram.sum()) == 81_200
+    assert int(found.survey.histogram.sum()) == 81_200
 
 
 def test_block_names():

@@ -93,7 +93,10 @@ def test_zeros_that_train_all_train_where_fewer_are_asked_for(caplog):
     weight = torch.tensor([0.0, 0.5, 0.0, -0.25, 0.0, 1.0])
     found = select({"w": weight}, num_trainable=2, zeros="train")
     assert (found.threshold, found.index["w"].tolist()) == (0.25, [0, 2, 4])
-    assert "3 weights are exactly zero, more than the 2" in caplog.text
+    assert (
+        "3 of the smallest weights are equal, as exact zeros are, and more than the 2"
+        in caplog.text
+    )
     assert select({"w": weight}, num_trainable=3, zeros="train").index["w"].tolist() == [0, 2, 4]
     assert select({"w": weight}, num_trainable=4, zeros="train").index["w"].tolist() == [0, 2, 3, 4]
     assert select({"w": torch.zeros(3)}, num_trainable=1, zeros="train").num_selected == 3
