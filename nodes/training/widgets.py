@@ -73,9 +73,10 @@ def main_inputs() -> list:
             min=0.0,
             max=1.0,
             step=0.0000001,
-            tooltip="Peak learning rate. 0 takes the paper's rule, 0.001 * exp(-350 * threshold), with the "
-            "threshold of the whole model, but at least 0.000125; the chart shows the highest rate. If the "
-            "pictures hardly change, train longer or double it.",
+            tooltip="Peak learning rate. 0 takes 0.0000125 / fraction, at most 0.001, where each layer trains its "
+            "share; for a threshold or the smallest of the model the paper's rule, 0.001 * exp(-350 * threshold), "
+            "at least 0.00017. The chart shows the highest rate. If the pictures hardly change, train longer or "
+            "double it.",
         ),
         io.String.Input(
             "output_name",

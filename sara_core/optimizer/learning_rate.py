@@ -3,7 +3,8 @@
 import math
 
 RULE_SCALE, RULE_DECAY = 1e-3, 350.0
-LEAST = 1.25e-4
+LARGEST_FITTED = 5e-3  # threshold
+SHARE_SCALE = 1.25e-5  # rate at which all weights would train
 SCHEDULES = ("constant", "linear", "cosine", "cosine_restarts", "constant_then_linear")
 LAST_PART = 0.2  # of the steps after the warm-up, in which constant_then_linear falls
 
@@ -11,16 +12,28 @@ LAST_PART = 0.2  # of the steps after the warm-up, in which constant_then_linear
 def rule(threshold: float) -> float:
     """Peak learning rate that suits a threshold: `1e-3 * exp(-350 * threshold)`.
 
-    The rule was fitted to five thresholds on SD1.5, from 2e-4 to 5e-3. Followed much further the exponential
-    soon learns nothing. So the rate is at least 1.25e-4, which learned most for what was forgotten on two small
-    models of thresholds beyond (`docs/evidence.md`).
+    The rule was fitted to five thresholds on SD1.5, from 2e-4 to 5e-3. Beyond the last one its rate there,
+    1.7e-4, is kept: followed further the exponential soon learns nothing, while models with larger weights
+    were seen to want more.
 
     Args:
         threshold: Absolute weight value, > 0.
 
     Source: Hu et al. 2024, arXiv:2409.06633, appendix K, eq. 12; the end is our own.
     """
-    return max(RULE_SCALE * math.exp(-RULE_DECAY * threshold), LEAST)
+    return RULE_SCALE * math.exp(-RULE_DECAY * min(threshold, LARGEST_FITTED))
+
+
+def rule_of_share(fraction: float) -> float:
+    """Peak learning rate that suits a share of each layer: `1.25e-5 / fraction`, at most 1e-3.
+
+    The fewer weights train, the farther each goes. On two small models this is within the best rates
+    measured for 3, 10, 30 and 100 % (`docs/evidence.md`); the most is that of `rule`.
+
+    Args:
+        fraction: In `(0, 1]`.
+    """
+    return min(SHARE_SCALE / fraction, RULE_SCALE)
 
 
 def factor(

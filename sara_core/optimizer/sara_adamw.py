@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..delta.sparse_delta import SparseDelta
 from ..weights.fingerprint import take_fingerprint
 from ..weights.parameters import choose_parameters, refuse_untrainable_dtypes
-from ..weights.selection import select
+from ..weights.selection import Selection, select
 from ..weights.shards import refuse_other_divisions, reshard
 from . import adam_moments, learning_rate, packages
 from .average import follow_, refuse_bad_decay
@@ -56,7 +56,8 @@ class SaraAdamW(TrainedModel, torch.optim.Optimizer):
         threshold: Absolute weight value; weights with `|w| < threshold` train.
         fraction: Share of each chosen parameter's weights that trains, in `(0, 1]`; see `by_parameter`.
         num_trainable: Number of weights that train, such as 5000000 or "5M".
-        lr: Learning rate; by default `learning_rate.rule(threshold)`. Of Prodigy it is a factor of the rate
+        lr: Learning rate; by default `learning_rate.rule_of_share(fraction)` where each parameter gives its
+            share, and else `learning_rate.rule(threshold)`. Of Prodigy it is a factor of the rate
             that it finds by itself, by default 1.
         betas: Decay rates of the two moments.
         eps: Added to the root of the second moment.
@@ -82,7 +83,7 @@ class SaraAdamW(TrainedModel, torch.optim.Optimizer):
         zeros: How exact zeros are treated, see `selection.select`.
         by_parameter: Select the smallest weights of each parameter, `fraction` of them, by a threshold of
             its own, instead of the smallest of the whole model, as the paper does; by default where a
-            `fraction` is given. The rule for `lr` goes by the threshold of all.
+            `fraction` is given.
         seed: Seed of the draws for the low-rank term.
         distributed: Average gradients over processes where torch.distributed is initialised. False
             trains in this one alone.
@@ -159,7 +160,7 @@ class SaraAdamW(TrainedModel, torch.optim.Optimizer):
             by_parameter=by_parameter,
         )
         if lr is None:
-            lr = 1.0 if optimizer == packages.PRODIGY else learning_rate.rule(selection.threshold)
+            lr = _default_rate(optimizer, selection, fraction)
 
         self.threshold = selection.threshold
         self.zeros_skipped = selection.zeros_skipped
@@ -373,3 +374,11 @@ class SaraAdamW(TrainedModel, torch.optim.Optimizer):
             setattr(self, name, saved[name])
         self.generator.set_state(saved["generator"].cpu())
         self._low_rank_added = False
+
+
+def _default_rate(optimizer: str, selection: Selection, fraction: float | None) -> float:
+    if optimizer == packages.PRODIGY:
+        return 1.0
+    if selection.own_thresholds and fraction is not None:
+        return learning_rate.rule_of_share(fraction)
+    return learning_rate.rule(selection.threshold)

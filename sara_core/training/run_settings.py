@@ -46,7 +46,7 @@ class RunSettings(TrainConfig):
         include: Patterns of parameter names, separated by commas; empty takes all.
         exclude: Patterns of parameter names that do not train.
         zeros: How exact zeros are treated, see `selection.select`.
-        learning_rate: Peak; 0 takes the rule of `learning_rate.rule`.
+        learning_rate: Peak; 0 takes the default of `SaraAdamW`.
         progressive: Point of the run, as a share of its steps, from which only weights that are
             still small train; 0 is off.
         low_rank_weight: See `SaraAdamW`.

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .cutoff import Cutoff, parse_count, solve_cutoff, warn_of_more
+from .cutoff import Cutoff, parse_count, solve_cutoff
 from .magnitudes import NON_FINITE_BIN, bin_edges, count_small
 from .survey import Survey
 
@@ -74,7 +74,6 @@ def analyze(
         num_trainable=num_trainable,
         zeros=zeros,
     )
-    warn_of_more([cutoff])
     result = Analysis(cutoff, seen, suggestions=_suggestions(seen))
     for name, weight in parameters.items():
         num_zeros = seen.zeros[name]

@@ -1,16 +1,13 @@
 """Find the magnitude below which a share or number of weights lies, and how exact zeros are treated."""
 
-import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .magnitudes import Level, bin_of, count_small, counts_within, level_at, place_of
+from .magnitudes import EqualPart, Level, bin_of, count_small, counts_within, level_at, place_of
 from .survey import Survey, survey
-
-logger = logging.getLogger("comfyui-sara")
 
 ZEROS = ("auto", "skip", "train")  # how exact zeros are treated
 COUNT_UNITS = {"K": 10**3, "M": 10**6, "B": 10**9}
@@ -38,31 +35,23 @@ def parse_count(count: int | str) -> int:
 
 @dataclass(frozen=True)
 class Cutoff:
-    """A threshold for some weights, and what it does.
+    """A threshold for some weights, and what it selects.
 
     Args:
         threshold: Absolute weight value; weights strictly closer to zero are selected.
-        skip_zeros: Whether exact zeros are skipped.
-        budget: Number of weights that was asked for, 0 where a threshold was.
-        takes_more: Number of equal ones, the smallest, that are all selected although fewer were asked for.
+        skip_zeros: Whether exact zeros are not, or only those of `equal`.
+        equal: Weights that are selected as well, so that as many are as were asked for: of those at the
+            threshold, or of exact zeros where fewer are to train than there are.
     """
 
     threshold: float
     skip_zeros: bool
-    budget: int = 0
-    takes_more: int = 0
+    equal: EqualPart | None = None
 
-
-def warn_of_more(cutoffs: Iterable[Cutoff]) -> None:
-    """Say in one line how many weights are selected beyond what was asked for, if any are."""
-    larger = [cutoff for cutoff in cutoffs if cutoff.takes_more]
-    if larger:
-        logger.warning(
-            "%d of the smallest weights are equal, as exact zeros are, and more than the %d that are to "
-            "train; all of them train",
-            sum(cutoff.takes_more for cutoff in larger),
-            sum(cutoff.budget for cutoff in larger),
-        )
+    @property
+    def takes_zeros(self) -> bool:
+        """Whether exact zeros are selected, or some of them."""
+        return not self.skip_zeros or (self.equal is not None and self.equal.magnitude == 0)
 
 
 def solve_cutoff(
@@ -75,7 +64,7 @@ def solve_cutoff(
 ) -> tuple[Cutoff, Survey]:
     """Find the threshold that selects as asked from all parameters together.
 
-    Arguments and errors are those of `select`. No more than a chunk of the weights is copied at a time.
+    Arguments and errors are those of `select`. Of a contiguous weight no more than a chunk is copied at a time.
     """
     _refuse_rules(threshold, fraction, num_trainable, zeros)
     seen = survey(parameters)
@@ -95,8 +84,7 @@ def solve_each(
 ) -> tuple[Cutoff, Survey, dict[str, Cutoff]]:
     """Find a threshold for each parameter that selects a share of it, and the one for all together.
 
-    Where many weights of a parameter are equal, as in a base of eight bits, the number that comes
-    nearest to the share is selected. Parameters of zeros alone have no threshold unless zeros train.
+    Parameters of zeros alone have no threshold unless zeros train.
 
     Arguments and errors are those of `select`. The weights are looked at as often as for one threshold.
     """
@@ -119,20 +107,20 @@ def solve_each(
         every += counts[0]
         if name in places:
             level = level_at(places[name], counts[1])
-            own[name] = ranks[name].cutoff(level, is_nearest=True)
+            own[name] = ranks[name].cutoff(level)
     return rank.cutoff(level_at(place, every)), seen, own
 
 
 @dataclass(frozen=True)
 class _Rank:
-    """How many of the smallest weights are below the threshold.
+    """How many of the smallest weights are to be selected.
 
     Args:
         k: Number of weights below the threshold, skipped zeros among them.
         num_weights: Of how many.
         num_zeros: Exact zeros among them.
         skip_zeros: Whether they are skipped.
-        budget: Number that was asked for.
+        budget: Number to be selected.
     """
 
     k: int
@@ -142,13 +130,26 @@ class _Rank:
     budget: int
 
     @classmethod
-    def of(cls, num_weights, num_zeros, fraction, num_trainable, zeros) -> "_Rank":
-        if fraction is None:
-            budget = parse_count(num_trainable or 0)
-        else:
-            budget = max(1, round(fraction * num_weights))
+    def of(
+        cls,
+        num_weights: int,
+        num_zeros: int,
+        fraction: float | None,
+        num_trainable: int | str | None,
+        zeros: str,
+    ) -> "_Rank":
+        """Decide whether zeros are skipped, and count."""
+        wanted = max(1, round((fraction or 0) * num_weights))
+        budget = wanted if fraction is not None else parse_count(num_trainable or 0)
         skip = zeros == "skip" or (zeros == "auto" and num_zeros > budget / 2)
         live = num_weights - num_zeros if skip else num_weights
+        if not live:
+            raise ValueError(
+                f"all of the {num_weights} weights to select from are exactly zero. Set zeros to 'train' to "
+                "train them, or load another checkpoint"
+                if num_weights
+                else "there are no weights to select from"
+            )
         if fraction is not None:
             budget = min(live, max(1, round(fraction * live)))
         if not 0 < budget <= live:
@@ -156,30 +157,29 @@ class _Rank:
                 f"{budget} weights are to train but the chosen parameters hold only {live}"
                 f"{' that are not exactly zero' if skip else ''}; ask for fewer"
             )
-        k = num_weights - live + budget
-        if not skip and k < num_zeros:  # none of the zeros can be told from the others
-            k = num_zeros
-        return cls(k, num_weights, num_zeros, skip, budget)
+        return cls(num_weights - live + budget, num_weights, num_zeros, skip, budget)
+
+    @property
+    def _takes_some_zeros(self) -> bool:
+        return not self.skip_zeros and self.budget < self.num_zeros
 
     @property
     def place(self) -> int:
         """Rank of the smallest weight above the threshold, or of the largest if there is none."""
-        return min(self.k, self.num_weights - 1)
+        k = self.num_zeros if self._takes_some_zeros else self.k
+        return min(k, self.num_weights - 1)
 
-    def cutoff(self, border: Level, is_nearest: bool = False) -> Cutoff:
-        """Return the threshold at a border, or just above it if that selects all, or comes nearer to the budget."""
-        skipped = self.num_zeros if self.skip_zeros else 0
-        below, up_to = border.below - skipped, border.up_to - skipped
-        is_above = self.k == self.num_weights
-        takes_more = self.num_zeros if not skipped and self.budget < self.num_zeros else 0
-        if is_nearest and border.below < self.k:
-            alone = not below and up_to <= (self.num_weights - skipped) / 2
-            is_above = is_above or alone or up_to - self.budget < self.budget - below
-            takes_more = takes_more or (up_to if is_above and not below else 0)
+    def cutoff(self, border: Level) -> Cutoff:
+        """Return the threshold, given the magnitude at `place`: this one, or just above it if all are selected."""
         threshold = torch.tensor(border.magnitude)
-        if is_above:
+        if self.k == self.num_weights or border.magnitude == 0:
             threshold = torch.nextafter(threshold, torch.tensor(float("inf")))
-        return Cutoff(threshold.item(), self.skip_zeros, self.budget, takes_more)
+        if self._takes_some_zeros:
+            return Cutoff(threshold.item(), True, EqualPart(0.0, self.budget, self.num_zeros))
+        equal = None
+        if border.below < self.k < self.num_weights:
+            equal = EqualPart(border.magnitude, self.k - border.below, border.up_to - border.below)
+        return Cutoff(threshold.item(), self.skip_zeros, equal)
 
 
 def _refuse_rules(threshold, fraction, num_trainable, zeros) -> None:

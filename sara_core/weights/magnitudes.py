@@ -1,7 +1,7 @@
 """Look at the magnitudes of weights a chunk at a time: histogram, exact quantile, threshold mask.
 
-SaRA's mask is `M = 1[|w| < threshold]`, one absolute threshold for the whole model, the sign kept
-(Hu et al. 2024, arXiv:2409.06633, eq. 2). Magnitudes are compared in float32, whose bit patterns
+SaRA's mask is `M = 1[|w| < threshold]`, one absolute threshold for the whole model or one for each layer, the sign
+kept (Hu et al. 2024, arXiv:2409.06633, eq. 2). Magnitudes are compared in float32, whose bit patterns
 sort like the numbers.
 """
 
@@ -55,15 +55,13 @@ def magnitude_histogram(weight: Tensor) -> tuple[Tensor, int]:
     Returns:
         Counts, shape `(NUM_BINS,)` int64 on the CPU, and the number of exact zeros.
     """
-    counts = torch.zeros(NUM_BINS, dtype=torch.int64, device=held(weight).device)
+    counts = torch.zeros(NUM_BINS + 1, dtype=torch.int64, device=held(weight).device)
     for chunk in magnitudes(weight):
+        counts[NUM_BINS] += len(chunk) - torch.count_nonzero(chunk)
         bins = chunk.view(torch.int32).bitwise_right_shift_(16)
-        counts += torch.bincount(bins, minlength=NUM_BINS)
+        counts[:NUM_BINS] += torch.bincount(bins, minlength=NUM_BINS)
     counts = total(weight, counts.cpu())
-    if not counts[0]:
-        return counts, 0
-    num_live = _count(magnitudes(weight))
-    return counts, weight.numel() - int(total(weight, torch.tensor(num_live)))
+    return counts[:NUM_BINS], int(counts[NUM_BINS])
 
 
 def coarsened(histogram: Tensor) -> Tensor:
@@ -102,7 +100,7 @@ class Place(NamedTuple):
 
     Args:
         bin: Of `magnitude_histogram`.
-        rank: How many in that bin are smaller, at most.
+        rank: Within the bin, from 0.
         below: Number of magnitudes in smaller bins.
     """
 
@@ -139,14 +137,15 @@ def counts_within(weight: Tensor, bins: Sequence[int]) -> Tensor:
     Returns:
         Shape `(len(bins), 65536)`, int64 on the CPU.
     """
-    counts = torch.zeros((len(bins), 1 << 16), dtype=torch.int64, device=held(weight).device)
+    different = list(dict.fromkeys(bins))
+    counts = torch.zeros((len(different), 1 << 16), dtype=torch.int64, device=held(weight).device)
     for chunk in magnitudes(weight):
         bits, turned = chunk.view(torch.int32), 0
-        for row, bin_ in zip(counts, bins, strict=True):
+        for row, bin_ in zip(counts, different, strict=True):
             bits = bits.bitwise_xor_((turned ^ bin_) << 16)  # zero in the upper bits if it is there
             row += torch.bincount(bits[bits <= 0xFFFF], minlength=1 << 16)
             turned = bin_
-    return total(weight, counts.cpu())
+    return total(weight, counts.cpu())[[different.index(bin_) for bin_ in bins]]
 
 
 def level_at(place: Place, counts: Tensor) -> Level:
@@ -176,15 +175,75 @@ def mark_small_weights(weight: Tensor, threshold: float, skip_zeros: bool = Fals
     return mask & (size > 0) if skip_zeros else mask
 
 
+class EqualPart(NamedTuple):
+    """An evenly spread part of all weights of one magnitude.
+
+    Args:
+        magnitude: Which.
+        taken: Number of weights in the part.
+        of: Number of weights of that magnitude.
+    """
+
+    magnitude: float
+    taken: int
+    of: int
+
+    def add_to(self, marked: Tensor, is_equal: Tensor, first: int) -> int:
+        """Mark those that are in the part.
+
+        Args:
+            marked: Bool mask, shape `(n,)`, of some weights; changed in place.
+            is_equal: Which of them have the magnitude, of the same shape.
+            first: Number of weights of that magnitude before these.
+
+        Returns:
+            The number up to the end of these.
+        """
+        places = torch.nonzero(is_equal)[:, 0]
+        ranks = torch.arange(first, first + len(places), device=places.device)
+        steps = ranks * self.taken // self.of
+        marked[places] = (ranks + 1) * self.taken // self.of > steps
+        return first + len(places)
+
+
+def count_equal(weight: Tensor, magnitude: float) -> int:
+    """Count the weights of one magnitude, of those held in this process."""
+    return _count(chunk == magnitude for chunk in magnitudes(weight))
+
+
 def small_weight_index(weight: Tensor, threshold: float, skip_zeros: bool = False) -> Tensor:
     """Return the sorted flat positions of the weights that `mark_small_weights` marks.
 
     Returns:
         Shape `(k,)`, int32 (int64 for 2**31 weights or more), on the device of `weight`.
     """
+    return selected_index(weight, threshold, skip_zeros)[0]
+
+
+def selected_index(
+    weight: Tensor,
+    threshold: float,
+    skip_zeros: bool = False,
+    equal: EqualPart | None = None,
+    first: int = 0,
+) -> tuple[Tensor, int]:
+    """Return the sorted flat positions of small weights, and of a part of those of one magnitude.
+
+    Args:
+        weight: Shape `(*s)`, floating point, any device. Not modified.
+        threshold: See `mark_small_weights`.
+        skip_zeros: See `mark_small_weights`.
+        equal: The part; of weights that are not marked.
+        first: Number of weights of its magnitude in what comes before.
+
+    Returns:
+        Positions as of `small_weight_index`, and the number of weights of that magnitude up to here.
+    """
     dtype, flat = index_dtype(weight.numel()), held(weight).reshape(-1)
     size, parts = _chunk(flat), []
     for n, chunk in enumerate(flat.split(size)):
-        marked = torch.nonzero(mark_small_weights(chunk, threshold, skip_zeros))[:, 0]
-        parts.append(marked.add_(n * size).to(dtype))
-    return torch.cat(parts)
+        marked = mark_small_weights(chunk, threshold, skip_zeros)
+        if equal is not None:
+            first = equal.add_to(marked, chunk.float().abs() == equal.magnitude, first)
+        parts.append(torch.nonzero(marked)[:, 0].add_(n * size).to(dtype))
+    return torch.cat(parts), first

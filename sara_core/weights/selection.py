@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .cutoff import Cutoff, solve_cutoff, solve_each, warn_of_more
-from .magnitudes import small_weight_index
-from .shards import total
-from .survey import NAMED, Survey
+from .cutoff import Cutoff, solve_cutoff, solve_each
+from .magnitudes import count_equal, selected_index
+from .shards import is_sharded, of_parts, total
 
 logger = logging.getLogger("comfyui-sara")
 
@@ -20,7 +19,8 @@ class Selection:
     """Which weights of a model train.
 
     Args:
-        threshold: Absolute weight value; weights strictly closer to zero are selected.
+        threshold: Absolute weight value; weights strictly closer to zero are selected, unless each parameter
+            has a threshold of its own.
         index: Parameter name to sorted flat positions, each shape `(k,)` with `k > 0`, int32 (int64
             for parameters of 2**31 weights or more), on the parameter's device. Positions count
             in row-major order of the parameter's shape, whatever its memory layout. Of a parameter
@@ -56,10 +56,8 @@ def select(
     """Select the weights that train: the smallest share of each parameter, or of all `parameters` together.
 
     Exactly one of `threshold`, `fraction` and `num_trainable` is given. For a budget the threshold
-    is the smallest magnitude left out, so the count is met exactly, but for equal magnitudes at that
-    border (common in bfloat16). Of all parameters together they are left out; of each parameter, they are
-    taken if that comes nearer to its share. More are selected where more weights are exactly
-    zero than are to train and zeros train, as in a base of four bits.
+    is the smallest magnitude left out. The count is met exactly: of equal magnitudes at that border (common in
+    bfloat16), and of exact zeros where there are more than are to train, an evenly spread part is taken.
 
     Exact zeros are ordinary small weights to the paper, but a padded or pruned base has so many
     that they would take the whole budget, and zeros behind dead inputs never get a gradient.
@@ -67,7 +65,8 @@ def select(
     Args:
         parameters: Weights by name, floating point. Not modified.
         threshold: Absolute weight value, finite and > 0.
-        fraction: Share of the weights, in `(0, 1]`; of the non-zero ones where zeros are skipped.
+        fraction: Share of the weights, in `(0, 1]`, of each parameter at least one weight; of the non-zero
+            ones where zeros are skipped.
         num_trainable: Number of weights, as `parse_count` reads it.
         zeros: "train" selects exact zeros like any small weight, "skip" never does, "auto" trains
             them unless they would be more than half of the selection, of a parameter's own
@@ -97,22 +96,24 @@ def select(
             zeros=zeros,
         )
     cutoffs = own if by_parameter else dict.fromkeys(parameters, whole)
-    index = _positions(parameters, cutoffs)
+    index = _positions(parameters, cutoffs, not by_parameter)
     skipped = sum(
         count
         for name, count in seen.zeros.items()
-        if name not in cutoffs or cutoffs[name].skip_zeros
+        if name not in cutoffs or not cutoffs[name].takes_zeros
     )
     if not index:
-        raise ValueError(_why_nothing(whole, seen, skipped, by_parameter))
+        also = f" ({skipped} exact zeros were skipped)" if skipped else ""
+        raise ValueError(
+            f"no weight is selected: none of {seen.num_weights} has a magnitude below "
+            f"{whole.threshold:g}{also}, so there would be nothing to train. Raise the threshold"
+        )
     if skipped and zeros == "auto":
         logger.warning(
-            "%d of %d weights are exactly zero (padded or pruned) and not trained, as they would take "
+            "%d of %d weights are exactly zero (padded, pruned or rounded) and not trained, as they would take "
             "most of the selection%s. Set zeros to 'train' to train them",
             skipped, seen.num_weights, " in their layers" if by_parameter else "",
         )  # fmt: skip
-    warn_of_more(own.values() if by_parameter else [whole])
-    _tell_of_left_out([name for name in own if name not in index])
     thresholds = {name: cutoff.threshold for name, cutoff in own.items()}
     return Selection(
         whole.threshold, index, seen.num_weights, seen.num_zeros, skipped > 0, thresholds
@@ -120,37 +121,27 @@ def select(
 
 
 def _positions(
-    parameters: Mapping[str, Tensor], cutoffs: Mapping[str, Cutoff]
+    parameters: Mapping[str, Tensor], cutoffs: Mapping[str, Cutoff], is_one: bool
 ) -> dict[str, Tensor]:
-    """Return where each parameter has weights to train; those in which no process has any are left out."""
-    index = {
-        name: small_weight_index(parameters[name], cutoff.threshold, cutoff.skip_zeros)
-        for name, cutoff in cutoffs.items()
-    }
+    """Return where each parameter has weights to train; those in which no process has any are left out.
+
+    Args:
+        parameters: Weights by name.
+        cutoffs: Theirs.
+        is_one: Whether they are one cutoff, for all together.
+    """
+    index, end = {}, 0
+    for name, cutoff in cutoffs.items():
+        weight, first, equal = parameters[name], end if is_one else 0, cutoff.equal
+        before, count = 0, 0
+        if equal is not None and is_sharded(weight):
+            before, count = of_parts(weight, count_equal(weight, equal.magnitude))
+        index[name], last = selected_index(
+            weight, cutoff.threshold, cutoff.skip_zeros, equal, first + before
+        )
+        end = first + count if is_sharded(weight) else last
     return {
         name: positions
         for name, positions in index.items()
         if int(total(parameters[name], torch.tensor(len(positions))))
     }
-
-
-def _why_nothing(whole: Cutoff, seen: Survey, skipped: int, by_parameter: bool) -> str:
-    also = f" ({skipped} exact zeros were skipped)" if skipped else ""
-    if by_parameter:
-        return (
-            f"no weight is selected: none of {seen.num_weights} can be told from most others of its "
-            f"layer{also}, so there would be nothing to train. Raise the fraction"
-        )
-    return (
-        f"no weight is selected: none of {seen.num_weights} has a magnitude below "
-        f"{whole.threshold:g}{also}, so there would be nothing to train. Raise the "
-        "threshold or the fraction"
-    )
-
-
-def _tell_of_left_out(names: list[str]) -> None:
-    if names:
-        logger.warning(
-            "%d layers do not train, as too many of their weights are equal: %s%s",
-            len(names), ", ".join(names[:NAMED]), ", ..." if len(names) > NAMED else "",
-        )  # fmt: skip

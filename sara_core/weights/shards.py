@@ -51,6 +51,7 @@ class Shard:
     Attributes:
         shape: Of the whole.
         is_part: Whether other processes hold further parts.
+        rank: Of this part among them.
     """
 
     def __init__(self, weight: Tensor):
@@ -62,9 +63,9 @@ class Shard:
         if is_sharded(weight):
             self._layout = (weight.device_mesh, weight.placements)  # type: ignore[attr-defined]
         sizes = self.gather(torch.tensor([held(weight).numel()]))
-        self._rank = dist.get_rank(self._group) if self.is_part else 0
-        self._start = int(torch.cat(sizes[: self._rank]).sum()) if self._rank else 0
-        self._end = self._start + int(sizes[self._rank])
+        self.rank = dist.get_rank(self._group) if self.is_part else 0
+        self._start = int(torch.cat(sizes[: self.rank]).sum()) if self.rank else 0
+        self._end = self._start + int(sizes[self.rank])
 
     def gather(self, values: Tensor) -> list[Tensor]:
         """Return the values of every part, in the order of the parts.
@@ -89,7 +90,7 @@ class Shard:
         parts = self.gather(values)
         if len(parts) == 1:
             return values, slice(0, len(values))
-        first = sum(map(len, parts[: self._rank]))
+        first = sum(map(len, parts[: self.rank]))
         return torch.cat(parts), slice(first, first + len(values))
 
     def in_whole(self, index: Tensor) -> Tensor:
@@ -120,6 +121,13 @@ class Shard:
         return DTensor.from_local(
             values, mesh, placements, run_check=False, shape=torch.Size([num_whole]), stride=(1,)
         )
+
+
+def of_parts(weight: Tensor, count: int) -> tuple[int, int]:
+    """Return what has been counted in the parts of a weight before this process's, and in all of them."""
+    shard = Shard(weight)
+    counts = torch.cat(shard.gather(torch.tensor([count])))
+    return int(counts[: shard.rank].sum()), int(counts.sum())
 
 
 def value_at(weight: Tensor, position: int) -> Tensor:

@@ -23,7 +23,7 @@ from sara_core.training.trainer import TrainingRun
 
 from ..training.small_run import Task
 from .torchrun import leave
-from .training import BATCH, Net, train
+from .training import BATCH, Net, coarse, train
 
 
 def divided(net, shape=None, ignored=None, **options):
@@ -222,6 +222,10 @@ SCENARIOS = {
     "progressive": lambda: RUN,
     "by_threshold": lambda: {"fraction": None, "threshold": 0.05},
     "by_number": lambda: {"fraction": None, "num_trainable": 700, "biases_and_norms": True},
+    "of_the_model": lambda: {"by_parameter": False},
+    "equal": lambda: {"make": coarse},
+    "equal_in_the_model": lambda: {"make": coarse, "by_parameter": False},
+    "some_of_the_zeros": lambda: {"make": coarse, "zeros": "train", "fraction": 0.1},
     "clipped": lambda: {"max_grad_norm": 0.05},
     "clipped_outside": lambda: {"max_norm": 0.05},
     "accumulated": lambda: {"passes": 3},

@@ -48,6 +48,15 @@ def place():
     return 0, 1
 
 
+def coarse():
+    """A model of which many weights are equal, and many zero."""
+    net = Net()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.mul_(16).round_().div_(16)
+    return net
+
+
 def train(
     passes=1, scaler=None, max_norm=0.0, spike_at=None, some=False, idle=False, held=False,
     make=Net, wrap=lambda net: net, divide=lambda net: net, parts=False, as_if=1, start=0, state=None, steps=STEPS, **options

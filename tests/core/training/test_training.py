@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sara_core import SaraAdamW
-from sara_core.optimizer.learning_rate import factor, rule
+from sara_core.optimizer.learning_rate import factor, rule, rule_of_share
 from sara_core.training.batches import BatchOrder
 from sara_core.training.config import TrainConfig
 from sara_core.training.objective import NoiseSchedule
@@ -19,7 +19,20 @@ from sara_core.training.trainer import TrainingRun
 def test_rule_gives_the_papers_rates_and_beyond_its_thresholds_the_last_one():
     for threshold, rate in ((2e-4, 9.32e-4), (2e-3, 4.97e-4), (5e-3, 1.738e-4)):
         assert rule(threshold) == pytest.approx(rate, rel=5e-3)
-    assert rule(6e-3) == rule(1.0) == 1.25e-4
+    assert rule(6e-3) == rule(1.0) == rule(5e-3)
+
+
+def test_a_share_has_the_more_rate_the_smaller_it_is():
+    rates = {1.0: 1.25e-5, 0.3: 4.17e-5, 0.1: 1.25e-4, 0.03: 4.17e-4, 0.01: 1e-3, 1e-4: 1e-3}
+    assert {share: rule_of_share(share) for share in rates} == pytest.approx(rates, rel=1e-2)
+    model = torch.nn.Linear(100, 100)
+    for options, rate in (
+        ({"fraction": 0.2}, 6.25e-5),
+        ({"fraction": 0.2, "by_parameter": False}, rule(1.0)),
+    ):
+        optimizer = SaraAdamW(model, **options)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(rate)
+        optimizer.restore()
 
 
 def test_schedules_by_hand():
