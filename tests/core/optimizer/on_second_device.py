@@ -24,7 +24,9 @@ CASES = {
     "clipped, with decay": {
         "learned_on": torch.device("cpu"), "low_rank_weight": 0.0, "max_grad_norm": 0.01, "weight_decay": 0.5,
     },
-    "moments in eight bits": {"learned_on": torch.device("cpu"), "moments": "8bit"},
+    "moments in eight bits": {  # whose codes would turn a last bit of the low-rank term into a step
+        "learned_on": torch.device("cpu"), "moments": "8bit", "low_rank_weight": 0.0,
+    },
     "checkpointed": {"checkpointing": True},
 }  # fmt: skip
 

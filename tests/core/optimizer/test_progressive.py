@@ -59,4 +59,4 @@ def test_switch_that_would_leave_nothing_is_skipped_with_a_warning(caplog):
     net(torch.ones(1, 4)).sum().backward()
     optimizer.step()
     assert (optimizer.stage, optimizer.num_trainable) == (1, 16)
-    assert "all 16 trained weights have left the threshold" in caplog.text
+    assert "all 16 trained weights have left their threshold" in caplog.text
