@@ -274,6 +274,7 @@ def test_the_card_tells_what_is_in_a_file(page):
     for of in ("model", "each layer"):
         first_training(page, trigger_words=f"of {of}", select_from=of)
         page.command("Comfy.QueuePrompt")
+        page.wait("return /: finished, step 6/.test(arguments[0].innerText)", page.box("SaraTrain"))
         idle(page)
         folder = page.server.base / "output" / "sara"
         files.append(max(folder.glob("fluent3d_*/*_6_steps.safetensors")))
