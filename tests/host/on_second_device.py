@@ -34,6 +34,7 @@ def second_device(sara, monkeypatch):
     monkeypatch.setattr(management, "soft_empty_cache", lambda *_: None)
 
 
+RATE = 2e-3
 OPTIONS = {
     "on the device": {"offloading": False},
     "offloaded": {"weights_on_device": 0.0},
@@ -50,7 +51,7 @@ CASES += [(form, "offloaded") for form in ("half", "e4m3fn", "mixed")]
 
 def learn(sara, patcher, **options):
     latents, captions = zoo.examples(FAMILY)
-    chosen = {"steps": 2, "learning_rate": 2e-3, "fraction": 0.1, "zeros": "train",
+    chosen = {"steps": 2, "learning_rate": RATE, "fraction": 0.1, "zeros": "train",
               "training_dtype": "fp32", "low_rank_weight": 0.0, **options}  # fmt: skip
     return train(sara, patcher, latents, captions, settings(sara, **chosen))
 
@@ -73,11 +74,18 @@ def assert_same_bits(before, patcher):
         assert torch.equal(tensor, after[name]), name
 
 
-def assert_same_delta(found, expected):
+def assert_same_delta(found, expected, turned=0):
+    """A last bit may turn the code of an eight-bit moment, which moves that weight by a hundredth of the rate."""
     assert found.entries.keys() == expected.entries.keys()
+    far = 0
     for name, entry in expected.entries.items():
         assert torch.equal(found.entries[name].index, entry.index), name
-        torch.testing.assert_close(found.entries[name].values, entry.values, rtol=1e-3, atol=1e-6)
+        values = found.entries[name].values
+        far += int((~torch.isclose(values, entry.values, rtol=1e-3, atol=1e-6)).sum())
+        torch.testing.assert_close(
+            values, entry.values, rtol=1e-3, atol=RATE / 100 if turned else 1e-6
+        )
+    assert far <= turned
 
 
 @pytest.mark.parametrize(("form", "name"), CASES)
@@ -91,7 +99,7 @@ def test_what_is_learned_is_what_is_learned_without(sara, second_device, caplog,
     Far.sent = 0
     found, losses_too = learn(sara, patcher, **options)
     assert losses == pytest.approx(losses_too, rel=1e-5)
-    assert_same_delta(found, expected)
+    assert_same_delta(found, expected, turned=10 if "moments" in options else 0)  # of 109,362
     assert_same_bits(before, patcher)
     said = re.search(
         r"offloading: (\d+) MB of the weights stay on the device, (\d+) MB", caplog.text
@@ -126,7 +134,7 @@ def test_a_lora_that_the_model_carries_is_part_of_what_trains(
 
 def test_a_cancelled_run_goes_on_as_if_it_had_not_been(sara, second_device):
     expected, losses = learn(sara, loaded("scaled"), steps=4, offloading=True)
-    options = {"steps": 4, "learning_rate": 2e-3, "fraction": 0.1, "zeros": "train",
+    options = {"steps": 4, "learning_rate": RATE, "fraction": 0.1, "zeros": "train",
                "training_dtype": "fp32", "low_rank_weight": 0.0, "offloading": True}  # fmt: skip
     folder = sara.folder.RunFolder.create(tempfile.mkdtemp(), "run", settings(sara, **options))
     latents, captions = zoo.examples(FAMILY)
