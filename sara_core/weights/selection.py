@@ -109,15 +109,19 @@ def select(
             f"{whole.threshold:g}{also}, so there would be nothing to train. Raise the threshold"
         )
     if skipped and zeros == "auto":
-        logger.warning(
-            "%d of %d weights are exactly zero (padded, pruned or rounded) and not trained, as they would take "
-            "most of the selection%s. Set zeros to 'train' to train them",
-            skipped, seen.num_weights, " in their layers" if by_parameter else "",
-        )  # fmt: skip
+        _warn_of_skipped(skipped, seen.num_weights, by_parameter)
     thresholds = {name: cutoff.threshold for name, cutoff in own.items()}
     return Selection(
         whole.threshold, index, seen.num_weights, seen.num_zeros, skipped > 0, thresholds
     )
+
+
+def _warn_of_skipped(skipped: int, num_weights: int, by_parameter: bool) -> None:
+    logger.warning(
+        "%d of %d weights are exactly zero (padded, pruned or rounded) and not trained, as they would take "
+        "most of the selection%s. Set zeros to 'train' to train them",
+        skipped, num_weights, " in their layers" if by_parameter else "",
+    )  # fmt: skip
 
 
 def _positions(

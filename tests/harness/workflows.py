@@ -43,7 +43,7 @@ SMALL = {  # what the small model and its pictures need, by class of node
     "KSampler": {"steps": 20, "cfg": 2.0, "scheduler": "simple"},
     "SaraTrain": {
         "steps": 300, "batch_size": 8, "output_name": "fluent3d", "trigger_words": "",
-        "gradient_checkpointing": False, "learning_rate": 3e-4,  # the rule is for larger models
+        "gradient_checkpointing": False, "learning_rate": 3e-4,  # as tests make few steps
     },
 }  # fmt: skip
 PROMPT = "3d style, strawberry"
