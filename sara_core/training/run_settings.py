@@ -117,7 +117,7 @@ class RunSettings(TrainConfig):
     preview_every_steps: int = field(default=100, metadata=FREE)
     preview_strength: float = field(default=1.0, metadata=FREE)
     save_every_steps: int = field(default=100, metadata=FREE)
-    keep_checkpoints: int = field(default=2, metadata=FREE)
+    keep_checkpoints: int = field(default=4, metadata=FREE)
     keep_state: bool = field(default=True, metadata=FREE)
     save_dtype: str = "fp16"
     lora_file: str = field(default="none", metadata=FREE)

@@ -2,6 +2,7 @@ import os
 import re
 from pathlib import Path
 
+import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -20,10 +21,21 @@ def test_the_script_in_the_readme_runs_and_restores_the_model(tmp_path, monkeypa
         assert torch.equal(a, b)
 
 
-def test_files_the_readme_names_exist():
-    text = (ROOT / "README.md").read_text()
-    for path in re.findall(r"\]\(((?!http)[^)]+)\)", text):
-        assert (ROOT / path).is_file(), path
+def anchors(page):
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("js/docs/*.md")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_a_page_links_to_exists(page):
+    links = re.findall(r"\]\(((?!http)[^)]+)\)", page.read_text())
+    for path, anchor in (link.partition("#")[::2] for link in links):
+        target = page.parent / path if path else page
+        assert target.is_file(), path
+        assert not anchor or anchor in anchors(target), f"{path}#{anchor}"
 
 
 def test_examples_the_readme_names_are_there():

@@ -9,7 +9,7 @@ from sara_core.training.run_settings import COMFYUIS, PUT_OUT, SELECT_FROM, RunS
 OF_VERSION_1 = {  # as 0.1.0 wrote it: the widgets of SaRA Train
     "batch_size": 8, "caption_dropout": 0.1, "exclude": "", "fraction": 0.1,
     "grad_accumulation_steps": 1, "gradient_checkpointing": False, "include": "attn",
-    "keep_checkpoints": 2, "learning_rate": 0.0, "loss_function": "mse", "low_rank_weight": 0.0005,
+    "keep_checkpoints": 4, "learning_rate": 0.0, "loss_function": "mse", "low_rank_weight": 0.0005,
     "lr_schedule": "cosine", "max_grad_norm": 1.0, "moments": "fp32", "offloading": False,
     "output_name": "fluent3d", "preview_every_steps": 100, "preview_strength": 1.0,
     "progressive": 0.5, "regularisation_weight": 1.0, "save_dtype": "fp16",
