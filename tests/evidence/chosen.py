@@ -14,7 +14,7 @@ def positions_of(parameters, chosen, fraction, among=0.3, gradients=None, seed=0
         chosen: As `methods.masked` takes it.
         fraction: Share that is chosen.
         among: Share that counts as the smallest.
-        gradients: Mean size of each weight's gradient by parameter name.
+        gradients: Size of each weight's gradient by parameter name.
         seed: Of what is drawn.
 
     Returns:
@@ -23,7 +23,7 @@ def positions_of(parameters, chosen, fraction, among=0.3, gradients=None, seed=0
     size = torch.cat([p.detach().abs().flatten() for p in parameters.values()])
     limit = _ranked(size, among) if chosen == "small gradient" else None
     keys = {
-        name: _keys(p, chosen, number + 1_000 * seed, gradients and gradients[name], limit)
+        name: _keys(p, chosen, number + 1_000 * seed, gradients and gradients[name], limit, among)
         for number, (name, p) in enumerate(parameters.items())
     }
     cut = _ranked(torch.cat(list(keys.values())), fraction)
@@ -44,7 +44,12 @@ def _of_blocks(values, side=4):
     return spread[: len(matrix), : matrix.shape[1]].reshape(values.shape).clone()
 
 
-def _keys(parameter, chosen, number, gradient, limit):
+def _shares(values):
+    """What share of a parameter's entries are smaller, for each."""
+    return values.flatten().argsort().argsort().view_as(values) / values.numel()
+
+
+def _keys(parameter, chosen, number, gradient, limit, among):
     """What is smaller for weights that are chosen first, (n,)."""
     size = parameter.detach().abs()
     if chosen == "random":
@@ -52,12 +57,16 @@ def _keys(parameter, chosen, number, gradient, limit):
     elif chosen in ("largest", "smallest"):
         key = -size if chosen == "largest" else size.clone()
     elif chosen == "layer":
-        key = size.flatten().argsort().argsort().view_as(size) / size.numel()
+        key = _shares(size)
     elif chosen == "rows":
         key = size.flatten(1).square().mean(1).view(-1, *[1] * (size.dim() - 1)).expand_as(size)
         key = key.clone()
     elif chosen == "blocks":
         key = _of_blocks(size.square())
+    elif chosen in ("layer gradient", "layer mean gradient"):
+        key = _shares(-gradient)
+    elif chosen == "layer small gradient":
+        key = _shares((-gradient).masked_fill(_shares(size) >= among, torch.inf))
     else:
         key = -gradient
         if limit is not None:

@@ -53,11 +53,13 @@ def masked(
         model: The model.
         rate: Learning rate.
         chosen: `random`; `largest`; `layer`, the smallest of each layer; `gradient`, those with the largest
-            gradient; `small gradient`, those of the smallest with the largest gradient; `rows`, whole rows
-            with the smallest weights; `blocks`, squares of 4 with the smallest; `smallest`.
+            gradient; `small gradient`, those of the smallest with the largest gradient; both also after
+            `layer`, of each layer alone; `layer mean gradient`, where it is the size of the mean over
+            batches; `rows`, whole rows with the smallest weights; `blocks`, squares of 4 with the smallest;
+            `smallest`.
         fraction: Share that trains.
         among: Share that counts as the smallest.
-        gradients: Mean size of each weight's gradient by parameter name, where it is gone by.
+        gradients: Size of each weight's gradient by parameter name, where it is gone by.
         by_layer_size: Take a rate for each layer that goes with the spread of its weights.
         equalised: Make updates as Muon does.
         options: Of `sara`.

@@ -31,8 +31,12 @@ def concepts_of(base, style, count, seed, most=None):
     return drawn[:count], drawn[count:most]
 
 
-def gradient_sizes(base, model, style, shown, seed, batch=8, batches=8):
-    """Mean size of every weight's gradient over some batches of the pictures to learn, by name."""
+def gradient_sizes(base, model, style, shown, seed, of_mean=False, batch=8):
+    """Mean size of every weight's gradient over 8 batches of the pictures to learn, by name.
+
+    With `of_mean` the size of the mean gradient over 32, which is large where they point the same way.
+    """
+    batches = 32 if of_mean else 8
     generator = torch.Generator().manual_seed(2_000 + seed)
     sums = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
     z, ids = base.latents(style, shown), base.captions(style, shown)
@@ -43,9 +47,9 @@ def gradient_sizes(base, model, style, shown, seed, batch=8, batches=8):
         base.errors(model, z[i], ids[i], noise, quantiles).mean().backward()
         for name, p in model.named_parameters():
             if p.grad is not None:
-                sums[name] += p.grad.abs() / batches
+                sums[name] += (p.grad if of_mean else p.grad.abs()) / batches
         model.zero_grad()
-    return sums
+    return {name: total.abs() for name, total in sums.items()}
 
 
 def train(base, model, optimizer, style, shown, steps, batch, seed, average=None, text_rate=0):
@@ -89,7 +93,8 @@ def optimizer_of(base, plan, style, shown, model):
     }
     options |= {"seed": plan["seed"]} if plan["method"] != "full" else {}
     if "gradient" in options.get("chosen", ""):
-        options["gradients"] = gradient_sizes(base, model, style, shown, plan["seed"])
+        of_mean = "mean" in options["chosen"]
+        options["gradients"] = gradient_sizes(base, model, style, shown, plan["seed"], of_mean)
     if "progressive" in options:
         options["progressive_step"] = round(options.pop("progressive") * plan["steps"])
     return METHODS[plan["method"]](model, plan["rate"], **options)

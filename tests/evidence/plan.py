@@ -86,6 +86,13 @@ def parts(base, rates=(2.5e-4, 5e-4), seeds=(0, 1), **changes):
     ]
 
 
+BY_GRADIENT = (3e-5, 6e-5, 1.25e-4)
+BY_MEAN_GRADIENT = {
+    "largest mean gradients of each layer": (
+        "masked", {"chosen": "layer mean gradient"}, BY_GRADIENT,
+    ),
+}  # fmt: skip
+
 IDEAS = {  # method, options, rates
     "smallest of each layer": ("masked", {"chosen": "layer"}, (6e-5, 1.25e-4, 2.5e-4, 5e-4)),
     "the same, rates by layer": (
@@ -113,13 +120,18 @@ IDEAS = {  # method, options, rates
     "each layer but modulation": (
         "sara", {**OF_LAYERS, "exclude": "adaLN_modulation"}, (6e-5, 1.25e-4, 2.5e-4),
     ),
-    "largest gradients": ("masked", {"chosen": "gradient"}, (6e-5, 1.25e-4, 2.5e-4, 5e-4)),
+    "largest gradients": ("masked", {"chosen": "gradient"}, BY_GRADIENT),
     "largest gradients of the smallest 30 %": (
-        "masked", {"chosen": "small gradient"}, (6e-5, 1.25e-4, 2.5e-4, 5e-4),
+        "masked", {"chosen": "small gradient"}, (6e-5, 1.25e-4, 2.5e-4),
     ),
     "largest gradients of the smallest 60 %": (
-        "masked", {"chosen": "small gradient", "among": 0.6}, (6e-5, 1.25e-4, 2.5e-4, 5e-4),
+        "masked", {"chosen": "small gradient", "among": 0.6}, (6e-5, 1.25e-4, 2.5e-4),
     ),
+    "largest gradients of each layer": ("masked", {"chosen": "layer gradient"}, BY_GRADIENT),
+    "largest gradients of each layer's smallest 60 %": (
+        "masked", {"chosen": "layer small gradient", "among": 0.6}, BY_GRADIENT,
+    ),
+    **BY_MEAN_GRADIENT,
     "rows of the smallest": ("masked", {"chosen": "rows"}, (2.5e-4, 5e-4)),
     "squares of the smallest": ("masked", {"chosen": "blocks"}, (6e-5, 1.25e-4, 2.5e-4, 5e-4)),
 }  # fmt: skip
@@ -166,6 +178,7 @@ ON_UNET = {  # method, options, rates
     "SaRA 10 %": ("sara", SARA, (6e-5, 1.25e-4, 2.5e-4, 5e-4)),
     "smallest of each layer": ("masked", {"chosen": "layer"}, (1.25e-4, 2.5e-4, 5e-4)),
     **LAYERS,
+    **BY_MEAN_GRADIENT,
     "random 10 %": ("masked", {"chosen": "random"}, (6e-5, 1.25e-4, 2.5e-4, 5e-4)),
     "LoRA r8": ("lora", {"rank": 8}, (5e-5, 1e-4, 3e-4, 6e-4)),
     "LoRA r20": ("lora", {"rank": 20}, (5e-5, 1e-4, 2e-4, 4e-4)),
@@ -290,7 +303,7 @@ QUESTIONS = {  # title in the report: the plans of its runs
     "Weights at zero": zeroed,
     "The authors' code": lambda: beside_known("emoji64", AUTHORS),
     "Silhouettes, on a UNet": lambda: methods(
-        "emoji64-unet", ELSEWHERE_ON_UNET, (0, 1), style="contrast"
+        "emoji64-unet", ELSEWHERE_ON_UNET | BY_MEAN_GRADIENT, (0, 1), style="contrast"
     ),
     "A subject, on a UNet": lambda: methods(
         "emoji64-unet", ELSEWHERE_ON_UNET, (0, 1), style="blue cat", pictures=5
