@@ -132,6 +132,9 @@ IDEAS = {  # method, options, rates
         "masked", {"chosen": "layer small gradient", "among": 0.6}, BY_GRADIENT,
     ),
     **BY_MEAN_GRADIENT,
+    "largest mean gradients of each layer, 3 %": (
+        "masked", {"chosen": "layer mean gradient", "fraction": 0.03}, (6e-5, 1.25e-4, 2.5e-4),
+    ),
     "rows of the smallest": ("masked", {"chosen": "rows"}, (2.5e-4, 5e-4)),
     "squares of the smallest": ("masked", {"chosen": "blocks"}, (6e-5, 1.25e-4, 2.5e-4, 5e-4)),
 }  # fmt: skip
@@ -202,6 +205,7 @@ ELSEWHERE = {  # method, options, rates
     "SaRA 10 %": ("sara", SARA, (6e-5, 1.25e-4, 2.5e-4, 5e-4)),
     "smallest of each layer": ("masked", {"chosen": "layer"}, (6e-5, 1.25e-4, 2.5e-4)),
     "SaRA, each layer": ("sara", OF_LAYERS, (3e-5, 6e-5, 1.25e-4, 2.5e-4)),
+    **BY_MEAN_GRADIENT,
     "random 10 %": ("masked", {"chosen": "random"}, (6e-5, 1.25e-4, 2.5e-4, 5e-4)),
     "LoRA r8": ("lora", {"rank": 8}, (5e-5, 1e-4, 2e-4, 4e-4)),
     "full": ("full", {}, (2.5e-6, 5e-6, 1e-5, 2e-5)),
@@ -210,6 +214,7 @@ ELSEWHERE = {  # method, options, rates
 ELSEWHERE_ON_UNET = {  # method, options, rates
     "SaRA 10 %": ("sara", SARA, (6e-5, 1.25e-4, 2.5e-4)),
     **LAYERS,
+    **BY_MEAN_GRADIENT,
     "LoRA r8": ("lora", {"rank": 8}, (5e-5, 1e-4, 2e-4, 4e-4)),
 }
 
@@ -303,7 +308,7 @@ QUESTIONS = {  # title in the report: the plans of its runs
     "Weights at zero": zeroed,
     "The authors' code": lambda: beside_known("emoji64", AUTHORS),
     "Silhouettes, on a UNet": lambda: methods(
-        "emoji64-unet", ELSEWHERE_ON_UNET | BY_MEAN_GRADIENT, (0, 1), style="contrast"
+        "emoji64-unet", ELSEWHERE_ON_UNET, (0, 1), style="contrast"
     ),
     "A subject, on a UNet": lambda: methods(
         "emoji64-unet", ELSEWHERE_ON_UNET, (0, 1), style="blue cat", pictures=5
