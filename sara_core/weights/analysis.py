@@ -65,7 +65,8 @@ def analyze(
 ) -> Analysis:
     """Count what a threshold, or the threshold for a budget, selects; a chunk of weights at a time.
 
-    Args and errors are those of `selection.select`; selecting nothing is no error here.
+    Args and errors are those of `selection.select`; selecting nothing is no error here. For a budget it is the
+    least threshold that selects as many, or more where more weights are equally small.
     """
     cutoff, seen = solve_cutoff(
         parameters,
@@ -74,6 +75,7 @@ def analyze(
         num_trainable=num_trainable,
         zeros=zeros,
     )
+    cutoff = cutoff.alone()
     result = Analysis(cutoff, seen, suggestions=_suggestions(seen))
     for name, weight in parameters.items():
         num_zeros = seen.zeros[name]

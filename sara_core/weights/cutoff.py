@@ -6,7 +6,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .magnitudes import EqualPart, Level, bin_of, count_small, counts_within, level_at, place_of
+from .magnitudes import (
+    EqualPart,
+    Place,
+    bin_edge,
+    bin_of,
+    count_small,
+    counts_within,
+    level_at,
+    place_of,
+)
 from .survey import Survey, survey
 
 ZEROS = ("auto", "skip", "train")  # how exact zeros are treated
@@ -42,16 +51,27 @@ class Cutoff:
         skip_zeros: Whether exact zeros are not, or only those of `equal`.
         equal: Weights that are selected as well, so that as many are as were asked for: of those at the
             threshold, or of exact zeros where fewer are to train than there are.
+        limit: What trained weights are below as long as they count as small: the threshold; above the
+            magnitude of `equal`; and no less than what as many weights that aren't zero lie below as
+            zeros train, as next to those any other is large.
     """
 
     threshold: float
     skip_zeros: bool
-    equal: EqualPart | None = None
+    equal: EqualPart | None
+    limit: float
 
     @property
     def takes_zeros(self) -> bool:
         """Whether exact zeros are selected, or some of them."""
         return not self.skip_zeros or (self.equal is not None and self.equal.magnitude == 0)
+
+    def alone(self) -> "Cutoff":
+        """Return what a threshold without a part of equal weights selects, the least that is not less."""
+        if self.equal is None:
+            return self
+        threshold = self.limit if self.equal.magnitude else self.threshold
+        return Cutoff(threshold, not self.takes_zeros, None, threshold)
 
 
 def solve_cutoff(
@@ -70,13 +90,12 @@ def solve_cutoff(
     seen = survey(parameters)
     if threshold is not None:
         skip = zeros == "skip" or (zeros == "auto" and _mostly_zeros(parameters, seen, threshold))
-        return Cutoff(threshold, skip), seen
-    rank = _Rank.of(seen.num_weights, seen.num_zeros, fraction, num_trainable, zeros)
-    place = place_of(seen.histogram, rank.place)
+        return Cutoff(threshold, skip, None, threshold), seen
+    rank = _Rank.of(seen.histogram, seen.num_zeros, fraction, num_trainable, zeros)
     counts = torch.zeros(1 << 16, dtype=torch.int64)
     for weight in parameters.values():
-        counts += counts_within(weight, [place.bin])[0]
-    return rank.cutoff(level_at(place, counts)), seen
+        counts += counts_within(weight, [rank.border.bin])[0]
+    return rank.cutoff(counts), seen
 
 
 def solve_each(
@@ -89,26 +108,23 @@ def solve_each(
     Arguments and errors are those of `select`. The weights are looked at as often as for one threshold.
     """
     _refuse_rules(None, fraction, None, zeros)
-    ranks, places = {}, {}
+    ranks: dict[str, _Rank] = {}
 
     def visit(name: str, histogram: Tensor, num_zeros: int) -> None:
         num_weights = int(histogram.sum())
         if num_weights > num_zeros or (num_weights and zeros == "train"):
-            ranks[name] = _Rank.of(num_weights, num_zeros, fraction, None, zeros)
-            places[name] = place_of(histogram, ranks[name].place)
+            ranks[name] = _Rank.of(histogram, num_zeros, fraction, None, zeros)
 
     seen = survey(parameters, visit)
-    rank = _Rank.of(seen.num_weights, seen.num_zeros, fraction, None, zeros)
-    place = place_of(seen.histogram, rank.place)
+    rank = _Rank.of(seen.histogram, seen.num_zeros, fraction, None, zeros)
     every, own = torch.zeros(1 << 16, dtype=torch.int64), {}
     for name, weight in parameters.items():
-        bins = [place.bin, *({places[name].bin} if name in places else ())]
-        counts = counts_within(weight, bins)
+        ranks_here = [rank, *([ranks[name]] if name in ranks else ())]
+        counts = counts_within(weight, [each.border.bin for each in ranks_here])
         every += counts[0]
-        if name in places:
-            level = level_at(places[name], counts[1])
-            own[name] = ranks[name].cutoff(level)
-    return rank.cutoff(level_at(place, every)), seen, own
+        if name in ranks:
+            own[name] = ranks[name].cutoff(counts[1])
+    return rank.cutoff(every), seen, own
 
 
 @dataclass(frozen=True)
@@ -121,6 +137,8 @@ class _Rank:
         num_zeros: Exact zeros among them.
         skip_zeros: Whether they are skipped.
         budget: Number to be selected.
+        border: Where the smallest weight above the threshold lies, or the largest if there is none.
+        least: See `Cutoff.limit`: what as many weights that aren't zero lie below as zeros train.
     """
 
     k: int
@@ -128,17 +146,20 @@ class _Rank:
     num_zeros: int
     skip_zeros: bool
     budget: int
+    border: Place
+    least: float
 
     @classmethod
     def of(
         cls,
-        num_weights: int,
+        histogram: Tensor,
         num_zeros: int,
         fraction: float | None,
         num_trainable: int | str | None,
         zeros: str,
     ) -> "_Rank":
         """Decide whether zeros are skipped, and count."""
+        num_weights = int(histogram.sum())
         wanted = max(1, round((fraction or 0) * num_weights))
         budget = wanted if fraction is not None else parse_count(num_trainable or 0)
         skip = zeros == "skip" or (zeros == "auto" and num_zeros > budget / 2)
@@ -157,29 +178,36 @@ class _Rank:
                 f"{budget} weights are to train but the chosen parameters hold only {live}"
                 f"{' that are not exactly zero' if skip else ''}; ask for fewer"
             )
-        return cls(num_weights - live + budget, num_weights, num_zeros, skip, budget)
+        k = num_weights - live + budget
+        first_left_out = num_zeros if not skip and budget < num_zeros else k
+        border = place_of(histogram, min(first_left_out, num_weights - 1))
+        least = 0.0 if skip else _beyond_zeros(histogram, num_weights, num_zeros, budget)
+        return cls(k, num_weights, num_zeros, skip, budget, border, least)
 
-    @property
-    def _takes_some_zeros(self) -> bool:
-        return not self.skip_zeros and self.budget < self.num_zeros
+    def cutoff(self, counts: Tensor) -> Cutoff:
+        """Return the threshold, the magnitude at `border`, or just above it if all are selected.
 
-    @property
-    def place(self) -> int:
-        """Rank of the smallest weight above the threshold, or of the largest if there is none."""
-        k = self.num_zeros if self._takes_some_zeros else self.k
-        return min(k, self.num_weights - 1)
+        Args:
+            counts: The `counts_within` the bin of `border`.
+        """
+        border = level_at(self.border, counts)
+        threshold = border.magnitude
+        if self.k == self.num_weights or threshold == 0:
+            threshold = torch.nextafter(torch.tensor(threshold), torch.tensor(torch.inf)).item()
+        if not self.skip_zeros and self.budget < self.num_zeros:
+            equal = EqualPart(0.0, self.budget, self.num_zeros)
+            return Cutoff(threshold, True, equal, max(threshold, self.least))
+        if not border.below < self.k < self.num_weights:
+            return Cutoff(threshold, self.skip_zeros, None, max(threshold, self.least))
+        equal = EqualPart(border.magnitude, self.k - border.below, border.up_to - border.below)
+        return Cutoff(threshold, self.skip_zeros, equal, max(border.above, self.least))
 
-    def cutoff(self, border: Level) -> Cutoff:
-        """Return the threshold, given the magnitude at `place`: this one, or just above it if all are selected."""
-        threshold = torch.tensor(border.magnitude)
-        if self.k == self.num_weights or border.magnitude == 0:
-            threshold = torch.nextafter(threshold, torch.tensor(float("inf")))
-        if self._takes_some_zeros:
-            return Cutoff(threshold.item(), True, EqualPart(0.0, self.budget, self.num_zeros))
-        equal = None
-        if border.below < self.k < self.num_weights:
-            equal = EqualPart(border.magnitude, self.k - border.below, border.up_to - border.below)
-        return Cutoff(threshold.item(), self.skip_zeros, equal)
+
+def _beyond_zeros(histogram: Tensor, num_weights: int, num_zeros: int, budget: int) -> float:
+    if num_zeros == num_weights:
+        return torch.finfo(torch.float32).max
+    rank = min(num_zeros + min(budget, num_zeros), num_weights - 1)
+    return bin_edge(max(1, place_of(histogram, rank).bin)) if num_zeros else 0.0
 
 
 def _refuse_rules(threshold, fraction, num_trainable, zeros) -> None:

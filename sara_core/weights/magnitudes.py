@@ -14,10 +14,7 @@ from torch import Tensor
 from .at_positions import index_dtype
 from .shards import held, total
 
-CHUNK_ON_CPU, CHUNK = (
-    1 << 20,
-    1 << 24,
-)  # weights looked at in one go; few enough for a processor's cache
+CHUNK_ON_CPU, CHUNK = 1 << 20, 1 << 24  # weights looked at in one go; few fit a processor's cache
 NUM_BINS = 1 << 15  # upper 16 bits of a non-negative float32
 COARSER = 4  # bits of the mantissa that coarse bins leave out
 NON_FINITE_BIN = 0x7F80  # bins from here on hold infinity and NaN
@@ -75,7 +72,12 @@ def coarsened(histogram: Tensor) -> Tensor:
 
 def coarse_edge(bin_: int) -> float:
     """Return the smallest magnitude of a bin of `coarsened`."""
-    return torch.tensor(bin_ << (16 + COARSER), dtype=torch.int32).view(torch.float32).item()
+    return bin_edge(bin_ << COARSER)
+
+
+def bin_edge(bin_: int) -> float:
+    """Return the smallest magnitude of a bin of `magnitude_histogram`."""
+    return torch.tensor(bin_ << 16, dtype=torch.int32).view(torch.float32).item()
 
 
 def bin_of(magnitude: float) -> int:
@@ -102,11 +104,13 @@ class Place(NamedTuple):
         bin: Of `magnitude_histogram`.
         rank: Within the bin, from 0.
         below: Number of magnitudes in smaller bins.
+        next_bin: The next bin that holds magnitudes, or the one above where none does.
     """
 
     bin: int
     rank: int
     below: int
+    next_bin: int
 
 
 class Level(NamedTuple):
@@ -116,11 +120,13 @@ class Level(NamedTuple):
         magnitude: As float32 has it.
         below: Number of smaller ones.
         up_to: Number of those that are not larger.
+        above: What all that are larger reach at least: the next one, or the bin's edge that comes before it.
     """
 
     magnitude: float
     below: int
     up_to: int
+    above: float
 
 
 def place_of(histogram: Tensor, k: int) -> Place:
@@ -128,7 +134,8 @@ def place_of(histogram: Tensor, k: int) -> Place:
     cumulative = histogram.cumsum(0)
     bin_ = int(torch.searchsorted(cumulative, k, right=True))
     below = int(cumulative[bin_ - 1]) if bin_ else 0
-    return Place(bin_, k - below, below)
+    larger = histogram[bin_ + 1 :].nonzero()
+    return Place(bin_, k - below, below, bin_ + 1 + int(larger[0] if len(larger) else 0))
 
 
 def counts_within(weight: Tensor, bins: Sequence[int]) -> Tensor:
@@ -152,9 +159,12 @@ def level_at(place: Place, counts: Tensor) -> Level:
     """Return the magnitude at a place exactly, from the `counts_within` its bin."""
     cumulative = counts.cumsum(0)
     low = int(torch.searchsorted(cumulative, place.rank, right=True))
-    bits = torch.tensor((place.bin << 16) | low, dtype=torch.int32)
+    larger = counts[low + 1 :].nonzero()
+    above = low + 1 + int(larger[0]) if len(larger) else (place.next_bin - place.bin) << 16
+    bits = torch.tensor([low, above], dtype=torch.int32) + (place.bin << 16)
     below = place.below + (int(cumulative[low - 1]) if low else 0)
-    return Level(bits.view(torch.float32).item(), below, place.below + int(cumulative[low]))
+    magnitude, next_one = bits.view(torch.float32).tolist()
+    return Level(magnitude, below, place.below + int(cumulative[low]), next_one)
 
 
 def mark_small_weights(weight: Tensor, threshold: float, skip_zeros: bool = False) -> Tensor:

@@ -19,8 +19,8 @@ class Selection:
     """Which weights of a model train.
 
     Args:
-        threshold: Absolute weight value; weights strictly closer to zero are selected, unless each parameter
-            has a threshold of its own.
+        threshold: Absolute weight value; weights strictly closer to zero are selected (of equal ones, a part
+            where all would be too many), unless each parameter has a threshold of its own.
         index: Parameter name to sorted flat positions, each shape `(k,)` with `k > 0`, int32 (int64
             for parameters of 2**31 weights or more), on the parameter's device. Positions count
             in row-major order of the parameter's shape, whatever its memory layout. Of a parameter
@@ -56,7 +56,7 @@ def select(
     """Select the weights that train: the smallest share of each parameter, or of all `parameters` together.
 
     Exactly one of `threshold`, `fraction` and `num_trainable` is given. For a budget the threshold
-    is the smallest magnitude left out. The count is met exactly: of equal magnitudes at that border (common in
+    is the smallest magnitude of which none is taken. The count is met exactly: of equal magnitudes at that border (common in
     bfloat16), and of exact zeros where there are more than are to train, an evenly spread part is taken.
 
     Exact zeros are ordinary small weights to the paper, but a padded or pruned base has so many
@@ -110,10 +110,8 @@ def select(
         )
     if skipped and zeros == "auto":
         _warn_of_skipped(skipped, seen.num_weights, by_parameter)
-    thresholds = {name: cutoff.threshold for name, cutoff in own.items()}
-    return Selection(
-        whole.threshold, index, seen.num_weights, seen.num_zeros, skipped > 0, thresholds
-    )
+    thresholds = {name: cutoff.limit for name, cutoff in own.items()}
+    return Selection(whole.limit, index, seen.num_weights, seen.num_zeros, skipped > 0, thresholds)
 
 
 def _warn_of_skipped(skipped: int, num_weights: int, by_parameter: bool) -> None:

@@ -54,3 +54,14 @@ def test_block_names():
     assert block_of("input_blocks.4.1.proj.weight") == "input_blocks.4"
     assert block_of("joint_blocks.3") == "joint_blocks.3"
     assert block_of("context_embedder.weight") == "context_embedder"
+
+
+@pytest.mark.parametrize("zeros", ["train", "skip"])
+def test_a_threshold_for_a_budget_selects_no_fewer(zeros):
+    torch.manual_seed(4)
+    levels = torch.randint(0, 20, (100, 100)).float()  # 5 % zeros, and 5 % of each other level
+    for share, expected in ((0.02, 0.05), (0.08, 0.1), (0.12, 0.15)):
+        found = analyze({"w": levels}, fraction=share, zeros=zeros)
+        trained = select({"w": levels}, threshold=found.cutoff.threshold, zeros=zeros)
+        assert found.total.num_selected == trained.num_selected
+        assert share <= found.total.num_selected / 1e4 <= 1.15 * expected
