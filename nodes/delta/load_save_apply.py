@@ -19,6 +19,7 @@ def describe(delta: SparseDelta) -> str:
     hidden = (
         "sara.parameters",
         "sara.fingerprint",
+        "sara.bases",
         "modelspec.hash_sha256",
         "modelspec.thumbnail",
     )

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from ...sara_core.training.inference_tensors import is_tracked, map_tensors, trackable_copy
+from ...sara_core.weights.to_device import send
 from .attention import with_gradients
 from .families import takes_guidance
 from .schedules import noise_schedule
@@ -119,12 +120,14 @@ class ModelCalls:
             groups.setdefault(_signature(caption), []).append(i)
         if len(groups) == 1:
             return self._denoise_group(noisy, sigma, captions)
-        order, outputs = [], []
-        for members in groups.values():
-            group = [captions[i] for i in members]
-            outputs.append(self._denoise_group(noisy[members], sigma[members], group))
-            order += members
-        back = torch.argsort(torch.tensor(order)).to(noisy.device)
+        order = torch.tensor([i for members in groups.values() for i in members])
+        there, back = send(order, noisy.device), send(torch.argsort(order), noisy.device)
+        counts = [len(members) for members in groups.values()]
+        parts = zip(noisy[there].split(counts), sigma[there].split(counts), strict=True)
+        outputs = [
+            self._denoise_group(*part, [captions[i] for i in members])
+            for part, members in zip(parts, groups.values(), strict=True)
+        ]
         return torch.cat(outputs)[back]
 
     def _denoise_group(self, noisy: Tensor, sigma: Tensor, captions: list[dict]) -> Tensor:

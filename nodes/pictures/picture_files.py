@@ -112,15 +112,20 @@ def read_picture(data: bytes, background: str = "white", name: str = "") -> Pict
         return Picture(colour, opacity)
 
 
+def readable_formats() -> list[str]:
+    """Return those of `FORMATS` that Pillow can read here; no others are tried, whatever a file is called."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
 @contextlib.contextmanager
 def _opened(data: bytes, name: str) -> Iterator[Image.Image]:
     """Open a picture, strictly, whatever other packs have set in Pillow for the whole process."""
     tolerant, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
     largest, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, MAX_PIXELS
     try:
-        Image.init()
         try:
-            image = Image.open(io.BytesIO(data), formats=[f for f in FORMATS if f in Image.OPEN])
+            image = Image.open(io.BytesIO(data), formats=readable_formats())
         except Image.DecompressionBombError as error:
             raise ValueError(f"it is taken for a decompression bomb ({error})") from error
         except Exception as error:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from PIL import Image, ImageOps
 
 from .. import host
-from .picture_files import eight_bit
+from .picture_files import eight_bit, readable_formats
 
 PATH = "/sara/thumbnail"
 SIDE, QUALITY = 144, 60
@@ -26,7 +26,7 @@ def thumbnail(query: Mapping[str, str]) -> bytes | None:
         return None
     out = io.BytesIO()
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=readable_formats()) as image:
             image.draft("RGB", (SIDE, SIDE))  # a JPEG is decoded no larger than needed
             small = ImageOps.exif_transpose(image)
             is_clear = small.has_transparency_data

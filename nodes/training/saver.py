@@ -50,7 +50,6 @@ class Saver:
         self.training, self.previews, self.reporter = training, previews, reporter
         self.losses: list[float] = []
         self.validation: list[tuple[int, float]] = []
-        self._last_saved = 0
         self._identity = identity(
             patcher, examples, training.task.validation, self.folder.settings.offloading
         )
@@ -115,7 +114,7 @@ class Saver:
         Returns:
             What went wrong with the save before, or with this one if `wait` is set.
         """
-        optimizer, self._last_saved = self.training.optimizer, self.training.step
+        optimizer = self.training.optimizer
         try:
             problem = self.folder.save(
                 {
@@ -192,20 +191,30 @@ class Saver:
         """
         settings, optimizer = self.folder.settings, self.training.optimizer
         path = output_folder.final_path(self.folder.path, settings.last_step)
-        present = present_metadata(optimizer, self.previews.thumbnail)
+        present, is_kept = present_metadata(optimizer, self.previews.thumbnail), True
         try:
-            if settings.keep_state and self._last_saved < settings.last_step:
-                self.save()
+            if settings.keep_state:
+                is_kept = self._keep_state(settings.last_step)
             delta = optimizer.delta(with_end(self._metadata, settings.ended_at) | present)
             self.folder.finish(delta, path, self._dtype, settings.last_step, settings.keep_state)
         except BaseException as error:
             self.save_at_the_end(error)
             raise
         logger.info("SaRA Train: saved %s", path)
+        if not is_kept:
+            self.reporter.warn(
+                "the state to go on from could not be saved, free some space; the delta is saved, and "
+                "more_steps will go on from that, with new moments"
+            )
         path = put_out(self.folder, path, self.validation)
         if settings.lora_file != "none":
             self._write_lora(path)
         return path
+
+    def _keep_state(self, step: int) -> bool:
+        """Save the state after the last step, unless that was done; returns whether it is there."""
+        self.folder.finish_saving()
+        return self.folder.saved_step == step or self.save(wait=True) is None
 
     def _write_lora(self, path: Path) -> None:
         """Write the delta that is put out once more for loaders of LoRAs; a failure is said and ends nothing."""

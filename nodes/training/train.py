@@ -154,10 +154,14 @@ class SaraTrain(io.ComfyNode):
         file, losses, delta = processes.lead(  # what is sampled is what is loaded
             lambda: (output_folder.output_relative(path), losses, SparseDelta.load(path))
         )
+        last = losses["loss"][-1:]  # the table may be gone
         return io.NodeOutput(
             host.apply_delta(model[0], delta, 1.0),
             delta,
             losses,
             file,
-            ui={"text": (f"saved {file}, loss {losses['loss'][-1]:.4f}",), **shown},
+            ui={
+                "text": (f"saved {file}" + "".join(f", loss {loss:.4f}" for loss in last),),
+                **shown,
+            },
         )

@@ -13,7 +13,7 @@ from .examples import Examples, split_validation, with_options
 
 
 class TrainingSet:
-    """Pictures with their captions, ready for `sara_core.trainer.TrainingRun`.
+    """Pictures with their captions, ready for `sara_core.training.trainer.TrainingRun`.
 
     Args:
         encoder: Turns latents and captions into what the model takes.
@@ -115,6 +115,8 @@ class TrainingSet:
 
 
 def _at_size(mask: Tensor, latent: Tensor) -> Tensor:
-    """Average a mask `(1, H, W)` to a latent's size, `(1, 1, ..., h, w)`, float32, on the CPU."""
-    small = F.interpolate(mask[None].clone().float().cpu(), latent.shape[-2:], mode="area")
-    return small.reshape(1, 1, *[1] * (latent.dim() - 4), *latent.shape[-2:])
+    """Average a mask `(1, H, W)` to a latent's size, `(1, 1, ..., h, w)` or `(1, 1, length)`, float32, on the CPU."""
+    size = latent.shape[2:][-2:]
+    flat = size if len(size) == 2 else (1, *size)
+    small = F.interpolate(mask[None].clone().float().cpu(), flat, mode="area")
+    return small.reshape(1, 1, *[1] * (latent.dim() - 2 - len(size)), *size)

@@ -48,7 +48,8 @@ def ask(query: Mapping[str, str]) -> dict[str, str | None]:
     run, wish = query.get("run", ""), query.get("wish", "")
     if wish not in WISHES:
         return {"problem": f"{wish!r} cannot be asked; expected one of {', '.join(WISHES)}"}
-    if run not in _runs:
+    wishes = _runs.get(run)  # it may end at any moment
+    if wishes is None:
         return {"problem": f"{run!r} is not being trained"}
-    _runs[run].add(wish)
+    wishes.add(wish)
     return {"problem": None}

@@ -101,7 +101,9 @@ def _factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
     else:
         with torch.random.fork_rng(devices=()):
-            torch.manual_seed(0)
+            torch.random.default_generator.manual_seed(
+                0
+            )  # torch.manual_seed seeds graphics cards too
             u, s, v = torch.svd_lowrank(matrix, q=rank + OVERSAMPLING, niter=POWER_ITERATIONS)
         vh = v.T
     root = s[:rank].sqrt()

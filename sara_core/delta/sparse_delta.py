@@ -1,5 +1,6 @@
 """What a training learned: a sparse change of a model's weights."""
 
+import json
 import logging
 import os
 from collections.abc import Callable, Mapping
@@ -11,6 +12,11 @@ from ..weights import at_positions
 from ..weights.fingerprint import is_same_base
 from ..weights.shards import Shard, held, reshard
 from .delta_file import DeltaEntry, read_entries, write_entries
+
+FINGERPRINT, BASES = (
+    "sara.fingerprint",
+    "sara.bases",
+)  # metadata; the latter of sums over unequal layers
 
 logger = logging.getLogger("comfyui-sara")
 
@@ -87,8 +93,23 @@ class SparseDelta:
         for name in names:
             parts = [d.entries[name] for d in (self, other) if name in d.entries]
             entries[name] = parts[0] if len(parts) == 1 else _sum(*parts)
-        both = self.metadata.items() & other.metadata.items()
-        return SparseDelta(entries, dict(sorted(both)))
+        both = dict(sorted(self.metadata.items() & other.metadata.items()))
+        if FINGERPRINT not in both or self.entries.keys() != other.entries.keys():
+            both.pop(FINGERPRINT, None)
+            bases = sorted({*self._bases(), *other._bases()})
+            both |= {BASES: json.dumps(bases)} if bases else {}
+        return SparseDelta(entries, both)
+
+    def _bases(self) -> list[tuple[str, tuple[str, ...]]]:
+        """Return the fingerprints of the bases of what was added up, with the parameters each is of."""
+        if FINGERPRINT in self.metadata:
+            return [(self.metadata[FINGERPRINT], tuple(self.entries))]
+        try:
+            return [
+                (one, tuple(names)) for one, names in json.loads(self.metadata.get(BASES, "[]"))
+            ]
+        except (ValueError, TypeError):
+            return [("unreadable", tuple(self.entries))]
 
     def mismatches(self, shapes: Mapping[str, tuple[int, ...]], missing: bool = True) -> list[str]:
         """List what keeps it from being applied to parameters of these shapes.
@@ -107,14 +128,17 @@ class SparseDelta:
         return faults
 
     def fits_base(self, weights: Mapping[str, Tensor]) -> bool:
-        """Tell whether it was made on these weights, as far as its fingerprint shows.
+        """Tell whether it was made on these weights, as far as its fingerprints show.
 
         Args:
             weights: Weights by parameter name, of the right names and shapes.
         """
-        fingerprint = self.metadata.get("sara.fingerprint")
         index = {name: entry.index for name, entry in self.entries.items()}
-        return fingerprint is None or is_same_base(fingerprint, weights, index)
+        return all(
+            is_same_base(fingerprint, weights, {name: index[name] for name in names})
+            for fingerprint, names in self._bases()
+            if index.keys() >= set(names)
+        )
 
     @torch.no_grad()
     def apply_to(self, module: nn.Module, strength: float = 1.0) -> Callable[[], None]:
@@ -159,8 +183,9 @@ class SparseDelta:
                 index = index.to(weight.device)
                 positions = index.long()
                 old = at_positions.read(weight, positions)
-                values = entry.values[own].to(weight.device, torch.float32)
-                changed = torch.add(old.float(), values, alpha=strength)
+                precise = torch.promote_types(torch.float32, weight.dtype)
+                values = entry.values[own].to(weight.device, precise)
+                changed = torch.add(old.to(precise), values, alpha=strength)
                 replaced.append((weight, index, old))
                 at_positions.write_(weight, positions, changed.to(weight.dtype))
         except BaseException:

@@ -13,6 +13,10 @@ from torch import Tensor
 from .atomic import replace_atomically
 
 FORMAT = "sara-state-1"
+TEXT, MOST_TEXT = (
+    "text",
+    1 << 25,
+)  # a tensor of longer text than that: a header holds 100 MB at most
 
 
 def snapshot(state):
@@ -44,6 +48,9 @@ def write_state(path: str | os.PathLike, state: dict) -> None:
     tensors: dict[str, Tensor] = {}
     text = json.dumps(_take_tensors(state, tensors))
     metadata = {"format": FORMAT, "state": text, "sha256": _digest(text, tensors)}
+    if len(text) > MOST_TEXT:
+        tensors[TEXT] = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+        del metadata["state"]
     replace_atomically(Path(path), lambda temporary: save_file(tensors, temporary, metadata))
 
 
@@ -63,9 +70,12 @@ def read_state(path: str | os.PathLike) -> dict:
             tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
         if metadata.get("format") != FORMAT:
             raise ValueError(f"its metadata lack format = {FORMAT!r}")
-        if metadata.get("sha256") != _digest(metadata.get("state", ""), tensors):
+        text = metadata.get("state", "")
+        if TEXT in tensors:
+            text = tensors.pop(TEXT).numpy().tobytes().decode()
+        if metadata.get("sha256") != _digest(text, tensors):
             raise ValueError("its contents do not fit its checksum, the file is damaged")
-        return _put_tensors(json.loads(metadata["state"]), tensors)
+        return _put_tensors(json.loads(text), tensors)
     except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} cannot be used to resume a run: {error}") from error
 

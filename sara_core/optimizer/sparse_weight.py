@@ -10,6 +10,7 @@ from ..weights.shards import Shard, held, refuse_other_division, total
 from ..weights.to_device import send
 
 GAP_DTYPES = (torch.uint8, torch.int16, torch.int32)
+SOME = 1 << 18  # base values put back in one go
 
 
 class SparseWeight:
@@ -204,15 +205,21 @@ class SparseWeight:
     def restore_(self) -> None:
         """Put the base values back into the parameter, bit for bit, and keep the trained ones.
 
-        They are put back even if there is no memory to keep the trained ones, which raises.
+        They are put back even if there is no memory to keep the trained ones, which raises. That takes hardly
+        any memory, as some positions at a time are computed.
         """
-        if self.is_quantised:
+        if self._base is None:
             self.acting = None
             return
         try:
             self.keep()
         finally:
-            self._put(self.base, self.index)
+            self._refuse_other_parameter()
+            last, dense = self._gaps.new_zeros(1, dtype=torch.int64), held(self.parameter.data)
+            for gaps, base in zip(self._gaps.split(SOME), self._base.split(SOME), strict=True):
+                positions = torch.cumsum(gaps, 0, dtype=torch.int64).add_(last)
+                at_positions.write_(dense, positions, base)
+                last = positions[-1:]
 
     @torch.no_grad()
     def scale_(self, strength: float) -> None:

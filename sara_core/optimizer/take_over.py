@@ -60,15 +60,13 @@ def take_over_weights(
             for saved in (index_here, record["base"][own], record["values"][own])
         )
         weight = SparseWeight(record["name"], parameter, positions, base, values, shard)
-        weight.write_(values, positions)
         weight.threshold = record.get("threshold")
         if averaged and "average" in record:
             weight.average = record["average"][own].to(learned_on(parameter), copy=True)
-        if record["frozen"]:
-            model.frozen.append(weight)
-        else:
-            model.active.append(weight)
+        (model.frozen if record["frozen"] else model.active).append(weight)
+        if not record["frozen"]:
             taken.append(own)
+        weight.write_(values, positions)  # last: what is in neither list could not be put back
     model.attach()
     reshard(model.module)
     return taken

@@ -26,19 +26,22 @@ def refuse_bad_options(betas: Sequence[float], **values: float) -> None:
         raise ValueError(f"betas are {betas!r}; expected two numbers in [0, 1)")
 
 
-def clip_(leaves: Sequence[nn.Parameter], max_norm: float) -> None:
+def clip_(leaves: Sequence[nn.Parameter], max_norm: float) -> Tensor:
     """Scale gradients down to a norm over all of them, those divided over processes included.
 
     Args:
         leaves: Their gradients are changed in place.
         max_norm: The largest that is left as it is.
+
+    Returns:
+        The norm they had, shape `()`.
     """
     groups: dict[object, list[nn.Parameter]] = {}
     for leaf in leaves:  # torch takes no norm over both kinds
         groups.setdefault(getattr(leaf, "device_mesh", None), []).append(leaf)
     if len(groups) == 1:
-        nn.utils.clip_grad_norm_(leaves, max_norm)
-        return
+        norm = nn.utils.clip_grad_norm_(leaves, max_norm)
+        return norm.full_tensor() if is_sharded(norm) else norm  # type: ignore[attr-defined]
     norms = [
         nn.utils.get_total_norm([leaf.grad for leaf in group if leaf.grad is not None])
         for group in groups.values()
@@ -49,6 +52,7 @@ def clip_(leaves: Sequence[nn.Parameter], max_norm: float) -> None:
     for leaf in leaves:
         if leaf.grad is not None:
             held(leaf.grad).mul_(factor.to(leaf.device))
+    return total_norm
 
 
 def hand_on(

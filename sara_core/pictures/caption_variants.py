@@ -17,7 +17,7 @@ class VariantRule:
         shuffle: Put tags, separated by commas, in another order.
         keep: Number of tags at the beginning that stay where they are and are never left out.
         dropout: Chance of each of the others to be left out, in `[0, 1]`.
-        trigger: Tags that hold this word come first, so that they are among those that are kept.
+        trigger: Tags that hold this word come first, before those that are kept are counted.
         count: Number of captions that are made where tags are shuffled or left out.
         seed: Of what is drawn.
 

@@ -32,8 +32,8 @@ def checkpointed(module: nn.Module, enabled: bool = True, in_place: bool = False
     Args:
         module: Model whose blocks are checkpointed.
         enabled: False does nothing.
-        in_place: The blocks change tensors that backward needs, as `in_place.changes_saved_tensors`
-            tells; the whole step is then to run under `in_place.changes_allowed`.
+        in_place: The blocks change tensors that backward needs, as `in_place_changes.changes_saved_tensors`
+            tells; the whole step is then to run under `changes_allowed` of that module.
     """
     changed = []
     try:

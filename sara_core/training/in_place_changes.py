@@ -15,6 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..weights.written import written_to
 from . import weight_casts
 
 
@@ -41,7 +42,7 @@ def changes_saved_tensors(forward: Callable[[], object]) -> bool:
 def changes_allowed() -> Iterator[None]:
     """Let a forward pass change saved tensors: what backward needs of them is copied before.
 
-    Forward and backward pass both belong inside. Copies of weights are not kept, see `casts`. As torch's `allow_mutation_on_saved_tensors`, which
+    Forward and backward pass both belong inside. Copies of weights are not kept, see `weight_casts`. As torch's `allow_mutation_on_saved_tensors`, which
     goes by address and version of a tensor and so misses changes through a view that begins further
     on; this goes by the memory they share.
     """
@@ -59,13 +60,8 @@ class _Writes(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if function._schema.is_mutable:
-            for i, argument in enumerate(function._schema.arguments):
-                if argument.alias_info is not None and argument.alias_info.is_write:
-                    given = args[i] if i < len(args) else kwargs.get(argument.name)
-                    for tensor in given if isinstance(given, (list, tuple)) else (given,):
-                        if isinstance(tensor, Tensor):
-                            self.before_write(tensor)
+        for tensor in written_to(function, args, kwargs):
+            self.before_write(tensor)
         return function(*args, **kwargs)
 
 

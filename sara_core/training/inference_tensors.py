@@ -1,5 +1,6 @@
 """Turn tensors made in inference mode into ordinary ones that autograd can save."""
 
+import copy
 import dataclasses
 from collections.abc import Callable
 
@@ -46,9 +47,12 @@ def map_tensors(value, change: Callable[[Tensor], Tensor]):
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, dict):
-        return {key: map_tensors(item, change) for key, item in value.items()}
+        changed_dict = copy.copy(value)  # of the same kind
+        changed_dict.update({key: map_tensors(item, change) for key, item in value.items()})
+        return changed_dict
     if isinstance(value, (list, tuple)):
-        return type(value)(map_tensors(item, change) for item in value)
+        items = [map_tensors(item, change) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = [field.name for field in dataclasses.fields(value) if field.init]
         changed = {name: map_tensors(getattr(value, name), change) for name in fields}

@@ -126,13 +126,17 @@ class Passes:
         weighting, gamma = self._config.loss_weighting, self._config.snr_gamma
         return (losses * self.task.schedule.weight(sigma, weighting, gamma)).mean()
 
-    def total_loss(self, draw: tuple) -> Tensor:
-        """Return the sum of the losses of what `draw` returned, of all its pictures."""
+    def total_loss(self, draw: tuple, num_parts: int) -> Tensor:
+        """Return the sum of the losses of what `draw` returned, of all its pictures, in so many parts."""
+        size = self._size_of_parts(len(draw[0]), num_parts)
         losses = [
-            self.losses(*(part[start : start + self._most] for part in draw)).sum()
-            for start in range(0, len(draw[0]), self._most)
+            self.losses(*(part[start : start + size] for part in draw)).sum()
+            for start in range(0, len(draw[0]), size)
         ]
         return torch.stack(losses).sum()
+
+    def _size_of_parts(self, count: int, num_parts: int) -> int:
+        return max(1, min(self._most, -(-count // num_parts)))
 
     def backward(self, draw: tuple, weight: float, tally: NoiseTally | None = None) -> Tensor:
         """Add the gradient of a batch's mean loss times a weight; returns the loss.
@@ -142,7 +146,7 @@ class Passes:
         count, losses = len(draw[0]), [draw[2].new_zeros(())]
         if not count and self._scaler is not None:  # it finds its scale when it is first used
             self._scaler.scale(losses[0])
-        size = max(1, min(self._most, -(-count // self.num_parts)))
+        size = self._size_of_parts(count, self.num_parts)
         for start in range(0, count, size):
             with changes_allowed() if self.in_place else weight_casts.recomputed():
                 loss = self._weighted(tally, *(part[start : start + size] for part in draw))

@@ -59,7 +59,7 @@ class RunFolder:
         self.settings = RunSettings.read(saved)
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="sara-save")
         self._pending: Future | None = None
-        self._saved_step = 0
+        self._saved_step = self._saving_step = 0
         self._losses = StepTable(self.path / LOSSES, COLUMNS)
         self._validation = StepTable(self.path / VALIDATION, VALIDATION_COLUMNS)
         self._events = EventFiles(self.path / EVENTS)
@@ -96,6 +96,11 @@ class RunFolder:
         """Note which job this is a run of, to be found when the job is started again."""
         with contextlib.suppress(OSError):
             (self.path / JOB).write_text(job, encoding="utf-8")
+
+    @property
+    def saved_step(self) -> int:
+        """Step of the state that was saved last, by this object; 0 before any was."""
+        return self._saved_step
 
     @property
     def can_resume(self) -> bool:
@@ -170,6 +175,7 @@ class RunFolder:
             if nothing did.
         """
         problem = self.finish_saving()
+        self._saving_step = state["run"]["step"]
         self._pending = self._writer.submit(
             self._write, snapshot(state), dict(metadata), keep, dtype
         )
@@ -242,16 +248,18 @@ class RunFolder:
 
     def forget_bests_after(self, step: int) -> None:
         """Delete what was kept as best after a step from which the run goes on, as it will be again."""
-        self._saved_step = step
+        self._saved_step = self._saving_step = step
         for path in self.path.glob(BESTS):
             if path.name > BEST.format(step):
                 _forget(path)
 
     def _forget_bests(self, newest: int) -> None:
-        """Delete all but the newest and the last one up to the state that was saved last."""
+        """Delete all but the newest and the last ones up to the states that were saved and are being saved."""
         names = sorted(path.name for path in self.path.glob(BESTS))
-        covered = [name for name in names if name <= BEST.format(self._saved_step)]
-        for name in set(names) - {BEST.format(newest), *covered[-1:]}:
+        needed = {BEST.format(newest)}
+        for step in (self._saved_step, self._saving_step):
+            needed |= set([name for name in names if name <= BEST.format(step)][-1:])
+        for name in set(names) - needed:
             _forget(self.path / name)
 
     def best_path(self, step: int) -> Path:
@@ -300,8 +308,9 @@ class RunFolder:
         delta.save(path, dtype)
         if not keep_state or self._saved_step != step:
             _forget(self.path / STATE)
-        _forget(self.path / CHECKPOINT.format(step))
-        self._saved_step = step
+        if (checkpoint := self.path / CHECKPOINT.format(step)) != Path(path):
+            _forget(checkpoint)
+        self._saved_step = self._saving_step = step
         if newest := max(self.path.glob(BESTS), default=None):
             self._forget_bests(int(newest.name.split("_")[1]))
         self.log(f"finished, saved {Path(path).name}")

@@ -58,11 +58,11 @@ class StepReport:
 
     Args:
         step: Number of the update, from 1.
-        loss: Mean loss over the pictures of the update.
+        loss: Mean over the batches of the update, of the mean loss over the pictures of each.
         learning_rate: Used in the update.
         stage: 1 before the progressive adjustment, 2 after.
         skipped: The loss or a gradient was not finite, so nothing was updated.
-        regularisation_loss: Mean loss over the regularisation pictures, if there are any.
+        regularisation_loss: The same of the regularisation pictures, if there are any.
     """
 
     step: int

@@ -11,7 +11,7 @@ from ..delta.sparse_delta import SparseDelta
 from ..optimizer.learning_rate import factor
 from ..optimizer.packages import SCHEDULE_FREE
 from ..optimizer.sara_adamw import SaraAdamW
-from ..weights.shards import is_sharded
+from ..optimizer.updates import clip_
 from .batches import BatchOrder, by_key
 from .config import TrainConfig
 from .memory_need import most_bytes
@@ -80,6 +80,7 @@ class TrainingRun:
         self._set_batches(config.batch_size * self.processes.size)
         self.peak_rate = optimizer.param_groups[0]["lr"]
         self._bad_steps = 0
+        self._parts_to_measure = 1
         self._half_made = False
         self._is_enough = False
         self._mark()
@@ -133,7 +134,16 @@ class TrainingRun:
         Raises:
             ValueError: It does not fit the model; nothing has been changed then.
         """
+        if len(state["remaining"]) != len(self._orders):
+            raise ValueError(
+                f"the state is of a run with {len(state['remaining'])} sets of pictures, but there are "
+                f"{len(self._orders)} here: connect regularisation pictures only if it had some"
+            )
+        progressive_step = self.optimizer.progressive_step
         self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.progressive_step = (
+            progressive_step  # as the settings have it, also of more steps
+        )
         if self.scaler is not None and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self.step = state["step"]
@@ -153,7 +163,7 @@ class TrainingRun:
         """
         self.optimizer.start_from(delta, self.config.schedule_start)
         self.step = self.config.schedule_start
-        self._generator.manual_seed(self.config.seed + self.step)
+        self._generator.manual_seed((self.config.seed + self.step) % (1 << 64))
         self._mark()
 
     def look_for_in_place_changes(self) -> None:
@@ -186,8 +196,24 @@ class TrainingRun:
         """Return the loss on the pictures held out, at the same noise every time; None without any.
 
         It is that of the average of the trained values, where the optimizer keeps one.
-        The run's own random numbers are not touched.
+        The run's own random numbers are not touched. Where memory runs out, pictures are measured in smaller parts.
         """
+        while True:
+            num_parts = max(self.passes.num_parts, self._parts_to_measure)
+            try:
+                return self._validate(num_parts)
+            except Exception as error:
+                if not is_out_of_memory(error) or num_parts >= self.batch_size:
+                    raise
+            self._parts_to_measure = min(2 * num_parts, self.batch_size)
+            self._free_memory()  # outside the except block, where the error held on to tensors
+            logger.warning(
+                "memory ran out while pictures held out were measured; going on in %d parts, with the same "
+                "result",
+                self._parts_to_measure,
+            )
+
+    def _validate(self, num_parts: int) -> float | None:
         batches = [
             bucket[start : start + self.batch_size]
             for bucket in by_key(self.task.keys, self.task.validation).values()
@@ -196,7 +222,7 @@ class TrainingRun:
         generator = torch.Generator().manual_seed(VALIDATION_SEED)
         with torch.no_grad(), self.optimizer.at_strength(1.0):
             losses = [
-                self.passes.total_loss(self.passes.draw(batch, generator))
+                self.passes.total_loss(self.passes.draw(batch, generator), num_parts)
                 for batch in batches * VALIDATION_DRAWS
             ]
         count = len(losses) and len(self.task.validation) * VALIDATION_DRAWS
@@ -319,8 +345,7 @@ class TrainingRun:
             scaler.unscale_(optimizer)
         optimizer.add_low_rank_gradient_()
         limit = self.config.max_grad_norm or float("inf")
-        norm = torch.nn.utils.clip_grad_norm_(optimizer.parameters(), limit)
-        norm = norm.full_tensor() if is_sharded(norm) else norm  # type: ignore[attr-defined]
+        norm = clip_(optimizer.parameters(), limit)
         is_finite = torch.isfinite(losses.sum()) & torch.isfinite(norm)
         *found, told = torch.cat([losses, is_finite.to(losses)[None]]).tolist()
         finite = bool(told)

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 from .copies_ahead import CopiesAhead
 from .stored import Scratch, Source
+from .written import written_to
 
 SMALL = 1 << 16  # weights up to which a parameter is not worth sending again and again
 aten = torch.ops.aten
@@ -91,23 +92,15 @@ class Quantised(Tensor):
             dtype = kwargs.get("dtype", args[0].dtype)
             if dtype == args[0].dtype or dtype.itemsize < args[0].dtype.itemsize:
                 return args[0]._other(**kwargs)
-        if function._schema.is_mutable:
-            _refuse_writing(function, args, kwargs)
+        if any(isinstance(tensor, Quantised) for tensor in written_to(function, args, kwargs)):
+            raise RuntimeError(
+                f"{function} would change a weight that SaRA keeps as it is stored while it trains; "
+                "change it before or after the training"
+            )
         passing = function in WITH_RESULTS_OF_THEIR_OWN
         passing &= sum(isinstance(given, Quantised) for given in args) == 1
         given = tree_map_only(Quantised, lambda weight: weight.numbers(passing), (args, kwargs))
         return function(*given[0], **given[1])
-
-
-def _refuse_writing(function, args: tuple, kwargs: dict[str, Any]) -> None:
-    for i, argument in enumerate(function._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            given = args[i] if i < len(args) else kwargs.get(argument.name)
-            if isinstance(given, Quantised):
-                raise RuntimeError(
-                    f"{function} would change a weight that SaRA keeps as it is stored while it trains; "
-                    "change it before or after the training"
-                )
 
 
 def learned_on(weight: Tensor) -> torch.device:

@@ -6,6 +6,7 @@ from torch import nn
 
 from sara_core import DeltaEntry, SaraAdamW, SparseDelta
 from sara_core.weights import at_positions
+from sara_core.weights.fingerprint import take_fingerprint
 
 from ..helpers import Net, loss_of
 
@@ -161,3 +162,32 @@ def test_an_unreadable_fingerprint_counts_as_another_base(trained, text, caplog)
     base, _, delta = trained
     SparseDelta(delta.entries, {"sara.fingerprint": text}).apply_to(base)
     assert "trained on another base" in caplog.text
+
+
+def test_a_sum_over_unequal_layers_knows_the_bases_of_its_parts(trained, caplog):
+    base, _, delta = trained
+    names = sorted(delta.entries)
+    parts = []
+    for own in (names[:1], names[1:]):
+        entries = {name: delta.entries[name] for name in own}
+        fingerprint = take_fingerprint(dict(Net().named_parameters()), own)
+        parts.append(SparseDelta(entries, {"sara.fingerprint": fingerprint}))
+    merged = 0.5 * parts[0] + 0.5 * (parts[1] + SparseDelta({}))
+    merged.apply_to(base)
+    assert not caplog.records
+    merged.apply_to(Net(seed=1))
+    assert "trained on another base" in caplog.text
+    assert not (merged + merged).fits_base(dict(Net(seed=1).named_parameters()))
+    broken = SparseDelta(merged.entries, {"sara.bases": "nonsense"})
+    assert not broken.fits_base(dict(base.named_parameters()))
+
+
+def test_a_double_precision_model_takes_it_without_rounding(trained):
+    _, _, delta = trained
+    model = Net().double()
+    before = model.last.weight.detach().clone()
+    delta.apply_to(model, strength=1 / 3)
+    found = delta.entries["last.weight"]
+    dense = torch.zeros(before.numel(), dtype=torch.float64)
+    dense[found.index.long()] = found.values.double() / 3
+    assert torch.allclose(model.last.weight, before + dense.view_as(before), rtol=0, atol=1e-16)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from sara_core.files import state_file
 from sara_core.files.state_file import read_state, write_state
 
 
@@ -34,3 +35,19 @@ def test_damaged_states_are_refused(tmp_path):
         read_state(path)
     with pytest.raises(FileNotFoundError, match="no such state"):
         read_state(tmp_path / "none")
+
+
+def test_text_that_no_header_holds_is_kept_beside_the_tensors(tmp_path, monkeypatch):
+    path = tmp_path / "s.safetensors"
+    state = {"identity": ["é" * 99] * 700_000, "a": torch.arange(3)}  # more than 100 MB
+    write_state(path, state)
+    found = read_state(path)
+    assert found["identity"] == state["identity"]
+    assert found["a"].tolist() == [0, 1, 2]
+    monkeypatch.setattr(state_file, "MOST_TEXT", 10)
+    write_state(path, {"b": ["text"] * 9, "c": torch.ones(2)})
+    damaged = bytearray(path.read_bytes())
+    damaged[damaged.rindex(b"text")] ^= 1
+    path.write_bytes(damaged)
+    with pytest.raises(ValueError, match="cannot be used to resume"):
+        read_state(path)

@@ -236,3 +236,15 @@ def test_a_cast_to_a_wider_dtype_is_of_the_numbers():
         weight = small.first.weight.detach()
         assert torch.equal(weight.float(), weight.clone().float())
         assert isinstance(weight.to(torch.bfloat16), Quantised)
+
+
+def test_stored_weights_are_not_written_to_one_by_one_or_in_lists():
+    small, converters, _ = stored_and_wide("float8_e4m3fn")
+    before = bytes_of(small)
+    with numbers_on_use(small, converters, torch.float32), torch.no_grad():
+        weights = [p for p in small.parameters() if isinstance(p, Quantised)]
+        for change in (lambda: weights[0].mul_(2.0), lambda: torch._foreach_mul_(weights, 2.0)):
+            with pytest.raises(RuntimeError, match="keeps as it is stored"):
+                change()
+    after = bytes_of(small)
+    assert all(torch.equal(after[name], value) for name, value in before.items())

@@ -1,12 +1,15 @@
 """Saved states of the optimizer: exact when they fit, refused when they do not."""
 
 import copy
+import itertools
 
 import pytest
 import torch
 from torch import nn
 
 from sara_core import SaraAdamW
+from sara_core.optimizer import sparse_weight
+from sara_core.weights import at_positions
 
 from ..helpers import LR, THRESHOLD, Net, loss_of, pair
 
@@ -112,3 +115,44 @@ def test_a_state_from_another_base_is_refused():
     other = SaraAdamW(Net(seed=1), THRESHOLD, lr=LR)
     with pytest.raises(ValueError, match="another base"):
         optimizer.load_state_dict(other.state_dict())
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_memory_that_runs_out_while_a_state_is_taken_over_leaves_the_base(which, monkeypatch):
+    options = {"lr": LR, "low_rank_weight": 0, "ema_decay": 0.9}
+    net = Net()
+    optimizer = SaraAdamW(net, THRESHOLD, **options)
+    loss_of(net, 0).backward()
+    optimizer.step()
+    state = optimizer.state_dict()
+
+    base = Net()
+    before = copy.deepcopy(base.state_dict())
+    second = SaraAdamW(base, THRESHOLD, **options)
+    write, calls = at_positions.write_, itertools.count()
+
+    def run_out(*args):
+        write(*args)
+        if next(calls) == second_pass + which:
+            raise torch.OutOfMemoryError("out of memory")
+
+    second_pass = len(second._weights.active)  # the first puts base values back
+    monkeypatch.setattr(at_positions, "write_", run_out)
+    with pytest.raises(torch.OutOfMemoryError):
+        second.load_state_dict(state)
+    second.restore()
+    for name, value in base.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_base_values_are_put_back_some_at_a_time(monkeypatch):
+    monkeypatch.setattr(sparse_weight, "SOME", 7)
+    net = Net()
+    before = copy.deepcopy(net.state_dict())
+    optimizer = SaraAdamW(net, THRESHOLD, lr=LR)
+    loss_of(net, 0).backward()
+    optimizer.step()
+    assert not torch.equal(net.last.weight, before["last.weight"])
+    optimizer.restore()
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, before[name])

@@ -22,7 +22,7 @@ def test_the_loss_of_a_batch_is_weighted_and_that_of_validation_is_not(num_parts
     assert float(weighted.passes.backward(draw, 1.0)) == pytest.approx(float(expected), rel=1e-5)
     assert float(plain.passes.backward(draw, 1.0)) == pytest.approx(float(losses.mean()), rel=1e-5)
     assert not torch.isclose(expected, losses.mean(), rtol=0.1)
-    assert float(weighted.passes.total_loss(draw).detach()) == pytest.approx(
+    assert float(weighted.passes.total_loss(draw, num_parts).detach()) == pytest.approx(
         float(losses.sum()), rel=1e-5
     )
 
@@ -115,3 +115,23 @@ def test_a_choice_of_captions_changes_nothing_where_there_is_none():
     torch.rand(2, generator=one)
     run.passes.draw([0, 1], one, to_learn=True)
     assert torch.equal(one.get_state(), two.get_state())
+
+
+def test_pictures_held_out_are_measured_in_parts_where_memory_is_short():
+    def fail(count):
+        if count > 1:
+            raise torch.OutOfMemoryError("out of memory")
+
+    _, plain = make()
+    freed = []
+    _, short = make(fail, free=lambda: freed.append(1))
+    for run in (plain, short):
+        run.task.training, run.task.validation = range(3, 7), (0, 1, 2)
+    assert short.validate() == pytest.approx(plain.validate(), rel=1e-6)
+    assert len(freed) == 2  # for two parts, and then for four
+    assert short.validate() == pytest.approx(plain.validate(), rel=1e-6)
+    assert len(freed) == 2
+    with pytest.raises(torch.OutOfMemoryError):
+        run_without = make(lambda count: fail(2))[1]
+        run_without.task.validation = (0,)
+        run_without.validate()

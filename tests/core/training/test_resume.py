@@ -85,3 +85,29 @@ def tensors_in(value):
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from tensors_in(item)
+
+
+def test_more_steps_follow_their_settings_and_another_set_of_pictures_is_refused_whole():
+    _, first = make()
+    list(islice(first, 4))
+    state = first.state()
+    net, second = make(steps=20)
+    second.optimizer.progressive_step = 0  # as `RunSettings.extended_by` may have it
+    second.load_state(state)
+    list(second)
+    assert (second.step, second.optimizer.stage) == (20, 1)
+
+    net, other = make()
+    before = [tensor.clone() for tensor in net.state_dict().values()]
+    with pytest.raises(ValueError, match="2 sets of pictures, but there are 1"):
+        other.load_state({**state, "remaining": [[], []]})
+    assert other.step == 0
+    assert_equal(list(net.state_dict().values()), before)
+
+
+def test_the_largest_seed_goes_on_from_a_delta():
+    _, first = make()
+    list(islice(first, 4))
+    _, second = make(steps=16, schedule_start=12, seed=2**64 - 1)
+    second.load_delta(first.optimizer.delta())
+    assert next(iter(second)).step == 13

@@ -3,6 +3,7 @@
 import csv
 import os
 import shutil
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from sara_core import SparseDelta
+from sara_core.training import run_folder
 from sara_core.training.run_folder import RunFolder
 from sara_core.training.run_settings import RunSettings
 from sara_core.training.task import StepReport
@@ -227,3 +229,41 @@ def test_a_folder_that_vanishes_is_made_again_with_all_that_is_learned(tmp_path,
     assert SparseDelta.load(path).num_values == run.optimizer.delta().num_values
     assert RunFolder(folder.path).settings == RunSettings(**SETTINGS)
     assert "has been made again" in (folder.path / "log.txt").read_text()
+
+
+def test_the_best_of_a_save_under_way_is_not_deleted(tmp_path, monkeypatch):
+    folder = RunFolder.create(tmp_path, "style", RunSettings(**SETTINGS))
+    _, run = make()
+    steps, may_write = iter(run), threading.Event()
+
+    def best_at(step):
+        while run.step < step:
+            next(steps)
+        folder.keep_best(run.optimizer.delta(), step, torch.float16)
+
+    best_at(2)
+    folder.save({"run": run.state()}, {}, keep=2, wait=True)
+    best_at(4)
+    write = run_folder.write_state
+    monkeypatch.setattr(run_folder, "write_state", lambda *a: (may_write.wait(60), write(*a)))
+    next(steps)
+    folder.save({"run": run.state()}, {}, keep=2)
+    best_at(6)
+    kept = sorted(path.name for path in folder.path.glob("best_*"))
+    assert kept == [f"best_000000{step}_steps.safetensors" for step in (2, 4, 6)]
+    may_write.set()
+    assert folder.finish_saving() is None
+    assert (folder.saved_step, folder.read_state()["run"]["step"]) == (5, 5)
+    folder.forget_bests_after(5)
+    assert folder.best_path(4).is_file()
+    folder.close()
+
+
+def test_a_run_may_be_called_like_its_checkpoints(tmp_path):
+    folder = RunFolder.create(tmp_path, "checkpoint", RunSettings(**SETTINGS))
+    _, run = make()
+    next(iter(run))
+    path = folder.path / "checkpoint_1000000_steps.safetensors"
+    folder.finish(run.optimizer.delta(), path, torch.float16, 1_000_000)
+    assert SparseDelta.load(path).num_values
+    folder.close()
