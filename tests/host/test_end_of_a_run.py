@@ -334,3 +334,28 @@ def test_what_has_learned_nothing_yet_is_no_best(sd15, sara, tmp_path, monkeypat
     assert not list((tmp_path / "runs").iterdir())
     path, _, _ = run(sara, sd15, tmp_path / "runs", held_out(sara, put_out="best validation"))
     assert path.name == "best_0000001_steps.safetensors"  # of those that have learned something
+
+
+@pytest.mark.parametrize("fails", [1, 2])
+def test_a_last_state_that_finds_no_room_is_tried_again_and_then_told(
+    sd15, sara, tmp_path, monkeypatch, fails
+):
+    write, left = sara.folder.write_state, [fails]
+
+    def full(path, state):
+        if state["run"]["step"] == 4 and left[0]:
+            left[0] -= 1
+            raise OSError(28, "No space left on device")
+        write(path, state)
+
+    monkeypatch.setattr(sara.folder, "write_state", full)
+    options = settings(sara, steps=4, save_every_steps=2)
+    path, _, chart = run(sara, sd15, tmp_path, options)
+    assert path.name == "run_4_steps.safetensors"
+    is_told = "the state to go on from could not be saved" in "".join(chart["warnings"])
+    assert is_told == (fails == 2)
+    assert (path.parent / "state.safetensors").is_file() == (fails == 1)
+    more = options.extended_by(2, options)
+    path, losses, chart = run(sara, sd15, tmp_path / "run_00001", more, resume=True)
+    assert (path.name, len(losses["loss"])) == ("run_6_steps.safetensors", 6)
+    assert ("with new moments" in "".join(chart["warnings"])) == (fails == 2)
