@@ -105,7 +105,6 @@ def test_all_nodes_are_there_with_their_public_names(server):
 
 def test_analyze_reports_what_the_core_finds(server, trained):
     text = trained["outputs"][trained["analyze"]]["text"][0]
-    assert "selects 1,051,4" in text
     assert "joint_blocks.3" in text
     weights = load_file(checkpoint())
     prefix = "model.diffusion_model."
@@ -114,14 +113,18 @@ def test_analyze_reports_what_the_core_finds(server, trained):
          if k.startswith(prefix) and w.dim() > 1 and "pos_embed" not in k]
     )  # fmt: skip
     threshold = float(re.match(r"threshold (\S+) selects", text)[1])
-    count = round(0.1 * len(flat))
-    assert threshold == pytest.approx(flat.sort().values[count].item(), rel=1e-5)
+    border = flat.sort().values[round(0.1 * len(flat))]  # one of several that are equal
+    above = flat[flat > border].min()
+    assert border < threshold <= above * (1 + 1e-5)
+    assert f"selects {int((flat <= border).sum()):,} of" in text
 
 
 def test_training_writes_a_file_that_scripts_can_read(server, delta_name, trained):
     assert delta_name == "shared_00001/shared_40_steps.safetensors"
     delta = SparseDelta.load(server.base / "output" / "sara" / delta_name)
-    assert 1_050_000 < delta.num_values < 1_052_000
+    assert (
+        1_051_852 <= delta.num_values < 1_053_000
+    )  # a tenth, and those that are equal to the largest
     assert '"steps": 40' in delta.metadata["sara.settings"]
     assert delta.metadata["modelspec.architecture"] == "sd3/sara"
     assert delta.metadata["modelspec.prediction_type"] == "flow"
