@@ -214,7 +214,9 @@ class Saver:
     def _keep_state(self, step: int) -> bool:
         """Save the state after the last step, unless that was done; returns whether it is there."""
         self.folder.finish_saving()
-        return self.folder.saved_step == step or self.save(wait=True) is None
+        if self.folder.saved_step != step:
+            self.save(wait=True)
+        return self.folder.saved_step == step
 
     def _write_lora(self, path: Path) -> None:
         """Write the delta that is put out once more for loaders of LoRAs; a failure is said and ends nothing."""
