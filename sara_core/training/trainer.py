@@ -12,8 +12,10 @@ from ..optimizer.learning_rate import factor
 from ..optimizer.packages import SCHEDULE_FREE
 from ..optimizer.sara_adamw import SaraAdamW
 from ..optimizer.updates import clip_
-from .batches import BatchOrder, by_key
+from .batches import by_key
 from .config import TrainConfig
+from .draws import Draws
+from .held_out import HeldOut
 from .memory_need import most_bytes
 from .noise_tally import NoiseTally
 from .out_of_memory import is_out_of_memory
@@ -24,7 +26,6 @@ from .task import StepReport, TrainingTask
 logger = logging.getLogger("comfyui-sara")
 
 MAX_BAD_STEPS = 5
-VALIDATION_SEED, VALIDATION_DRAWS = 2409, 4
 
 
 class TrainingRun:
@@ -53,7 +54,6 @@ class TrainingRun:
 
     Attributes:
         processes: Those that train together.
-        batch_size: Pictures of a batch, in all of them.
         peak_rate: Learning rate at the top of the present course.
 
     Raises:
@@ -74,13 +74,12 @@ class TrainingRun:
         self.passes = Passes(task, config, scaler)
         self.noise_tally = NoiseTally(task.schedule)
         self._free_memory = free_memory
-        self._generator = torch.Generator().manual_seed(config.seed)
         own = Processes(optimizer.parameters()[0].device, optimizer.distributed)
         self.processes = processes or own
-        self._set_batches(config.batch_size * self.processes.size)
+        self._draws = Draws(task, config, self.passes, self.processes)
+        self._held_out = HeldOut(task, self.passes, free_memory)
         self.peak_rate = optimizer.param_groups[0]["lr"]
         self._bad_steps = 0
-        self._parts_to_measure = 1
         self._half_made = False
         self._is_enough = False
         self._mark()
@@ -88,6 +87,11 @@ class TrainingRun:
     def end(self) -> None:
         """Make no more updates, in no process, after those that were made."""
         self._is_enough = True
+
+    @property
+    def batch_size(self) -> int:
+        """Pictures of a batch, in all processes."""
+        return self._draws.batch_size
 
     @property
     def in_place(self) -> bool:
@@ -116,7 +120,7 @@ class TrainingRun:
         """
         if self._half_made:
             raise RuntimeError("an error struck in the middle of an update")
-        generator, remaining, num_parts, _ = self._marked
+        (generator, remaining), num_parts, _ = self._marked
         return {
             "step": self.step,
             "generator": generator,
@@ -134,11 +138,7 @@ class TrainingRun:
         Raises:
             ValueError: It does not fit the model; nothing has been changed then.
         """
-        if len(state["remaining"]) != len(self._orders):
-            raise ValueError(
-                f"the state is of a run with {len(state['remaining'])} sets of pictures, but there are "
-                f"{len(self._orders)} here: connect regularisation pictures only if it had some"
-            )
+        self._draws.refuse_others(state["remaining"])
         progressive_step = self.optimizer.progressive_step
         self.optimizer.load_state_dict(state["optimizer"])
         self.optimizer.progressive_step = (
@@ -150,9 +150,8 @@ class TrainingRun:
         if not 0 < self.step == self.config.schedule_start:  # else a new course begins here
             self.peak_rate = state["peak_rate"]
         self.passes.num_parts, self._bad_steps = state["num_parts"], 0
-        self._generator.set_state(state["generator"])
-        self._set_batches(state.get("batch", self.config.batch_size))
-        self._set_remaining(state["remaining"])
+        self._draws.set_batches(state.get("batch", self.config.batch_size))
+        self._draws.go_to(state["generator"], state["remaining"])
         self._mark()
 
     def load_delta(self, delta: SparseDelta) -> None:
@@ -163,7 +162,7 @@ class TrainingRun:
         """
         self.optimizer.start_from(delta, self.config.schedule_start)
         self.step = self.config.schedule_start
-        self._generator.manual_seed((self.config.seed + self.step) % (1 << 64))
+        self._draws.seed((self.config.seed + self.step) % (1 << 64))
         self._mark()
 
     def look_for_in_place_changes(self) -> None:
@@ -198,51 +197,12 @@ class TrainingRun:
         It is that of the average of the trained values, where the optimizer keeps one.
         The run's own random numbers are not touched. Where memory runs out, pictures are measured in smaller parts.
         """
-        while True:
-            num_parts = max(self.passes.num_parts, self._parts_to_measure)
-            try:
-                return self._validate(num_parts)
-            except Exception as error:
-                if not is_out_of_memory(error) or num_parts >= self.batch_size:
-                    raise
-            self._parts_to_measure = min(2 * num_parts, self.batch_size)
-            self._free_memory()  # outside the except block, where the error held on to tensors
-            logger.warning(
-                "memory ran out while pictures held out were measured; going on in %d parts, with the same "
-                "result",
-                self._parts_to_measure,
-            )
-
-    def _validate(self, num_parts: int) -> float | None:
-        batches = [
-            bucket[start : start + self.batch_size]
-            for bucket in by_key(self.task.keys, self.task.validation).values()
-            for start in range(0, len(bucket), self.batch_size)
-        ]
-        generator = torch.Generator().manual_seed(VALIDATION_SEED)
-        with torch.no_grad(), self.optimizer.at_strength(1.0):
-            losses = [
-                self.passes.total_loss(self.passes.draw(batch, generator), num_parts)
-                for batch in batches * VALIDATION_DRAWS
-            ]
-        count = len(losses) and len(self.task.validation) * VALIDATION_DRAWS
-        return torch.stack(losses).sum().item() / count if count else None
-
-    def _set_batches(self, size: int) -> None:
-        """Draw batches of so many pictures, of all processes together."""
-        self.batch_size, task = size, self.task
-        self._orders = [BatchOrder(task.keys, size, self._generator, task.training)]
-        if task.regularisation and self.config.regularisation_weight:
-            self._orders.append(BatchOrder(task.keys, size, self._generator, task.regularisation))
-
-    def _set_remaining(self, remaining: list) -> None:
-        for order, batches in zip(self._orders, remaining, strict=True):
-            order.remaining = [list(batch) for batch in batches]
+        with self.optimizer.at_strength(1.0):
+            return self._held_out.loss(self.batch_size)
 
     def _mark(self) -> None:
         self._marked = (
-            self._generator.get_state(),
-            [order.remaining for order in self._orders],
+            self._draws.mark(),
             self.passes.num_parts,
             self.optimizer.generator.get_state(),
         )
@@ -250,10 +210,9 @@ class TrainingRun:
     def _rewind(self) -> None:
         self.noise_tally.forget()
         self.optimizer.zero_grad()
-        generator, remaining, self.passes.num_parts, draws = self._marked
-        self._set_remaining(remaining)
-        self._generator.set_state(generator)
-        self.optimizer.generator.set_state(draws)
+        drawn, self.passes.num_parts, low_rank_draws = self._marked
+        self._draws.go_to(*drawn)
+        self.optimizer.generator.set_state(low_rank_draws)
 
     def learning_rate(self, step: int) -> float:
         """Return the learning rate of a step, counted from 0, on the present course."""
@@ -295,7 +254,7 @@ class TrainingRun:
                 return None
             losses: Tensor | None = None
             try:
-                losses = self._gradients()
+                losses = self._draws.backward(self.noise_tally, self.optimizer.no_sync)
             except Exception as error:
                 if not is_out_of_memory(error) or self.passes.num_parts >= share:
                     raise
@@ -314,29 +273,6 @@ class TrainingRun:
                 "memory ran out in step %d; going on with each batch in %d parts, with the same result",
                 self.step + 1, num_parts,
             )  # fmt: skip
-
-    def _gradients(self) -> Tensor:
-        """Add up the gradient of one update.
-
-        Returns:
-            This process's share of the loss on the training pictures, and of that on the
-            regularisation pictures if there are any, shape `(1,)` or `(2,)`.
-        """
-        weights = (1.0, self.config.regularisation_weight)
-        losses: list[list[Tensor]] = [[] for _ in self._orders]
-        for _ in range(self.config.grad_accumulation_steps):
-            for order, weight, sums in zip(self._orders, weights, losses, strict=False):
-                batch = next(order)
-                mine = self.processes.share(len(batch))
-                draw = self.passes.draw(batch, self._generator, True, mine)
-                part = len(draw[0]) / len(batch)
-                weight_of_part = weight * part / self.config.grad_accumulation_steps
-                with self.optimizer.no_sync():
-                    factor_of_part = weight_of_part * self.processes.size
-                    tally = self.noise_tally if order is self._orders[0] else None
-                    loss = self.passes.backward(draw, factor_of_part, tally)
-                sums.append(loss * part)
-        return torch.stack([torch.stack(sums).mean() for sums in losses])
 
     def _update(self, losses: Tensor) -> tuple[list[float], bool]:
         """Make the update unless it is not finite; returns the losses, and whether it was."""

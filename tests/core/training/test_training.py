@@ -276,7 +276,7 @@ def test_regularisation_pictures_have_their_own_batches_and_weight():
     for weight in (0.0, 0.5, 2.0):
         _, task, optimizer, config = make(regularisation_weight=weight)
         task.training, task.regularisation = [0, 1, 4], [2, 3, 5]
-        TrainingRun(optimizer, task, config)._gradients()
+        TrainingRun(optimizer, task, config)._draws.backward(None, optimizer.no_sync)
         dense = torch.zeros(36)
         for call, share in zip(task.calls, (1.0, weight), strict=False):
             dense += share * dense_gradient(task, call)
