@@ -5,6 +5,7 @@ import math
 RULE_SCALE, RULE_DECAY = 1e-3, 350.0
 LARGEST_FITTED = 5e-3  # threshold
 SHARE_SCALE = 1.25e-5  # rate at which all weights would train
+GRADIENT_SCALE = 2e-5  # rate at which all weights would train, as chosen by gradient
 SCHEDULES = ("constant", "linear", "cosine", "cosine_restarts", "constant_then_linear")
 LAST_PART = 0.2  # of the steps after the warm-up, in which constant_then_linear falls
 
@@ -34,6 +35,15 @@ def rule_of_share(fraction: float) -> float:
         fraction: In `(0, 1]`.
     """
     return min(SHARE_SCALE / fraction, RULE_SCALE)
+
+
+def rule_of_gradient(fraction: float) -> float:
+    """Peak learning rate that suits a share of the weights, chosen by gradient.
+
+    Args:
+        fraction: In `(0, 1]`.
+    """
+    return GRADIENT_SCALE / math.sqrt(fraction)
 
 
 def factor(

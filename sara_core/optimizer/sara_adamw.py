@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from functools import partial
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from ..delta.sparse_delta import SparseDelta
 from ..weights.fingerprint import take_fingerprint
 from ..weights.parameters import choose_parameters, refuse_untrainable_dtypes
-from ..weights.selection import Selection, select
+from ..weights.selection import Selection, refuse_unfitting, select
 from ..weights.shards import refuse_other_divisions, reshard
 from . import adam_moments, learning_rate, packages
 from .average import follow_, refuse_bad_decay
@@ -33,8 +34,8 @@ LOW_RANK_WEIGHT = 5e-4  # measured in docs/low-rank.md
 class SaraAdamW(TrainedModel, torch.optim.Optimizer):
     """Train only the weights of `model` that lie closer to zero than a threshold, with AdamW.
 
-    Replaces `torch.optim.AdamW(model.parameters())`. Exactly one of `threshold`, `fraction` and
-    `num_trainable` says which weights train; all others stay bit-identical. The model keeps its
+    Replaces `torch.optim.AdamW(model.parameters())`. Exactly one of `threshold`, `fraction`,
+    `num_trainable` and `selection` says which weights train; all others stay bit-identical. The model keeps its
     parameters: each selected one sheds its dense gradient as soon as backward has made it
     (unstructural backpropagation, eq. 6-7 of the paper), and only the selected entries go on to a
     flat float32 gradient. `param_groups` and `parameters()` hold the leaves of these gradients; clip
@@ -56,6 +57,7 @@ class SaraAdamW(TrainedModel, torch.optim.Optimizer):
         threshold: Absolute weight value; weights with `|w| < threshold` train.
         fraction: Share of each chosen parameter's weights that trains, in `(0, 1]`; see `by_parameter`.
         num_trainable: Number of weights that train, such as 5000000 or "5M".
+        selection: Weights that train, chosen otherwise, such as by `select_by_gradient`.
         lr: Learning rate; by default `learning_rate.rule_of_share(fraction)` where each parameter gives its
             share, and else `learning_rate.rule(threshold)`. Of Prodigy it is a factor of the rate
             that it finds by itself, by default 1.
@@ -111,6 +113,7 @@ class SaraAdamW(TrainedModel, torch.optim.Optimizer):
         *,
         fraction: float | None = None,
         num_trainable: int | str | None = None,
+        selection: Selection | None = None,
         lr: float | None = None,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -151,16 +154,20 @@ class SaraAdamW(TrainedModel, torch.optim.Optimizer):
         refuse_untrainable_dtypes(parameters)
         refuse_other_divisions(model, parameters)
         packages.refuse_divided(optimizer, parameters)
-        selection = select(
-            parameters,
-            threshold=threshold,
-            fraction=fraction,
-            num_trainable=num_trainable,
-            zeros=zeros,
-            by_parameter=by_parameter,
-        )
-        if lr is None:
-            lr = _default_rate(optimizer, selection, fraction)
+        if selection is None:
+            selection = select(
+                parameters,
+                threshold=threshold,
+                fraction=fraction,
+                num_trainable=num_trainable,
+                zeros=zeros,
+                by_parameter=by_parameter,
+            )
+        else:
+            refuse_unfitting(
+                selection, parameters, threshold=threshold, fraction=fraction,
+                num_trainable=num_trainable, by_parameter=by_parameter,
+            )  # fmt: skip
 
         self.threshold = selection.threshold
         self.zeros_skipped = selection.zeros_skipped
@@ -180,6 +187,8 @@ class SaraAdamW(TrainedModel, torch.optim.Optimizer):
         self.generator = torch.Generator().manual_seed(seed)
         self.fingerprint = take_fingerprint(parameters, selection.index)
         self._weights = SparseModel(model, selection.index, selection.own_thresholds)
+        if lr is None:
+            lr = self._default_rate(fraction)
         self._average = None
         if distributed and is_shared(process_group):
             facts = {
@@ -205,6 +214,15 @@ class SaraAdamW(TrainedModel, torch.optim.Optimizer):
             else packages.PackageUpdates(optimizer, self.parameters(), options)
         )
         self._updates.share(self)
+
+    def _default_rate(self, fraction: float | None) -> float:
+        if self.optimizer == packages.PRODIGY:
+            return 1.0
+        if self.threshold == math.inf:
+            return learning_rate.rule_of_gradient(self.num_trainable / self.num_considered)
+        if fraction is not None and self._weights.active[0].threshold is not None:
+            return learning_rate.rule_of_share(fraction)
+        return learning_rate.rule(self.threshold)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients of the trained values."""
@@ -374,11 +392,3 @@ class SaraAdamW(TrainedModel, torch.optim.Optimizer):
             setattr(self, name, saved[name])
         self.generator.set_state(saved["generator"].cpu())
         self._low_rank_added = False
-
-
-def _default_rate(optimizer: str, selection: Selection, fraction: float | None) -> float:
-    if optimizer == packages.PRODIGY:
-        return 1.0
-    if selection.own_thresholds and fraction is not None:
-        return learning_rate.rule_of_share(fraction)
-    return learning_rate.rule(selection.threshold)

@@ -1,5 +1,6 @@
 """A model whose small weights are being trained, whatever updates them: what it learns, and the way back."""
 
+import math
 from contextlib import AbstractContextManager
 
 from torch import nn
@@ -12,7 +13,8 @@ class TrainedModel:
     """What `SaraAdamW` knows of its model, apart from the update.
 
     Attributes:
-        threshold: Weights with a smaller magnitude were selected, unless each layer has one of its own.
+        threshold: Weights with a smaller magnitude were selected, unless each layer has one of its own; infinity
+            where they were chosen otherwise.
         fingerprint: Of the base.
         num_steps: Updates made.
     """
@@ -48,7 +50,8 @@ class TrainedModel:
 
     def delta_metadata(self) -> dict[str, str]:
         """Return what a delta's file says about the training so far."""
-        has_one = all(weight.threshold is None for weight in self._weights.every)
+        has_one = math.isfinite(self.threshold)
+        has_one &= all(weight.threshold is None for weight in self._weights.every)
         return {
             **({"sara.threshold": repr(self.threshold)} if has_one else {}),
             "sara.steps": str(self.num_steps),

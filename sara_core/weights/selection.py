@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .cutoff import Cutoff, solve_cutoff, solve_each
 from .magnitudes import count_equal, selected_index
-from .shards import is_sharded, of_parts, total
+from .shards import held, is_sharded, of_parts, total
 
 logger = logging.getLogger("comfyui-sara")
 
@@ -20,7 +20,8 @@ class Selection:
 
     Args:
         threshold: Absolute weight value; weights strictly closer to zero are selected (of equal ones, a part
-            where all would be too many), unless each parameter has a threshold of its own.
+            where all would be too many), unless each parameter has a threshold of its own. Infinity where
+            they were chosen by something else than size.
         index: Parameter name to sorted flat positions, each shape `(k,)` with `k > 0`, int32 (int64
             for parameters of 2**31 weights or more), on the parameter's device. Positions count
             in row-major order of the parameter's shape, whatever its memory layout. Of a parameter
@@ -112,6 +113,32 @@ def select(
         _warn_of_skipped(skipped, seen.num_weights, by_parameter)
     thresholds = {name: cutoff.limit for name, cutoff in own.items()}
     return Selection(whole.limit, index, seen.num_weights, seen.num_zeros, skipped > 0, thresholds)
+
+
+def refuse_unfitting(
+    selection: Selection, parameters: Mapping[str, Tensor], **rule: float | str | bool | None
+) -> None:
+    """Refuse a selection that was made for other parameters, or beside another rule.
+
+    Raises:
+        ValueError: It was.
+    """
+    if given := [name for name, value in rule.items() if value is not None]:
+        raise ValueError(
+            f"a selection says by itself which weights train; leave out {', '.join(given)}"
+        )
+    unknown = sorted(selection.index.keys() - parameters.keys())
+    outside = [
+        name
+        for name, index in selection.index.items()
+        if name in parameters and len(index) and int(index[-1]) >= held(parameters[name]).numel()
+    ]
+    if unknown or outside or not selection.index:
+        raise ValueError(
+            f"the selection does not fit the model: it names {len(unknown)} parameters that are not to "
+            f"train here, such as {unknown[:3]}, and positions outside of {outside[:3]}; make it for this "
+            "model, with the same include and exclude"
+        )
 
 
 def _warn_of_skipped(skipped: int, num_weights: int, by_parameter: bool) -> None:

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard, distribute_module
 
-from sara_core import SaraAdamW
+from sara_core import SaraAdamW, select_by_gradient
 from sara_core.optimizer.updates import clip_
 from sara_core.training.config import TrainConfig
 from sara_core.training.trainer import TrainingRun
@@ -175,6 +175,33 @@ def continued():
     }
 
 
+def by_gradient(divide):
+    """Choose weights by gradient, beside what is kept or not, and make a step with them."""
+    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    mine = slice(rank * BATCH // size, (rank + 1) * BATCH // size)
+    found = {}
+    for keeps in (False, True):
+        net = make_net()
+        divide(net)
+
+        def go_over(seed, net=net):
+            generator = torch.Generator().manual_seed(seed)
+            for _ in range(3):
+                x, y = (torch.randn(BATCH, n, generator=generator) for n in (16, 4))
+                (net(x[mine]) - y[mine]).square().mean().backward()
+
+        keep = (lambda: go_over(2)) if keeps else None  # noqa: B023
+        selection = select_by_gradient(net, lambda: go_over(1), keep, fraction=0.3)  # noqa: B023
+        optimizer = SaraAdamW(net, selection=selection)
+        optimizer.param_groups[0]["lr"] *= 100
+        go_over(3)
+        optimizer.step()
+        entries = {n: (e.index, e.values) for n, e in optimizer.delta().entries.items()}
+        found[keeps] = {"entries": entries}
+        optimizer.restore()
+    return found
+
+
 def whole_loop(divide):
     """Train by the loop that SaRA Train uses, with a picture for each process in every pass."""
     torch.manual_seed(0)
@@ -247,6 +274,10 @@ ALONE = {
     "there_and_back": lambda folder: there_and_back(),
     "continued": lambda folder: continued(),
     "whole_loop": lambda folder: whole_loop(fully_shard),
+    "by_gradient": lambda folder: by_gradient(divided),
+    "by_gradient_some_undivided": lambda folder: by_gradient(
+        lambda net: divided(net, ignored=lambda net: {net.kernel.weight, net.last.weight})
+    ),
     "half_precision": lambda folder: half_precision(),
     "by_columns": lambda folder: refused(
         lambda: SaraAdamW(divided(Net(), shard_placement_fn=by_columns), 0.1)

@@ -11,6 +11,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from sara_core import SaraAdamW
+from sara_core.training.choosing import Choosing
+from sara_core.training.trainer import TrainingRun
+
 from ..training.small_run import make
 from .torchrun import leave
 
@@ -92,7 +96,31 @@ def resumed(folder, batch=None):
     return run(4 + (state["step"] if state else 0), state, batch=batch)
 
 
+def chosen(fail=None, keeps=False):
+    """Choose weights by gradient, beside what is to be kept or not, and train them."""
+    rank, size = place()
+    fails = (lambda count: None) if fail is None or rank != size - 1 else fail
+    net, training = make(fails, batch_size=BATCH // size, **OTHERS)
+    training.optimizer.restore()
+    task, config, processes = training.task, training.config, training.processes
+    if keeps:
+        task.training, task.regularisation = range(4), range(4, 7)
+    choosing = Choosing(task, config, training.passes, processes)
+    selection = choosing.choose(net, 0.3)
+    optimizer = SaraAdamW(net, selection=selection, lr=1e-2)
+    losses = [(report.loss,) for report in TrainingRun(optimizer, task, config)]
+    entries = optimizer.delta().entries
+    return {
+        "entries": {name: (entry.index, entry.values) for name, entry in entries.items()},
+        "losses": losses,
+        "parts": training.passes.num_parts,
+    }
+
+
 SCENARIOS = {
+    "chosen": lambda folder: chosen(),
+    "chosen_to_keep": lambda folder: chosen(keeps=True),
+    "chosen_in_parts": lambda folder: chosen(Failing(3, torch.OutOfMemoryError("out of memory"))),
     "plain": lambda folder: run(),
     "scaled": lambda folder: run(scaler=torch.amp.GradScaler("cpu", 4.0, growth_interval=3)),
     "error": lambda folder: run(fail=Failing(7, RuntimeError("the disk is on fire"))),

@@ -1,0 +1,190 @@
+"""Choose the weights that train by gradients: those that learn most for what they would make the model forget.
+
+Of small steps that are as large for each weight, one of the gradient `g` of what is to be learned gains `|g|`, and
+loses about `f`, the mean square of the gradient of what is to be kept (the diagonal of the Fisher information, the
+importance of a weight in Kirkpatrick et al. 2017, arXiv:1612.00796). In each parameter the weights with the largest
+`|g| / sqrt(f)` are chosen; without anything to keep, those with the largest `|g|`. How both compare with the
+smallest weights is measured in docs/evidence.md.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..weights.magnitudes import count_equal
+from ..weights.parameters import choose_parameters
+from ..weights.quantised import learned_on
+from ..weights.selection import Selection, select
+from ..weights.shards import held, is_sharded, reshard, total
+from .data_parallel import is_shared
+
+LEAST = 1e-4  # of a parameter's mean importance, what every weight has at least
+LARGEST = 0x7F7FFFFF  # bits of the largest finite float32
+SUM = 4  # bytes of a weight for a sum over passes
+
+
+def select_by_gradient(
+    module: nn.Module,
+    learn: Callable[[], None],
+    keep: Callable[[], None] | None = None,
+    *,
+    fraction: float,
+    include: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] | None = None,
+    biases_and_norms: bool = False,
+    most_bytes: float = math.inf,
+    tell: Callable[[int, int], None] = lambda part, of: None,
+    distributed: bool = True,
+    process_group: "dist.ProcessGroup | None" = None,
+) -> Selection:
+    """Select the weights of each parameter that learn most for what they make the model forget.
+
+    Weights without any gradient are never chosen, nor more than there are others. The module and its
+    `requires_grad` are left as they were; gradients it holds are dropped.
+
+    Args:
+        module: The model, as `SaraAdamW` will get it.
+        learn: Makes backward passes over what is to be learned: some 64 pictures in all, each at a noise level of
+            its own. Their gradients add up. It is called again for each part of the model that is
+            looked at, and should go over the same then.
+        keep: The same over what the model is to keep as it is, some 256 pictures, in as many passes as can be:
+            the squares of their gradients add up.
+        fraction: Share of each chosen parameter's weights, in `(0, 1]`, at least one.
+        include: See `choose_parameters`.
+        exclude: See `choose_parameters`.
+        biases_and_norms: See `choose_parameters`.
+        most_bytes: What the sums may take at a time, 4 bytes a weight or 8 with `keep`; a single parameter may
+            take more. The model is looked at in as many parts as that needs.
+        tell: Called before each part with its number, from 1, and that of all.
+        distributed: Where torch.distributed is initialised, go by the gradients of all processes.
+        process_group: Which those are; by default all of them.
+
+    Returns:
+        For `SaraAdamW`; its threshold is infinity, as size is no matter.
+
+    Raises:
+        ValueError: A fraction out of range, no parameter to train, or none that gets a gradient.
+        FloatingPointError: A gradient was not finite.
+    """
+    if not 0 < fraction <= 1:
+        raise ValueError(f"fraction is {fraction!r}; expected a number above 0 and at most 1")
+    parameters = choose_parameters(module, include, exclude, biases_and_norms)
+    group = process_group if distributed and is_shared(process_group) else False
+    index: dict[str, Tensor] = {}
+    parts = list(_parts(parameters, most_bytes / SUM / (2 if keep else 1)))
+    for number, part in enumerate(parts, 1):
+        tell(number, len(parts))
+        with torch.enable_grad():
+            gains = _sums(module, part, learn, _add)
+            harms = {} if keep is None else _sums(module, part, keep, _add_square)
+        reshard(module)
+        for name in part:
+            score = _score(name, gains.pop(name), harms.pop(name, None), group)
+            if (chosen := _largest(score, fraction)) is not None:
+                index[name] = chosen
+            del score  # before the next sums are made
+    if not index:
+        raise ValueError(
+            "no weight is selected: none of the chosen parameters has got a gradient, so there would be "
+            "nothing to train. Let backward reach the model's weights"
+        )
+    zeros = sum(int(total(p, torch.tensor(count_equal(p, 0.0)))) for p in parameters.values())
+    numel = sum(p.numel() for p in parameters.values())
+    return Selection(math.inf, index, numel, zeros, False)
+
+
+def _parts(parameters: Mapping[str, nn.Parameter], most: float) -> Iterator[dict]:
+    """Divide parameters into parts of so many weights at most, but for single ones."""
+    part: dict[str, nn.Parameter] = {}
+    count = 0
+    for name, parameter in parameters.items():
+        size = parameter.numel()
+        if part and count + size > most:
+            yield part
+            part, count = {}, 0
+        part[name] = parameter
+        count += size
+    yield part
+
+
+def _add(sums: Tensor, gradient: Tensor) -> None:
+    sums.add_(gradient)
+
+
+def _add_square(sums: Tensor, gradient: Tensor) -> None:
+    sums.addcmul_(gradient, gradient)
+
+
+def _sums(
+    module: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    go_over: Callable[[], None],
+    add: Callable[[Tensor, Tensor], None],
+) -> dict[str, Tensor]:
+    """Add something up of the gradients of each pass, float32; no two dense gradients need exist at a time."""
+    sums = {name: _zeros(parameter) for name, parameter in parameters.items()}
+    with contextlib.ExitStack() as stack:
+        for name, parameter in module.named_parameters():
+            parameter.grad = None
+            if parameter.requires_grad:
+                hook = _taker(sums.get(name), add)
+                stack.callback(parameter.register_post_accumulate_grad_hook(hook).remove)
+        go_over()
+    return sums
+
+
+def _zeros(parameter: nn.Parameter) -> Tensor:
+    if is_sharded(parameter):
+        return torch.zeros_like(parameter, dtype=torch.float32, requires_grad=False)
+    return torch.zeros(parameter.shape, device=learned_on(parameter))
+
+
+def _taker(sums: Tensor | None, add: Callable[[Tensor, Tensor], None]) -> Callable[[Tensor], None]:
+    """Make a hook that takes a parameter's gradient away, and adds it up if there is where."""
+
+    @torch.no_grad()
+    def take(parameter: Tensor) -> None:
+        gradient, parameter.grad = parameter.grad, None
+        if gradient is not None and sums is not None:
+            gradient = held(gradient)
+            dense = gradient.to_dense() if gradient.is_sparse else gradient
+            add(held(sums), dense.to(held(sums)))
+
+    return take
+
+
+@torch.no_grad()
+def _score(name: str, gains: Tensor, harms: Tensor | None, group) -> Tensor:
+    """Return what is larger for weights that are to train; `gains` is used up."""
+    for sums in filter(torch.is_tensor, (gains, harms)):
+        if group is not False and not is_sharded(sums):
+            dist.all_reduce(sums, group=group)
+    size = held(gains).abs_()
+    if harms is not None:
+        harm = held(harms)
+        mean = total(harms, harm.sum(dtype=torch.float64)) / harms.numel()
+        size.mul_(harm.add_(LEAST * float(mean) + torch.finfo(harm.dtype).tiny).rsqrt_())
+    largest = size.amax() if size.numel() else size.new_zeros(())
+    if int(total(gains, (~torch.isfinite(largest)).long())):
+        raise FloatingPointError(
+            f"the gradient of {name!r} was not finite while weights were chosen by it; compute in fp32 or "
+            "bf16, or check what the model is given"
+        )
+    return gains
+
+
+@torch.no_grad()
+def _largest(score: Tensor, fraction: float) -> Tensor | None:
+    """Return the sorted flat positions of the largest entries, none of them 0, of those held here.
+
+    `score` is used up. None if all are 0.
+    """
+    wanted = max(1, round(fraction * score.numel()))
+    count = min(wanted, int(total(score, torch.count_nonzero(held(score)))))
+    # The bits of what is not negative sort as it does, so this puts the largest first.
+    held(score).view(torch.int32).neg_().add_(LARGEST)
+    return select({"": score}, num_trainable=count, zeros="train").index[""] if count else None

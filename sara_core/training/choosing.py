@@ -1,0 +1,134 @@
+"""Choose the weights that train by what a run's pictures say of them, before its first step."""
+
+import logging
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from ..optimizer.gradient_selection import select_by_gradient
+from ..weights.parameters import choose_parameters
+from ..weights.selection import Selection
+from .batches import BatchOrder
+from .config import TrainConfig
+from .out_of_memory import is_out_of_memory
+from .passes import Passes
+from .processes import FINE, NO_MEMORY, Processes
+from .task import TrainingTask
+
+logger = logging.getLogger("comfyui-sara")
+
+PICTURES = 64  # each at a noise level of its own, that are gone over at least
+TRAINED = 17  # bytes of a trained weight in training
+FIRST_SCALE = 2.0**16  # of losses, where gradients are float16
+
+
+class Choosing:
+    """Chooses weights by gradients of a run's own loss, see `select_by_gradient`.
+
+    Regularisation pictures, if there are any, are what the model is to keep. Every process goes over its
+    share of each batch, and all choose the same. Where memory runs out in one, all go on in parts.
+    All that is random comes from `config.seed`.
+
+    Args:
+        task: Model and pictures.
+        config: How errors are measured, and how many pictures are in a batch of one process.
+        passes: Ask the model.
+        processes: Those that train together.
+        free_memory: Called before it is tried again after memory has run out.
+    """
+
+    def __init__(
+        self,
+        task: TrainingTask,
+        config: TrainConfig,
+        passes: Passes,
+        processes: Processes,
+        free_memory: Callable[[], None] = lambda: None,
+    ):
+        self._task, self._config, self._passes = task, config, passes
+        self._processes, self._free_memory = processes, free_memory
+        self._scale = 1.0
+
+    def choose(
+        self,
+        module: nn.Module,
+        fraction: float,
+        is_float16: bool = False,
+        most_bytes: float = 0,
+        **options,
+    ) -> Selection:
+        """Choose weights.
+
+        Args:
+            module: The model.
+            fraction: Of each parameter's weights.
+            is_float16: Gradients are, so that losses have to be scaled up.
+            most_bytes: What may be taken beside the model and activations; at least what the weights that are
+                chosen will take in training.
+            options: Others of `select_by_gradient`.
+
+        Raises:
+            Exception: As of `select_by_gradient`, and what the model raises.
+        """
+        self._scale = FIRST_SCALE if is_float16 else 1.0
+        parameters = choose_parameters(module, options.get("include"), options.get("exclude"))
+        numel = sum(parameter.numel() for parameter in parameters.values())
+        while True:
+            try:
+                return select_by_gradient(
+                    module,
+                    self._learn,
+                    self._keep if self._task.regularisation else None,
+                    fraction=fraction,
+                    most_bytes=max(most_bytes, TRAINED * fraction * numel),
+                    distributed=self._processes.size > 1,
+                    **options,
+                )
+            except Exception as error:
+                if not self._can_ease(error):
+                    raise
+            self._free_memory()  # outside the except block, where the error held on to tensors
+
+    def _can_ease(self, error: Exception) -> bool:
+        """Make it easier after an error that has struck in all processes, if that helps."""
+        most = self._config.batch_size
+        if is_out_of_memory(error) and self._passes.num_parts < most:
+            self._passes.num_parts = min(2 * self._passes.num_parts, most)
+            logger.warning(
+                "memory ran out while weights were chosen; going on with each batch in %d parts",
+                self._passes.num_parts,
+            )
+            return True
+        if isinstance(error, FloatingPointError) and self._scale > 1:
+            self._scale /= 16
+            return True
+        return False
+
+    def _learn(self) -> None:
+        self._go_over(self._task.training)
+
+    def _keep(self) -> None:
+        self._go_over(self._task.regularisation)
+
+    def _go_over(self, pictures: Sequence[int]) -> None:
+        """Make backward passes over pictures, always at the same noise; all processes fail if one does."""
+        size = self._config.batch_size * self._processes.size
+        generator = torch.Generator().manual_seed(self._config.seed)
+        order = BatchOrder(self._task.keys, size, generator, pictures)
+        failed: BaseException | None = None
+        try:
+            seen = 0
+            while seen < PICTURES:
+                batch = next(order)
+                seen += len(batch)
+                draw = self._passes.draw(batch, generator, True, self._processes.share(len(batch)))
+                share = len(draw[0]) / len(batch) * self._processes.size
+                self._passes.backward(draw, self._scale * share)
+        except BaseException as error:
+            if not is_out_of_memory(error):
+                self._processes.fail(error)
+                raise
+            failed = error
+        if self._processes.agree(FINE if failed is None else NO_MEMORY) == NO_MEMORY:
+            raise failed or MemoryError("memory has run out in another process")
