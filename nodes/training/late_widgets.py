@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from ...sara_core.optimizer.packages import KINDS
-from ...sara_core.training.run_settings import SELECT_FROM
+from ...sara_core.training.run_settings import SELECT_BY, SELECT_FROM
 from .folded_widgets import SETTINGS
 
 
@@ -61,5 +61,21 @@ def optimizer_inputs() -> list:
             optional=True,
             tooltip="Writes losses and learning rate for TensorBoard into the run's folder, beside loss.csv. "
             "Needs the Python package tensorboard.",
+        ),
+    ]
+
+
+def choice_inputs() -> list:
+    """What says which weights train."""
+    return [
+        io.Combo.Input(
+            "select_by",
+            options=list(SELECT_BY),
+            default=SETTINGS.select_by,
+            optional=True,
+            tooltip="What says which weights of a layer train. Size: the smallest, as in the paper. Gradient: those "
+            "that learn most from the pictures; with regularisation pictures, those that learn most for "
+            "what those would lose by it, which was best of all where it was measured. Before the first step "
+            "the model is gone over some 100 times for that. The second stage is left out then.",
         ),
     ]

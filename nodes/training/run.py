@@ -12,11 +12,12 @@ from ...sara_core.files.state_file import snapshot
 from ...sara_core.training.gradient_checkpointing import checkpointed
 from ...sara_core.training.processes import FINE, Processes
 from ...sara_core.training.run_folder import RunFolder
-from ...sara_core.training.run_settings import COMPUTE_DTYPES, RunSettings
+from ...sara_core.training.run_settings import BY_GRADIENT, COMPUTE_DTYPES, RunSettings
 from ...sara_core.training.trainer import TrainingRun
 from .. import host
 from . import memory
 from .advice import likely_mistakes
+from .choice import choose, chosen_before
 from .ending import ending_together, worse_than_it_began
 from .epochs import epochs_of
 from .examples import Examples, differences
@@ -57,10 +58,12 @@ def run(
         File of the final delta; the losses: `loss` of each step, and `validation_loss` after each of
         `validation_step`; and what the node's chart shows.
     """
-    settings = folder.settings
-    with contextlib.closing(folder), prepared(patcher, examples, settings) as (calls, training):
+    settings, reporter = folder.settings, Reporter(folder, node_id, workflow)
+    with (
+        contextlib.closing(folder),
+        prepared(patcher, examples, settings, resume, folder, reporter.say) as (calls, training),
+    ):
         previews = Previews(calls, training.optimizer, list(samplings), folder)
-        reporter = Reporter(folder, node_id, workflow)
         saver = Saver(patcher, examples, training, previews, reporter)
         training.processes.agree(FINE)
         rates = _resume(training, saver) if resume else []
@@ -103,7 +106,7 @@ def _telling_of_the_end(reporter: Reporter) -> Iterator[None]:
 
 def follow(patcher, examples: Examples, settings: RunSettings, resume: bool) -> None:
     """Make the steps of a run that the first of several processes shows and saves."""
-    with prepared(patcher, examples, settings) as (calls, training):
+    with prepared(patcher, examples, settings, resume) as (calls, training):
         training.processes.agree(FINE)
         if resume:
             training.load_state(training.processes.lead(lambda: {}))
@@ -119,11 +122,24 @@ def follow(patcher, examples: Examples, settings: RunSettings, resume: bool) -> 
 
 @contextlib.contextmanager
 def prepared(
-    patcher, examples: Examples, settings: RunSettings
+    patcher,
+    examples: Examples,
+    settings: RunSettings,
+    resume: bool = False,
+    folder: RunFolder | None = None,
+    say: Callable[[str], object] = lambda text: None,
 ) -> Iterator[tuple["host.ModelCalls", TrainingRun]]:
     """Load a MODEL and select what trains; afterwards put its base weights back.
 
     What goes wrong meanwhile is told to the other processes.
+
+    Args:
+        patcher: The MODEL.
+        examples: Latents, captions and the empty caption.
+        settings: Of the run.
+        resume: It is taken up again.
+        folder: Where it is kept, in the first process.
+        say: Tells what is done.
 
     Raises:
         ValueError: They have other models, pictures or captions.
@@ -139,17 +155,28 @@ def prepared(
         _refuse_different(
             processes, lambda: identity(patcher, examples, pictures.validation, settings.offloading)
         )
-        scaler = None
-        if host.needs_loss_scaling(patcher, dtype):
+        scaler, selection = None, None
+        is_float16 = host.needs_loss_scaling(patcher, dtype)
+        if is_float16:
             scaler = torch.amp.GradScaler(calls.device.type)
             if (
                 settings.trained_in == "main memory"
             ):  # where the scale has to be, to be read at once
                 scaler.scale(torch.zeros(()))
+        options = config.optimizer_options
+        if settings.select_by == BY_GRADIENT:
+            selection = (
+                chosen_before(calls, config, processes, folder)
+                if resume
+                else choose(calls, pictures, config, processes, is_float16, say)
+            )
+        if selection is not None:
+            options = {name: v for name, v in options.items() if name not in config.selection_rule}
         optimizer = SaraAdamW(
             calls.model.diffusion_model,
             distributed=processes.size > 1,
-            **config.optimizer_options,
+            selection=selection,
+            **options,
         )
         try:
             training = TrainingRun(optimizer, pictures, config, scaler, host.free_memory, processes)

@@ -4,6 +4,7 @@ import dataclasses
 import traceback
 
 from ...sara_core.training.out_of_memory import is_out_of_memory
+from ...sara_core.training.run_settings import BY_GRADIENT
 from ...sara_core.training.trainer import TrainingRun
 from .. import host
 from .ending import refuse_unlearned
@@ -70,7 +71,9 @@ class Session:
         optimizer, folder = self.training.optimizer, self.saver.folder
         self._stage = optimizer.stage
         which = f"those below {optimizer.threshold:.4g}"
-        if self.settings.selection_rule.get("by_parameter"):
+        if self.settings.select_by == BY_GRADIENT:
+            which = f"the {100 * self.settings.fraction:.3g} % of each layer that learn most"
+        elif self.settings.selection_rule.get("by_parameter"):
             which = f"the smallest {100 * self.settings.fraction:.3g} % of each layer"
         self.reporter.say(
             f"training {optimizer.num_trainable} of {optimizer.num_considered} weights, {which}, for {self.settings.steps} steps at a learning rate "

@@ -14,7 +14,7 @@ from .folded_widgets import (
     saving_inputs,
     validation_inputs,
 )
-from .late_widgets import late_inputs, optimizer_inputs
+from .late_widgets import choice_inputs, late_inputs, optimizer_inputs
 from .noise_widgets import noise_inputs, shift_and_guidance_inputs, weighting_inputs
 
 NEW_RUN = "new run"
@@ -39,6 +39,7 @@ def training_inputs() -> list:
                 *shift_and_guidance_inputs(),
                 *late_inputs(),
                 *optimizer_inputs(),
+                *choice_inputs(),
             ]
         ),
     ]

@@ -51,8 +51,8 @@ def select_by_gradient(
         learn: Makes backward passes over what is to be learned: some 64 pictures in all, each at a noise level of
             its own. Their gradients add up. It is called again for each part of the model that is
             looked at, and should go over the same then.
-        keep: The same over what the model is to keep as it is, some 256 pictures, in as many passes as can be:
-            the squares of their gradients add up.
+        keep: The same over what the model is to keep as it is, of which the squares of the gradients add up:
+            best a pass for each of some 100 pictures.
         fraction: Share of each chosen parameter's weights, in `(0, 1]`, at least one.
         include: See `choose_parameters`.
         exclude: See `choose_parameters`.

@@ -1,5 +1,6 @@
 """What was learned before, taken over into a model: the weights of a saved run, or a delta."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -9,6 +10,7 @@ from ..delta.sparse_delta import SparseDelta
 from ..weights import at_positions
 from ..weights.fingerprint import is_same_base
 from ..weights.quantised import Quantised, learned_on
+from ..weights.selection import Selection
 from ..weights.shards import Shard, held, reshard, total
 from .sparse_model import SparseModel
 from .sparse_weight import SparseWeight
@@ -95,6 +97,24 @@ def take_over_delta(model: SparseModel, delta: SparseDelta) -> None:
             values[at] += learned.to(values.device, values.dtype)
             weight.write_(values, weight.index)
     reshard(model.module)
+
+
+def selection_of(delta: SparseDelta, parameters: Mapping[str, Tensor]) -> Selection:
+    """Return the selection that a delta was learned from: that of all weights it holds a change of.
+
+    Raises:
+        ValueError: It is of other parameters.
+    """
+    index: dict[str, Tensor] = {}
+    for name, entry in delta.entries.items():
+        found = parameters.get(name)
+        if found is None or tuple(found.shape) != tuple(entry.shape):
+            raise ValueError(
+                f"the delta changes {name!r}, {tuple(entry.shape)}, which this model does not have or not to "
+                "train; load the checkpoint it was trained on, with the same patterns of names"
+            )
+        index[name] = Shard(found).in_part(entry.index)[1].to(learned_on(found))
+    return Selection(math.inf, index, sum(p.numel() for p in parameters.values()), 0, False)
 
 
 def _places(model: SparseModel, delta: SparseDelta) -> dict[str, tuple[slice, Tensor]]:

@@ -1,7 +1,7 @@
 """Choose the weights that train by what a run's pictures say of them, before its first step."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -18,7 +18,10 @@ from .task import TrainingTask
 
 logger = logging.getLogger("comfyui-sara")
 
-PICTURES = 64  # each at a noise level of its own, that are gone over at least
+TO_LEARN, TO_KEEP = (
+    64,
+    128,
+)  # pictures that are gone over at least, each at a noise level of its own
 TRAINED = 17  # bytes of a trained weight in training
 FIRST_SCALE = 2.0**16  # of losses, where gradients are float16
 
@@ -48,7 +51,7 @@ class Choosing:
     ):
         self._task, self._config, self._passes = task, config, passes
         self._processes, self._free_memory = processes, free_memory
-        self._scale = 1.0
+        self._scale, self._most_bytes = 1.0, 0.0
 
     def choose(
         self,
@@ -71,7 +74,7 @@ class Choosing:
         Raises:
             Exception: As of `select_by_gradient`, and what the model raises.
         """
-        self._scale = FIRST_SCALE if is_float16 else 1.0
+        self._scale, self._most_bytes = FIRST_SCALE if is_float16 else 1.0, most_bytes
         parameters = choose_parameters(module, options.get("include"), options.get("exclude"))
         numel = sum(parameter.numel() for parameter in parameters.values())
         while True:
@@ -81,7 +84,7 @@ class Choosing:
                     self._learn,
                     self._keep if self._task.regularisation else None,
                     fraction=fraction,
-                    most_bytes=max(most_bytes, TRAINED * fraction * numel),
+                    most_bytes=max(self._most_bytes, TRAINED * fraction * numel),
                     distributed=self._processes.size > 1,
                     **options,
                 )
@@ -93,6 +96,9 @@ class Choosing:
     def _can_ease(self, error: Exception) -> bool:
         """Make it easier after an error that has struck in all processes, if that helps."""
         most = self._config.batch_size
+        if is_out_of_memory(error) and self._most_bytes:
+            self._most_bytes = 0.0
+            return True
         if is_out_of_memory(error) and self._passes.num_parts < most:
             self._passes.num_parts = min(2 * self._passes.num_parts, most)
             logger.warning(
@@ -106,25 +112,43 @@ class Choosing:
         return False
 
     def _learn(self) -> None:
-        self._go_over(self._task.training)
-
-    def _keep(self) -> None:
-        self._go_over(self._task.regularisation)
-
-    def _go_over(self, pictures: Sequence[int]) -> None:
-        """Make backward passes over pictures, always at the same noise; all processes fail if one does."""
-        size = self._config.batch_size * self._processes.size
+        """Make passes over batches of what is to be learned."""
         generator = torch.Generator().manual_seed(self._config.seed)
-        order = BatchOrder(self._task.keys, size, generator, pictures)
-        failed: BaseException | None = None
-        try:
+        size = self._config.batch_size * self._processes.size
+        order = BatchOrder(self._task.keys, size, generator, self._task.training)
+
+        def go_over() -> None:
             seen = 0
-            while seen < PICTURES:
+            while seen < TO_LEARN:
                 batch = next(order)
                 seen += len(batch)
-                draw = self._passes.draw(batch, generator, True, self._processes.share(len(batch)))
-                share = len(draw[0]) / len(batch) * self._processes.size
-                self._passes.backward(draw, self._scale * share)
+                self._backward(batch, generator, self._processes.share(len(batch)))
+
+        self._together(go_over)
+
+    def _keep(self) -> None:
+        """Make a pass over each picture of what is to be kept, as the mean of several says less of each weight."""
+        generator = torch.Generator().manual_seed(self._config.seed)
+        order = BatchOrder(self._task.keys, 1, generator, self._task.regularisation)
+        rank, size = self._processes.rank, self._processes.size
+
+        def go_over() -> None:
+            for number in range(-(-TO_KEEP // size) * size):
+                mine = slice(None) if number % size == rank else slice(0, 0)
+                self._backward(next(order), generator, mine)
+
+        self._together(go_over)
+
+    def _backward(self, batch: list[int], generator: torch.Generator, mine: slice) -> None:
+        """Add up the gradient of a batch's mean loss, of a share of its pictures; the noise is that of all."""
+        draw = self._passes.draw(batch, generator, True, mine)
+        self._passes.backward(draw, self._scale * len(draw[0]) / len(batch))
+
+    def _together(self, go_over: Callable[[], None]) -> None:
+        """Do something that fails in all processes if it does in one."""
+        failed: BaseException | None = None
+        try:
+            go_over()
         except BaseException as error:
             if not is_out_of_memory(error):
                 self._processes.fail(error)

@@ -25,6 +25,8 @@ COMPUTE_DTYPES = {
 }
 SELECT_FROM = ("model", "each layer")
 EACH_LAYER = SELECT_FROM[1]
+SELECT_BY = ("size", "gradient")
+BY_GRADIENT = SELECT_BY[1]
 PUT_OUT = ("last step", "best validation")
 TRAINED_IN = ("device", "main memory")
 COMFYUIS = -1.0  # guidance
@@ -43,6 +45,8 @@ class RunSettings(TrainConfig):
         fraction: Share of the weights that trains, the smallest ones, in `(0, 1]`, see `select_from`.
         select_from: Where that share is taken, from the whole model or from each layer; one of
             `SELECT_FROM`. A threshold is for the whole model.
+        select_by: What says which of a layer's weights train, one of `SELECT_BY`: their size, or their gradient,
+            see `Choosing`. Then nothing is selected anew on the way.
         include: Patterns of parameter names, separated by commas; empty takes all.
         exclude: Patterns of parameter names that do not train.
         zeros: How exact zeros are treated, see `selection.select`.
@@ -91,6 +95,7 @@ class RunSettings(TrainConfig):
     threshold: float = 0.0
     fraction: float = 0.1
     select_from: str = EACH_LAYER
+    select_by: str = SELECT_BY[0]
     include: str = ""
     exclude: str = ""
     zeros: str = "auto"
@@ -138,7 +143,7 @@ class RunSettings(TrainConfig):
         check_choice(
             self, zeros=ZEROS, moments=KINDS, training_dtype=COMPUTE_DTYPES, save_dtype=SAVE_DTYPES,
             lora_file=LORA_FILES, trained_in=TRAINED_IN, put_out=PUT_OUT, select_from=SELECT_FROM,
-            optimizer=packages.KINDS,
+            select_by=SELECT_BY, optimizer=packages.KINDS,
         )  # fmt: skip
 
     def refuse_contradictions(self) -> None:
@@ -153,6 +158,12 @@ class RunSettings(TrainConfig):
             ema_decay=self.ema_decay,
             layer_rates=self.layer_rates,
         )
+        if self.select_by == BY_GRADIENT and (self.threshold or self.select_from != EACH_LAYER):
+            raise ValueError(
+                "select_by is 'gradient', which takes a fraction of each layer, but threshold is "
+                f"{self.threshold:g} and select_from {self.select_from!r}; set them to 0 and "
+                f"{EACH_LAYER!r}, or select by size"
+            )
         goes_by_validation = {"patience": self.patience, "put_out": self.put_out == PUT_OUT[1]}
         for name, is_set in goes_by_validation.items():
             if is_set and not self.validation_split:
@@ -170,12 +181,14 @@ class RunSettings(TrainConfig):
 
     @property
     def optimizer_options(self) -> dict:
-        """What `SaraAdamW` takes beside the model."""
+        """What `SaraAdamW` takes beside the model, if weights are selected by size."""
         return {
             **self.selection_rule,
             "lr": self.learning_rate or None,
             "rates": self.layer_rates,
-            "progressive_step": round(self.progressive * self.steps),
+            "progressive_step": (
+                0 if self.select_by == BY_GRADIENT else round(self.progressive * self.steps)
+            ),
             **{
                 name: getattr(self, name)
                 for name in (

@@ -48,13 +48,18 @@ def drift(base, model, original, style, concepts):
     return float(torch.cat(distances).mean())
 
 
+def measured_of(base, style, unseen):
+    """Concepts at which it is measured what the base still knows of its own styles, as numbers."""
+    known = torch.from_numpy(base.drawn[OLD_STYLES[0]]) if style == SUBJECT else unseen
+    return known[:: max(1, len(known) // 120)]
+
+
 def losses(base, model, original, style, shown, unseen):
     """Losses on the new style, concepts shown and not, and on the styles of the base; and the drift there.
 
     Of a subject, of which few pictures are left to be measured on, at more noises; and on its relatives.
     """
-    known = torch.from_numpy(base.drawn[OLD_STYLES[0]]) if style == SUBJECT else unseen
-    old = known[:: max(1, len(known) // 120)]
+    old = measured_of(base, style, unseen)
     found = {
         "new": loss(base, model, style, unseen, draws=max(2, 128 // len(unseen))),
         "shown": loss(base, model, style, shown, draws=4),

@@ -33,6 +33,11 @@ def sara(
     )
 
 
+def by_gradient(model, rate, selection, seed=0):
+    """SaRA with weights that were chosen by `select_by_gradient`."""
+    return sara(model, rate, None, by_parameter=None, selection=selection, seed=seed)
+
+
 def masked(
     model,
     rate,
@@ -178,7 +183,7 @@ def adamw(parameters, rate):
 
 
 METHODS = {
-    "sara": sara, "masked": masked, "low rank on mask": low_rank_on_mask, "full": full, "lora": lora,
+    "sara": sara, "by gradient": by_gradient, "masked": masked, "low rank on mask": low_rank_on_mask, "full": full, "lora": lora,
     "shira": shira, "authors": authors, "low-rank change": partial(sara, kind=LowRankChange),
     "reselecting": partial(sara, kind=Reselecting),
 }  # fmt: skip

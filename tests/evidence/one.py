@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from .bases import BASES, OLD_STYLES
+from .kept import selection_of
 from .measures import likeness, losses, pictures
 from .methods import METHODS, Average, adamw, between, learned_weights, num_trained
 from .plan import kind
@@ -95,6 +96,9 @@ def optimizer_of(base, plan, style, shown, model):
     if "gradient" in options.get("chosen", ""):
         of_mean = "mean" in options["chosen"]
         options["gradients"] = gradient_sizes(base, model, style, shown, plan["seed"], of_mean)
+    if plan["method"] == "by gradient":
+        selection = selection_of(base, model, style, shown, plan["seed"], options.pop("fraction"))
+        options["selection"] = selection
     if "progressive" in options:
         options["progressive_step"] = round(options.pop("progressive") * plan["steps"])
     return METHODS[plan["method"]](model, plan["rate"], **options)

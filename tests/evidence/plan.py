@@ -93,6 +93,13 @@ BY_MEAN_GRADIENT = {
     ),
 }  # fmt: skip
 
+BY_IMPORTANCE = {
+    "by gradient and importance": ("by gradient", {"fraction": 0.1}, (6e-5, 1.25e-4, 2.5e-4)),
+}
+BY_IMPORTANCE_ON_UNET = {
+    "by gradient and importance": ("by gradient", {"fraction": 0.1}, BY_GRADIENT),
+}
+
 IDEAS = {  # method, options, rates
     "smallest of each layer": ("masked", {"chosen": "layer"}, (6e-5, 1.25e-4, 2.5e-4, 5e-4)),
     "the same, rates by layer": (
@@ -132,6 +139,7 @@ IDEAS = {  # method, options, rates
         "masked", {"chosen": "layer small gradient", "among": 0.6}, BY_GRADIENT,
     ),
     **BY_MEAN_GRADIENT,
+    **BY_IMPORTANCE,
     "largest mean gradients of each layer, 3 %": (
         "masked", {"chosen": "layer mean gradient", "fraction": 0.03}, (6e-5, 1.25e-4, 2.5e-4),
     ),
@@ -182,6 +190,7 @@ ON_UNET = {  # method, options, rates
     "smallest of each layer": ("masked", {"chosen": "layer"}, (1.25e-4, 2.5e-4, 5e-4)),
     **LAYERS,
     **BY_MEAN_GRADIENT,
+    **BY_IMPORTANCE_ON_UNET,
     "random 10 %": ("masked", {"chosen": "random"}, (6e-5, 1.25e-4, 2.5e-4, 5e-4)),
     "LoRA r8": ("lora", {"rank": 8}, (5e-5, 1e-4, 3e-4, 6e-4)),
     "LoRA r20": ("lora", {"rank": 20}, (5e-5, 1e-4, 2e-4, 4e-4)),
@@ -206,6 +215,7 @@ ELSEWHERE = {  # method, options, rates
     "smallest of each layer": ("masked", {"chosen": "layer"}, (6e-5, 1.25e-4, 2.5e-4)),
     "SaRA, each layer": ("sara", OF_LAYERS, (3e-5, 6e-5, 1.25e-4, 2.5e-4)),
     **BY_MEAN_GRADIENT,
+    **BY_IMPORTANCE,
     "random 10 %": ("masked", {"chosen": "random"}, (6e-5, 1.25e-4, 2.5e-4, 5e-4)),
     "LoRA r8": ("lora", {"rank": 8}, (5e-5, 1e-4, 2e-4, 4e-4)),
     "full": ("full", {}, (2.5e-6, 5e-6, 1e-5, 2e-5)),
@@ -215,6 +225,7 @@ ELSEWHERE_ON_UNET = {  # method, options, rates
     "SaRA 10 %": ("sara", SARA, (6e-5, 1.25e-4, 2.5e-4)),
     **LAYERS,
     **BY_MEAN_GRADIENT,
+    **BY_IMPORTANCE_ON_UNET,
     "LoRA r8": ("lora", {"rank": 8}, (5e-5, 1e-4, 2e-4, 4e-4)),
 }
 

@@ -38,24 +38,15 @@ def test_processes_learn_what_one_does_with_the_whole_batch(left, name):
         assert_close(found, expected)
 
 
-@pytest.mark.parametrize("name", ["chosen", "chosen_in_parts"])
+@pytest.mark.parametrize("name", ["chosen", "chosen_to_keep", "chosen_in_parts"])
 def test_processes_choose_by_gradient_what_one_does(left, name):
     assert_same_bits(left[name])
-    expected = whole_run.SCENARIOS["chosen"](None)
+    expected = whole_run.chosen(keeps=name == "chosen_to_keep")
     for found in left[name]:
-        assert found["parts"] == (1 if name == "chosen" else 2)
+        assert found["parts"] == (2 if name == "chosen_in_parts" else 1)
         assert_close(found, expected)
         for key, (index, _) in expected["entries"].items():
             assert torch.equal(found["entries"][key][0], index)
-
-
-def test_processes_choose_the_same_beside_what_is_kept(left):
-    assert_same_bits(left["chosen_to_keep"])
-    expected = whole_run.SCENARIOS["chosen_to_keep"](None)["entries"]
-    for key, (index, _) in expected.items():  # squares of other batches are near those of these
-        found = left["chosen_to_keep"][0]["entries"][key][0]
-        assert len(found) == len(index)
-        assert torch.isin(found, index).float().mean() > 0.9
 
 
 def test_an_error_in_one_ends_all_after_the_same_step(left):

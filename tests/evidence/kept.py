@@ -1,0 +1,60 @@
+"""Weights chosen for what they learn beside what the base would lose, of which it makes pictures itself."""
+
+import torch
+
+from sara_core import select_by_gradient
+
+from .bases import OLD_STYLES, RELATIVES, SUBJECT
+from .measures import measured_of
+
+LEARNED, BATCHES, KEPT, MADE = 8, 8, 128, 40  # a batch, how many, passes over one picture, pictures
+SEED = 7  # of the pictures the base makes
+
+
+def known_concepts(base, old, style, shown):
+    """Concepts that a style of the base draws and that it is not measured on, as numbers.
+
+    Those that are shown in the new style; where that is a subject, others than it is measured on.
+    """
+    drawn = torch.from_numpy(base.drawn[old])
+    if style != SUBJECT:
+        return drawn[torch.isin(drawn, shown)]
+    relatives = torch.tensor([base.names.index(name) for name in RELATIVES])
+    others = ~torch.isin(drawn, torch.cat([measured_of(base, style, shown), relatives]))
+    generator = torch.Generator().manual_seed(SEED)
+    return drawn[others][torch.randperm(int(others.sum()), generator=generator)]
+
+
+@torch.no_grad()
+def made_by(base, model, style, shown):
+    """Latents (40, channels, 8, 8) and token ids of pictures the base makes in its own styles."""
+    prompts, count = [], len(OLD_STYLES)
+    for number, old in enumerate(OLD_STYLES):
+        concepts = known_concepts(base, old, style, shown)[number::count]
+        prompts += base.prompts(old, concepts[: MADE // count])
+    was_training = model.training
+    latents = base.sample(model.eval(), prompts, SEED)
+    model.train(was_training)
+    return latents, base.text.ids(prompts)
+
+
+def selection_of(base, model, style, shown, seed, fraction):
+    """Choose weights as SaRA Train does with `select_by` at gradient and regularisation pictures."""
+    learned = base.latents(style, shown), base.captions(style, shown)
+    kept = made_by(base, model, style, shown)
+
+    def go_over(pictures, size, count, seed):
+        z, ids = pictures
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(count):
+            i = torch.randint(0, len(z), (size,), generator=generator)
+            noise = torch.randn(z[i].shape, generator=generator)
+            quantiles = torch.rand(size, generator=generator)
+            base.errors(model, z[i], ids[i], noise, quantiles).mean().backward()
+
+    return select_by_gradient(
+        model,
+        lambda: go_over(learned, LEARNED, BATCHES, 2_000 + seed),
+        lambda: go_over(kept, 1, KEPT, 3_000 + seed),
+        fraction=fraction,
+    )

@@ -1,0 +1,189 @@
+"""SaRA Train with weights that are chosen by their gradient."""
+
+import json
+
+import comfy.model_management
+import pytest
+import torch
+from sara_pack.sara_core.training import choosing
+
+from .builders import assert_same_bits, bits, pairs, settings
+from .quantised import FAMILY, PACKED, assert_trained_as_the_numbers
+
+CANCELLED = comfy.model_management.InterruptProcessingException
+
+
+@pytest.fixture(autouse=True)
+def few_pictures(monkeypatch):
+    """Go over fewer, as each takes its time."""
+    monkeypatch.setattr(choosing, "TO_LEARN", 8)
+    monkeypatch.setattr(choosing, "TO_KEEP", 8)
+
+
+def by_gradient(sara, **changes):
+    return settings(sara, **{"select_by": "gradient", "fraction": 0.1, "steps": 4, **changes})
+
+
+def run(sara, patcher, parent, options, num_regularisation=0, resume=False):
+    latents, captions = pairs(6)
+    examples = sara.examples.Examples(latents, captions, num_regularisation=num_regularisation)
+    if resume:
+        folder = sara.folder.RunFolder(parent / "run_00001")
+        folder.settings = options
+    else:
+        folder = sara.folder.RunFolder.create(parent, "run", options)
+    path, losses, _ = sara.run.run(patcher, examples, folder, None, resume)
+    return sara.core.SparseDelta.load(path), losses["loss"]
+
+
+def equal(one, two):
+    assert one.entries.keys() == two.entries.keys()
+    for name, entry in one.entries.items():
+        assert torch.equal(entry.index, two.entries[name].index), name
+        assert torch.equal(entry.values, two.entries[name].values), name
+
+
+def log(parent):
+    return (parent / "run_00001" / "log.txt").read_text()
+
+
+def test_a_share_of_each_layer_is_trained_that_is_not_the_smallest(sara, sd15, tmp_path):
+    before = bits(sd15)
+    delta, losses = run(sara, sd15, tmp_path, by_gradient(sara))
+    assert_same_bits(before, sd15)
+    assert len(losses) == 4
+    smallest = sara.core.select(
+        {n: w for n, w in before.items() if w.dim() > 1}, fraction=0.1, by_parameter=True
+    )
+    weights = sara.host.base_weights(sd15)
+    with_more_than_one_dimension = [n for n, w in weights.items() if w.dim() > 1]
+    assert set(delta.entries) <= set(with_more_than_one_dimension)
+    for name, entry in delta.entries.items():
+        assert len(entry.index) <= max(1, round(0.1 * weights[name].numel()))
+        assert entry.values.count_nonzero() > 0.9 * len(entry.index)
+    both = [
+        float(torch.isin(entry.index, smallest.index[name]).float().mean())
+        for name, entry in delta.entries.items()
+    ]
+    assert sum(both) / len(both) < 0.3
+    told = json.loads(delta.metadata["sara.settings"])
+    assert (told["select_by"], told["fraction"]) == ("gradient", 0.1)
+    assert told["learning_rate"] == pytest.approx(2e-5 / 0.1**0.5, rel=0.05)
+    assert "sara.threshold" not in delta.metadata
+    text = log(tmp_path)
+    assert "choosing the weights by what they learn: part 1 of " in text
+    assert "the 10 % of each layer that learn most" in text
+
+
+def test_regularisation_pictures_say_what_is_kept(sara, sd15, tmp_path):
+    options = by_gradient(sara, regularisation_weight=0.0)
+    with_others, losses = run(sara, sd15, tmp_path / "with", options, 3)
+    again, _ = run(sara, sd15, tmp_path / "again", options, 3)
+    equal(with_others, again)
+    latents, captions = pairs(6)
+    examples = sara.examples.Examples(latents[:3], captions[:3])
+    folder = sara.folder.RunFolder.create(tmp_path / "without", "run", options)
+    path, alone, _ = sara.run.run(sd15, examples, folder, None)
+    without = sara.core.SparseDelta.load(path)
+    assert losses[0] == pytest.approx(alone["loss"][0], rel=1e-5)  # the same is learned from
+    assert any(
+        not torch.equal(entry.index, without.entries[name].index)
+        for name, entry in with_others.entries.items()
+    )
+    assert "beside what the regularisation pictures would lose" in log(tmp_path / "with")
+
+
+def test_cancel_while_weights_are_chosen_loses_nothing(sara, sd15, tmp_path, monkeypatch):
+    before, count = bits(sd15), [0]
+    original = sara.host.check_cancelled
+
+    def cancel():
+        count[0] += 1
+        if count[0] == 9:
+            raise CANCELLED()
+        original()
+
+    monkeypatch.setattr(sara.host, "check_cancelled", cancel)
+    with pytest.raises(CANCELLED):
+        run(sara, sd15, tmp_path, by_gradient(sara))
+    assert_same_bits(before, sd15)
+    for parameter in sd15.model.diffusion_model.parameters():
+        assert parameter.grad is None
+        assert not parameter._post_accumulate_grad_hooks
+    monkeypatch.undo()
+    delta, _ = run(sara, sd15, tmp_path / "again", by_gradient(sara))
+    assert delta.entries
+
+
+def test_a_resumed_run_goes_on_with_what_was_chosen(sara, sd15, tmp_path, monkeypatch):
+    options = by_gradient(sara, steps=5)
+    whole, losses = run(sara, sd15, tmp_path / "whole", options)
+    original = sara.run.Reporter.step
+
+    def step(reporter, report, losses):
+        original(reporter, report, losses)
+        if report.step == 3:
+            raise CANCELLED()
+
+    monkeypatch.setattr(sara.run.Reporter, "step", step)
+    with pytest.raises(CANCELLED):
+        run(sara, sd15, tmp_path / "cut", options)
+    monkeypatch.undo()
+    text = log(tmp_path / "cut")
+    delta, resumed = run(sara, sd15, tmp_path / "cut", options, resume=True)
+    equal(delta, whole)
+    assert resumed == losses
+    assert "choosing" not in log(tmp_path / "cut")[len(text) :]
+
+
+@pytest.mark.parametrize("keep_state", [True, False])
+def test_more_steps_train_the_same_weights(sara, sd15, tmp_path, keep_state):
+    options = by_gradient(sara, keep_state=keep_state)
+    first, _ = run(sara, sd15, tmp_path, options)
+    more = sara.folder.RunFolder(tmp_path / "run_00001")
+    extended = more.settings.extended_by(3, options)
+    more.close()
+    second, losses = run(sara, sd15, tmp_path, extended, resume=True)
+    assert len(losses) == 7
+    for name, entry in second.entries.items():
+        assert torch.equal(entry.index, first.entries[name].index), name
+        assert not torch.equal(entry.values, first.entries[name].values), name
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"training_dtype": "fp16", "steps": 1, "batch_size": 1},
+        {"offloading": True, "trained_in": "main memory"},
+        {"gradient_checkpointing": True, "moments": "8bit"},
+    ],
+    ids=["fp16", "offloaded", "checkpointed"],
+)
+def test_it_goes_with_other_ways_to_train(sara, sd15, tmp_path, changes, monkeypatch):
+    if "training_dtype" in changes:  # which takes long on a processor
+        monkeypatch.setattr(choosing, "TO_LEARN", 2)
+        monkeypatch.setattr(choosing, "TO_KEEP", 1)
+    same = {name: changes[name] for name in ("steps", "batch_size") if name in changes}
+    plain, _ = run(sara, sd15, tmp_path / "plain", by_gradient(sara, **same), 3)
+    before = bits(sd15)
+    delta, losses = run(sara, sd15, tmp_path / "other", by_gradient(sara, **changes), 3)
+    assert_same_bits(before, sd15)
+    assert all(0 < loss < 10 for loss in losses)
+    shares = [
+        float(torch.isin(entry.index, plain.entries[name].index).float().mean())
+        for name, entry in delta.entries.items()
+        if len(entry.index) > 20
+    ]
+    assert sum(shares) / len(shares) > 0.95  # to the rounding of what is computed with
+
+
+@pytest.mark.parametrize("form", ["e4m3fn", "scaled", *PACKED])
+def test_in_eight_bits_it_is_that_of_the_numbers(sara, form):
+    options = {"select_by": "gradient", "gradient_checkpointing": True}
+    assert_trained_as_the_numbers(sara, form, FAMILY, **options)
+
+
+def test_what_cannot_go_together_is_refused(sara, sd15, tmp_path):
+    for changes in ({"threshold": 0.01}, {"select_from": "model"}):
+        with pytest.raises(ValueError, match="select_by is 'gradient', which takes a fraction"):
+            by_gradient(sara, **changes).refuse_contradictions()
