@@ -74,8 +74,8 @@ def choice_inputs() -> list:
             default=SETTINGS.select_by,
             optional=True,
             tooltip="What says which weights of a layer train. Size: the smallest, as in the paper. Gradient: those "
-            "that learn most from the pictures; with regularisation pictures, those that learn most for "
-            "what those would lose by it, which was best of all where it was measured. Before the first step "
-            "the model is gone over some 100 times for that. The second stage is left out then.",
+            "that learn most from the pictures; with regularisation pictures, those that learn most for what "
+            "would be lost of these. Before the first step the model goes over some 60 to 200 pictures for "
+            "that, several times where memory is short. There is no second stage then.",
         ),
     ]

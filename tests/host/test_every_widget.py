@@ -20,13 +20,14 @@ CHANGED = {  # others than the defaults that fit together and a small run
     "timestep_distribution": "logit_normal", "logit_mean": 0.5, "logit_std": 0.9, "lowest_noise": 0.1,
     "highest_noise": 0.9, "noise_offset": 0.05, "weights_on_device": 0.5, "trained_in": "main memory",
     "epochs": 0, "patience": 2, "put_out": "best validation", "flow_shift": 2.0, "guidance": 2.0,
-    "lr_cycles": 2, "select_from": "model", "ema_decay": 0.9, "optimizer": "adamw",
+    "lr_cycles": 2, "select_from": "each layer", "select_by": "gradient", "ema_decay": 0.9, "optimizer": "adamw",
     "layer_rates": "mlp=0.5", "tensorboard": True,
 }  # fmt: skip
 ELSEWHERE = {
     "threshold": 0.004,
     "epochs": 1,
     "optimizer": "schedule_free",
+    "select_from": "model",
 }  # what does not fit the others
 
 

@@ -32,7 +32,7 @@ INPUTS = {  # public: saved workflows depend on every name
     "validation_split validate_every_steps keep_checkpoints save_dtype trigger_words "
     "preview_strength empty more_steps allow_other_prediction offloading moments keep_state lora_file "
     "loss_weighting snr_gamma timestep_distribution logit_mean logit_std lowest_noise highest_noise "
-    "noise_offset weights_on_device trained_in epochs patience put_out flow_shift guidance lr_cycles select_from ema_decay optimizer layer_rates tensorboard masks regularisation_latents regularisation_positive preview",
+    "noise_offset weights_on_device trained_in epochs patience put_out flow_shift guidance lr_cycles select_from ema_decay optimizer layer_rates tensorboard select_by masks regularisation_latents regularisation_positive preview",
     "SaraJoinPictures": "latents positive latents_2 positive_2 repeats repeats_2 masks masks_2",
     "SaraReferencePictures": "latents folder fit background",
     "SaraVideoFolder": "vae clip folder frames fps clips size max_buckets divisible_by crop max_upscale flip background "
