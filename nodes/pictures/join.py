@@ -26,7 +26,7 @@ def entries_of(latents, positive, masks, repeats: int) -> Entries:
         ValueError: Numbers of pictures, captions or masks that do not fit each other.
     """
     samples = flatten_latents(latents)
-    captions = flatten_conditioning(positive, len(samples))
+    captions = flatten_conditioning(positive, latents)
     given = flatten_masks(noise_masks(latents) if masks is None else masks, len(samples))
     names, labels = picture_names(latents), picture_labels(latents, "picture")
     windows = picture_values(latents, WINDOW)

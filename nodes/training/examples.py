@@ -80,21 +80,29 @@ def picture_labels(latents: list[dict], kind: str) -> list[str]:
     return [name or f"{kind} {number}" for number, name in enumerate(names, 1)]
 
 
-def flatten_conditioning(conditioning: list[list], count: int) -> list[list]:
-    """Give each of `count` pictures its conditioning: one `[cross_attention, options]` pair.
+def flatten_conditioning(conditioning: list[list], latents: list[dict]) -> list[list]:
+    """Give each picture its conditioning: one `[cross_attention, options]` pair.
+
+    Args:
+        conditioning: A pair for each picture, for each batch of several, or for all.
+        latents: The pictures, single or in batches.
 
     Raises:
-        ValueError: Neither one conditioning in all nor one per picture.
+        ValueError: Of another number.
     """
     pairs = [pair for entry in conditioning for pair in entry]
+    sizes = [len(latent["samples"]) for latent in latents]
     if len(pairs) == 1:
-        pairs = pairs * count
-    if len(pairs) != count:
-        raise ValueError(
-            f"{count} pictures but {len(pairs)} captions are connected; SaRA Train needs one "
-            "caption for each picture, or a single one for all"
-        )
-    return pairs
+        return pairs * sum(sizes)
+    if len(pairs) == sum(sizes):
+        return pairs
+    if len(pairs) == len(sizes):
+        return [pair for pair, size in zip(pairs, sizes, strict=True) for _ in range(size)]
+    batches = "" if len(sizes) in (1, sum(sizes)) else f" in {len(sizes)} batches"
+    raise ValueError(
+        f"{sum(sizes)} pictures{batches} but {len(pairs)} captions are connected; SaRA Train needs one "
+        "caption for each picture, for each batch, or a single one for all"
+    )
 
 
 def split_captions(pairs: list[list]) -> tuple[list[list], list[list[list]]]:
@@ -213,14 +221,16 @@ def gather_examples(
         ValueError: Numbers of pictures, captions or masks that do not fit each other.
     """
     pictures = flatten_latents(latents)
-    captions = flatten_conditioning(positive, len(pictures))
+    captions = flatten_conditioning(positive, latents)
     if (regularisation_latents is None) != (regularisation_positive is None):
         raise ValueError(
             "regularisation pictures need their captions: connect both regularisation_latents and "
             "regularisation_positive, or neither"
         )
     prior = flatten_latents(regularisation_latents or [])
-    prior_captions = flatten_conditioning(regularisation_positive, len(prior)) if prior else []
+    prior_captions = (
+        flatten_conditioning(regularisation_positive, regularisation_latents) if prior else []
+    )
     measured, drawn = split_captions(captions + prior_captions)
     return Examples(
         pictures + prior,

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from .bases import BASES, OLD_STYLES
-from .kept import selection_of
+from .kept import made_by, selection_of
 from .measures import likeness, losses, pictures
 from .methods import METHODS, Average, adamw, between, learned_weights, num_trained
 from .plan import kind
@@ -53,12 +53,16 @@ def gradient_sizes(base, model, style, shown, seed, of_mean=False, batch=8):
     return {name: total.abs() for name, total in sums.items()}
 
 
-def train(base, model, optimizer, style, shown, steps, batch, seed, average=None, text_rate=0):
+def train(
+    base, model, optimizer, style, shown, steps, batch, seed, average=None, text_rate=0, prior=None
+):  # fmt: skip
     """Fine-tune by a cosine course, or at a constant rate where the optimizer is for that; noise and order depend on the seed alone, whatever the method.
 
-    Returns seconds a step.
+    Each step goes over as many pictures of `prior` as well, latents and token ids, if it is given. Returns
+    seconds a step.
     """
     generator = torch.Generator().manual_seed(1_000 + seed)
+    of_prior = torch.Generator().manual_seed(4_000 + seed)
     z, ids = base.latents(style, shown), base.captions(style, shown)
     peak = optimizer.param_groups[0]["lr"]
     others = [] if not text_rate else [adamw(list(base.text.parameters()), text_rate)]
@@ -79,6 +83,11 @@ def train(base, model, optimizer, style, shown, steps, batch, seed, average=None
         for other in others:
             other.param_groups[0]["lr"] = text_rate * share
         base.errors(model, z[i], words, noise, quantiles).mean().backward()
+        if prior is not None:
+            j = torch.randint(0, len(prior[0]), (batch,), generator=of_prior)
+            noise = torch.randn(z[i].shape, generator=of_prior)
+            quantiles = torch.rand(batch, generator=of_prior)
+            base.errors(model, prior[0][j], prior[1][j], noise, quantiles).mean().backward()
         for each in (optimizer, *others):
             each.step()
             each.zero_grad()
@@ -90,7 +99,9 @@ def train(base, model, optimizer, style, shown, steps, batch, seed, average=None
 def optimizer_of(base, plan, style, shown, model):
     """Add what a plan trains to a model."""
     options = {
-        name: v for name, v in plan["options"].items() if name not in ("average", "text_rate")
+        name: v
+        for name, v in plan["options"].items()
+        if name not in ("average", "text_rate", "prior")
     }
     options |= {"seed": plan["seed"]} if plan["method"] != "full" else {}
     if "gradient" in options.get("chosen", ""):
@@ -113,12 +124,13 @@ def fine_tune(base, plan, style, shown, model):
     names = [name for name, _ in model.named_parameters()]
     if text_rate:
         base.text = TrainedText(torch.cat([base.captions(style, shown), base.no_caption]))
+    prior = made_by(base, model, style, shown) if "prior" in plan["options"] else None
     optimizer = optimizer_of(base, plan, style, shown, model)
     facts = {"trained": num_trained(optimizer), "rate": optimizer.param_groups[0]["lr"]}
     average = None if decay is None else Average(model, decay)
     facts["seconds"] = train(
         base, model, optimizer, style, shown, plan["steps"], plan["batch"], plan["seed"], average,
-        text_rate,
+        text_rate, prior,
     )  # fmt: skip
     if average is not None:
         average.put()

@@ -96,6 +96,12 @@ BY_MEAN_GRADIENT = {
 BY_IMPORTANCE = {
     "by gradient and importance": ("by gradient", {"fraction": 0.1}, (6e-5, 1.25e-4, 2.5e-4)),
 }
+WITH_PRIOR = {  # each step goes over pictures the base has made as well
+    "LoRA r8, with prior pictures": ("lora", {"rank": 8, "prior": True}, (2e-4, 4e-4, 8e-4)),
+    "by gradient and importance, with prior pictures": (
+        "by gradient", {"fraction": 0.1, "prior": True}, (1.25e-4, 2.5e-4, 5e-4),
+    ),
+}  # fmt: skip
 BY_IMPORTANCE_ON_UNET = {
     "by gradient and importance": ("by gradient", {"fraction": 0.1}, BY_GRADIENT),
 }
@@ -140,6 +146,7 @@ IDEAS = {  # method, options, rates
     ),
     **BY_MEAN_GRADIENT,
     **BY_IMPORTANCE,
+    **WITH_PRIOR,
     "largest mean gradients of each layer, 3 %": (
         "masked", {"chosen": "layer mean gradient", "fraction": 0.03}, (6e-5, 1.25e-4, 2.5e-4),
     ),

@@ -10,6 +10,19 @@ SD15 = {
 }
 
 
+KEPT = "\n".join(
+    f"{how} {what}"
+    for how, what in (
+        ("a photo of", "a dog in a park"), ("a portrait of", "an old man"), ("a photo of", "a city street at night"),
+        ("a photo of", "a bowl of fruit"), ("an oil painting of", "a harbour"), ("a photo of", "a red car"),
+        ("a portrait of", "a young woman"), ("a photo of", "mountains and a lake"), ("a drawing of", "a cat"),
+        ("a photo of", "a kitchen"), ("a photo of", "a bird on a branch"), ("a watercolor of", "a garden"),
+        ("a photo of", "a child with a ball"), ("a photo of", "an old castle"), ("an illustration of", "a robot"),
+        ("a photo of", "a wooden chair"),
+    )
+)  # fmt: skip
+
+
 def checkpoint(at=(0, 400)):
     """A loader, set to the checkpoint that ComfyUI's own templates begin with."""
     return node("CheckpointLoaderSimple", at, models=[SD15], ckpt_name=SD15["name"])
@@ -176,7 +189,35 @@ SD15_SPECS = {
         ),
         **sampled(("apply", 0), 1280, 0, "Picture", "sara/styled"),
     },
+    "10 Keep what the model knows": {
+        "note": note(
+            "## Keep what the model knows\n\nLike *1 Train on your pictures*, with two things more. The model "
+            "first makes a picture of each line in **What to keep**: write there what it makes well and "
+            "is to go on making, without your word. SaRA Train then trains the weights that learn most from your "
+            "pictures for what they would lose of these (**select_by** *gradient*), not the "
+            "smallest ones.\n\nWith **regularisation_weight** above 0 each step goes over these pictures as well, which "
+            "keeps more and takes twice as long."
+        ),
+        **training_nodes(STYLE, select_by="gradient", regularisation_weight=0.0),
+        "kept": node(
+            "SaraPrompts", (0, 1000), "What to keep", {"clip": ("checkpoint", 1)}, prompts=KEPT,
+        ),
+        "size": node("EmptyLatentImage", (0, 1300), width=512, height=512),
+        "made": node(
+            "KSampler", (460, 1000), "Pictures the model makes",
+            {"model": ("checkpoint", 0), "positive": ("kept", 0), "negative": ("folder", 3),
+             "latent_image": ("size", 0)},
+            seed=1, steps=20, cfg=7.0, sampler_name="euler",
+        ),
+        "compare": node(
+            "SaraCompare", (1860, 0), "Before and after",
+            {"model": ("checkpoint", 0), "sampling": ("sampling", 0), "deltas": ("train", 1)},
+            strengths="0, 1",
+        ),
+    },
 }  # fmt: skip
+for link, source in (("regularisation_latents", "made"), ("regularisation_positive", "kept")):
+    SD15_SPECS["10 Keep what the model knows"]["train"]["links"][link] = (source, 0)
 
 
 def use_lora_clip(nodes):

@@ -26,7 +26,7 @@ SIZES = {
     "LoadImage": (320, 360), "ControlNetLoader": (340, 80), "ControlNetApplyAdvanced": (320, 220),
     "UNETLoader": (340, 90), "DualCLIPLoader": (340, 140), "CLIPLoader": (340, 120), "VAELoader": (340, 70),
     "SaraReferencePictures": (420, 150), "VAEEncode": (220, 60), "ReferenceLatent": (220, 60),
-    "FluxKontextImageScale": (220, 40), "SaraVideoFolder": (420, 640), "SaraJoinPictures": (400, 420),
+    "FluxKontextImageScale": (220, 40), "SaraVideoFolder": (420, 640), "SaraJoinPictures": (400, 420), "SaraPrompts": (400, 260),
     "EmptyHunyuanLatentVideo": (320, 150),
 }  # fmt: skip
 

@@ -86,7 +86,7 @@ def test_wrong_inputs_are_explained(sd15, sara):
     with pytest.raises(ValueError, match=r"16 channels but this SD15\s+model takes 4"):
         train(sara, sd15, bad, captions, settings(sara))
     with pytest.raises(ValueError, match="3 pictures but 2 captions"):
-        sara.examples.flatten_conditioning([captions], 3)
+        sara.examples.flatten_conditioning([captions], [{"samples": torch.zeros(3, 4, 8, 8)}])
     masked = [[captions[0][0], {"mask": torch.ones(1, 8, 8)}], captions[1]]
     with pytest.raises(ValueError, match="carries mask"):
         train(sara, sd15, latents, masked, settings(sara))
@@ -105,9 +105,14 @@ def test_lists_batches_and_single_captions_are_flattened(sara):
     flat = sara.examples.flatten_latents(latents)
     assert [tuple(t.shape) for t in flat] == [(1, 4, 8, 8)] * 3 + [(1, 4, 8, 16)]
     _, captions = pairs(2)
-    assert sara.examples.flatten_conditioning([[captions[0]], [captions[1]]], 2) == captions
-    assert sara.examples.flatten_conditioning([captions], 2) == captions
-    assert sara.examples.flatten_conditioning([[captions[0]]], 2) == [captions[0]] * 2
+    flattened, two = sara.examples.flatten_conditioning, [{"samples": torch.zeros(2, 4, 8, 8)}]
+    assert flattened([[captions[0]], [captions[1]]], two) == captions
+    assert flattened([captions], two) == captions
+    assert flattened([[captions[0]]], two) == [captions[0]] * 2
+    # A caption for each batch, as where a sampler goes over a list of prompts.
+    assert flattened([[captions[0]], [captions[1]]], latents) == [captions[0]] * 3 + [captions[1]]
+    with pytest.raises(ValueError, match="4 pictures in 2 batches but 3 captions are connected"):
+        flattened([captions, [captions[0]]], latents)
 
 
 def test_training_leaves_the_callers_patcher_alone(sd15, sara):

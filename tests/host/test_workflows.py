@@ -16,6 +16,7 @@ WORKFLOWS = Path(__file__).resolve().parents[2] / "example_workflows"
 NAMES = sorted(path.stem for path in WORKFLOWS.glob("*.json"))
 NOT_FOR_THE_SMALL_MODEL = {"7 With a LoRA and a ControlNet"}
 RESUME, COMPARE = "3 Stop and go on", "4 Compare checkpoints and strengths"
+KEEP = "10 Keep what the model knows"
 ANALYZE, MERGE = "5 Look at the small weights", "6 Two styles in one"
 
 
@@ -67,6 +68,20 @@ def test_the_small_weights_are_looked_at_and_zeroed(server):
     outputs = server.run(short(load_workflow(server, ANALYZE)))
     assert len(pictures(outputs)) == 4 + 4
     assert any("sara_analysis" in output for output in outputs.values())
+
+
+def test_the_model_makes_pictures_of_what_is_kept(server):
+    prompt = short(load_workflow(server, KEEP))
+    outputs = server.run(prompt)
+    (chart,) = outputs[node_titled(prompt, "SaRA Train")]["sara_training"]
+    folder = server.base / "output" / "sara" / chart["run"]
+    text = (folder / "log.txt").read_text()
+    assert "choosing the weights by what they learn beside what the regularisation pictures" in text
+    assert "the 10 % of each layer that learn most" in text
+    assert len((folder / "loss.csv").read_text().splitlines()) == 1 + 4
+    # Four pictures of each line.
+    settings = json.loads((folder / "settings.json").read_text())
+    assert (settings["select_by"], settings["regularisation_weight"]) == ("gradient", 0.0)
 
 
 def test_checkpoints_are_compared(trained, server):
