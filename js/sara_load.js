@@ -7,10 +7,11 @@ import { text } from "./sara_text.js";
 
 const PICTURE = 96;
 
-function selected({ select_from, fraction }, count, threshold) {
+function selected({ select_from, select_by, fraction }, count, threshold) {
   if (threshold) return text("weights_below", { count, threshold: threshold.toPrecision(3) });
   if (select_from !== "each layer") return text("weights", { count }); // such as of a merged delta
-  return text("weights_of_each", { count, share: Number((100 * fraction).toPrecision(3)) });
+  const key = select_by === "gradient" ? "weights_by_gradient" : "weights_of_each";
+  return text(key, { count, share: Number((100 * fraction).toPrecision(3)) });
 }
 
 export function lines(told) {

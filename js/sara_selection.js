@@ -1,4 +1,5 @@
-// Which weights train is said in one way: while a threshold or a count is set, the other ways are off.
+// Which weights train is said in one way: while a threshold or a count is set, the other ways are off, and
+// so is what goes by size where the gradient says it.
 
 import { app } from "../../scripts/app.js";
 import { followWidget } from "./sara_chart.js";
@@ -8,16 +9,24 @@ const isSet = (widget, node) =>
   node.inputs?.some((input) => input.name === widget.name && input.link != null) ||
   (widget.type === "number" ? widget.value > 0 : String(widget.value ?? "").trim() !== "");
 
+const named = (node, name) => node.widgets?.find((one) => one.name === name);
+const BY_SIZE = ["threshold", "select_from", "progressive"];
+
 export function update(node) {
   let isDecided = false;
   for (const name of WAYS) {
-    const widget = node.widgets?.find((one) => one.name === name);
+    const widget = named(node, name);
     if (!widget) continue;
     widget.disabled = isDecided;
     isDecided ||= isSet(widget, node);
   }
-  const from = node.widgets?.find((one) => one.name === "select_from"); // of which the fraction is
-  if (from) from.disabled = node.widgets.find((one) => one.name === "fraction")?.disabled;
+  const from = named(node, "select_from"); // of which the fraction is
+  if (from) from.disabled = named(node, "fraction")?.disabled;
+  const by = named(node, "select_by"), second = named(node, "progressive");
+  if (by) by.disabled = isSet(named(node, "threshold"), node);
+  if (second) second.disabled = false;
+  if (by?.value === "gradient" && !by.disabled)
+    for (const name of BY_SIZE) named(node, name).disabled = true;
   node.graph?.setDirtyCanvas?.(true, true);
 }
 
@@ -31,7 +40,8 @@ app.registerExtension({
       update(node);
       return result;
     };
-    for (const widget of (node.widgets ?? []).filter((one) => WAYS.includes(one.name)))
+    const followed = [...WAYS, "select_by"];
+    for (const widget of (node.widgets ?? []).filter((one) => followed.includes(one.name)))
       followWidget(node, widget, () => update(node));
   },
 });
