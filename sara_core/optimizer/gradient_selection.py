@@ -166,7 +166,7 @@ def _score(name: str, gains: Tensor, harms: Tensor | None, group) -> Tensor:
     size = held(gains).abs_()
     if harms is not None:
         harm = held(harms)
-        mean = total(harms, harm.sum(dtype=torch.float64)) / harms.numel()
+        mean = total(harms, harm.sum()) / harms.numel()
         size.mul_(harm.add_(LEAST * float(mean) + torch.finfo(harm.dtype).tiny).rsqrt_())
     largest = size.amax() if size.numel() else size.new_zeros(())
     if int(total(gains, (~torch.isfinite(largest)).long())):

@@ -11,6 +11,7 @@ from ..optimizer import packages
 from ..optimizer.adam_moments import KINDS
 from ..optimizer.average import refuse_bad_decay
 from ..optimizer.layer_rates import refuse_bad_rates
+from ..optimizer.learning_rate import rule_of_gradient
 from ..optimizer.sara_adamw import LOW_RANK_WEIGHT
 from ..weights.cutoff import ZEROS
 from .config import TrainConfig, check_choice, check_least, check_share
@@ -180,11 +181,18 @@ class RunSettings(TrainConfig):
         return {"fraction": self.fraction, "by_parameter": self.select_from == EACH_LAYER}
 
     @property
+    def _default_rate(self) -> float | None:
+        """The rate where none is set; None leaves it to the optimizer, which goes by the selection."""
+        if self.select_by == BY_GRADIENT and self.optimizer != packages.PRODIGY:
+            return rule_of_gradient(self.fraction)
+        return None
+
+    @property
     def optimizer_options(self) -> dict:
         """What `SaraAdamW` takes beside the model, if weights are selected by size."""
         return {
             **self.selection_rule,
-            "lr": self.learning_rate or None,
+            "lr": self.learning_rate or self._default_rate,
             "rates": self.layer_rates,
             "progressive_step": (
                 0 if self.select_by == BY_GRADIENT else round(self.progressive * self.steps)

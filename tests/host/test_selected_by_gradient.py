@@ -68,7 +68,7 @@ def test_a_share_of_each_layer_is_trained_that_is_not_the_smallest(sara, sd15, t
     assert sum(both) / len(both) < 0.3
     told = json.loads(delta.metadata["sara.settings"])
     assert (told["select_by"], told["fraction"]) == ("gradient", 0.1)
-    assert told["learning_rate"] == pytest.approx(2e-5 / 0.1**0.5, rel=0.05)
+    assert told["learning_rate"] == pytest.approx(2e-5 / 0.1**0.5)
     assert "sara.threshold" not in delta.metadata
     text = log(tmp_path)
     assert "choosing the weights by what they learn: part 1 of " in text
@@ -181,9 +181,3 @@ def test_it_goes_with_other_ways_to_train(sara, sd15, tmp_path, changes, monkeyp
 def test_in_eight_bits_it_is_that_of_the_numbers(sara, form):
     options = {"select_by": "gradient", "gradient_checkpointing": True}
     assert_trained_as_the_numbers(sara, form, FAMILY, **options)
-
-
-def test_what_cannot_go_together_is_refused(sara, sd15, tmp_path):
-    for changes in ({"threshold": 0.01}, {"select_from": "model"}):
-        with pytest.raises(ValueError, match="select_by is 'gradient', which takes a fraction"):
-            by_gradient(sara, **changes).refuse_contradictions()

@@ -131,3 +131,23 @@ def test_contradictions_are_refused_where_a_run_is_made_and_not_where_one_is_res
     assert RunSettings(validation_split=0.1).resumed_with(node).patience == node.patience
     with pytest.raises(ValueError, match=message):
         node.refuse_contradictions()
+
+
+def test_a_run_by_gradient_has_its_own_rate_and_one_stage():
+    settings = RunSettings(select_by="gradient", fraction=0.04)
+    options = settings.optimizer_options
+    assert options["lr"] == pytest.approx(1e-4)
+    assert options["progressive_step"] == 0
+    assert RunSettings(select_by="gradient", learning_rate=3e-4).optimizer_options["lr"] == 3e-4
+    assert RunSettings(select_by="gradient", optimizer="prodigy").optimizer_options["lr"] is None
+    assert RunSettings().optimizer_options["lr"] is None
+    for changes in ({"threshold": 0.01}, {"select_from": "model"}):
+        with pytest.raises(ValueError, match="select_by is 'gradient', which takes a fraction"):
+            RunSettings(select_by="gradient", **changes).refuse_contradictions()
+    with pytest.raises(
+        ValueError, match="select_by is 'size of it'; expected one of size, gradient"
+    ):
+        RunSettings(select_by="size of it")
+    assert (
+        RunSettings.read({"steps": 5, "version": 2}).select_by == "size"
+    )  # there was no other way
