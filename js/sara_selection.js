@@ -10,7 +10,6 @@ const isSet = (widget, node) =>
   (widget.type === "number" ? widget.value > 0 : String(widget.value ?? "").trim() !== "");
 
 const named = (node, name) => node.widgets?.find((one) => one.name === name);
-const BY_SIZE = ["threshold", "select_from", "progressive"];
 
 export function update(node) {
   let isDecided = false;
@@ -22,11 +21,13 @@ export function update(node) {
   }
   const from = named(node, "select_from"); // of which the fraction is
   if (from) from.disabled = named(node, "fraction")?.disabled;
-  const by = named(node, "select_by"), second = named(node, "progressive");
-  if (by) by.disabled = isSet(named(node, "threshold"), node);
-  if (second) second.disabled = false;
-  if (by?.value === "gradient" && !by.disabled)
-    for (const name of BY_SIZE) named(node, name).disabled = true;
+  const by = named(node, "select_by");
+  if (by) {
+    by.disabled = isSet(named(node, "threshold"), node);
+    const isBySize = by.disabled || by.value !== "gradient";
+    for (const name of ["zeros", "progressive"]) named(node, name).disabled = !isBySize;
+    for (const name of ["threshold", "select_from"]) named(node, name).disabled ||= !isBySize;
+  }
   node.graph?.setDirtyCanvas?.(true, true);
 }
 

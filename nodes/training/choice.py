@@ -1,31 +1,42 @@
 """The weights that a run trains, where it is not their size that says so."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
 
 from ...sara_core import Selection, SparseDelta
 from ...sara_core.optimizer.take_over import selection_of
 from ...sara_core.training.choosing import Choosing
 from ...sara_core.training.gradient_checkpointing import checkpointed
+from ...sara_core.training.out_of_memory import is_out_of_memory
 from ...sara_core.training.passes import Passes
 from ...sara_core.training.processes import Processes
 from ...sara_core.training.run_folder import RunFolder
 from ...sara_core.training.run_settings import RunSettings
 from ...sara_core.weights.parameters import choose_parameters
+from ...sara_core.weights.quantised import learned_on
 from .. import host, output_folder
+from .ending import add_line, ending_together
+from .reporter import Reporter
 from .training_set import TrainingSet
 
-SHARE = 0.25  # of the free memory, that choosing may take beside what the run will
+SHARE = 0.25  # of the device's free memory, that choosing may take if it is more than the run will
 
 
-def choose(
+def chosen_by_gradient(
     calls: "host.ModelCalls",
     pictures: TrainingSet,
     settings: RunSettings,
     processes: Processes,
     is_float16: bool,
-    say: Callable[[str], object],
+    resume: bool,
+    folder: RunFolder | None = None,
+    reporter: Reporter | None = None,
 ) -> Selection:
-    """Choose weights of a MODEL by gradient.
+    """Choose weights of a MODEL by gradient, or take those that a run has chosen when it began.
 
     Args:
         calls: The MODEL, loaded for training.
@@ -33,47 +44,72 @@ def choose(
         settings: Of the run.
         processes: Those that train together.
         is_float16: Gradients are.
-        say: Tells what is done.
+        resume: The run is taken up again.
+        folder: Of the run, in the first process.
+        reporter: Tells what is done, in the first process.
     """
+    if resume:
+        return _chosen_before(calls, settings, processes, folder)
+    with ending_together(), _telling_of_memory():
+        return _choose(calls, pictures, settings, processes, is_float16, reporter)
+
+
+def _choose(calls, pictures, settings, processes, is_float16, reporter) -> Selection:
     passes = Passes(pictures, settings)
     passes.look_for_in_place_changes()
     used, total = host.memory_in_use()
-    what = "what they learn"
-    if pictures.regularisation:
-        what += " beside what the regularisation pictures would lose by it"
+    on_device = settings.trained_in == "device"  # else the sums are in main memory, too
+    progress: list[host.Progress] = []
+    choosing = Choosing(
+        pictures, settings, passes, processes, host.free_memory,
+        lambda: [each.step() for each in progress],
+    )  # fmt: skip
 
     def tell(part: int, of: int) -> None:
-        say(f"choosing the weights by {what}: part {part} of {of} of the model")
+        if reporter is None:
+            return
+        progress[:] = progress or [host.Progress(of * choosing.num_passes, reporter.node_id)]
+        kept = ", beside what the regularisation pictures would lose by it"
+        reporter.say(
+            f"choosing the weights by what they learn{kept if pictures.regularisation else ''}: "
+            f"part {part} of {of} of the model"
+        )
 
     model = calls.model.diffusion_model
     with checkpointed(model, settings.gradient_checkpointing, passes.in_place):
-        return Choosing(pictures, settings, passes, processes, host.free_memory).choose(
-            model, settings.fraction, is_float16, SHARE * (total - used),
+        return choosing.choose(
+            model, settings.fraction, is_float16, SHARE * (total - used) if on_device else 0,
             include=settings.include, exclude=settings.exclude, tell=tell,
         )  # fmt: skip
 
 
-def chosen_before(
-    calls: "host.ModelCalls",
-    settings: RunSettings,
-    processes: Processes,
-    folder: RunFolder | None,
-) -> Selection | None:
-    """Return what a finished run has trained, from its delta; None if its state alone tells.
+@contextmanager
+def _telling_of_memory() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error):
+            add_line(error, "SaRA Train: memory ran out while weights were chosen by gradient.")
+        raise
 
-    Args:
-        calls: The MODEL, loaded for training.
-        settings: Of the run.
-        processes: Those that train together.
-        folder: Of the run, in the first of them.
-    """
+
+def _chosen_before(calls, settings, processes, folder) -> Selection:
+    """Return what a finished run has trained, or where there is no delta of it, what a state can take over."""
 
     def load() -> SparseDelta | None:
         path = output_folder.final_path(folder.path, settings.schedule_start)
         return SparseDelta.load(path) if path.is_file() else None
 
     delta = processes.lead(load)
-    if delta is None:
-        return None
     model = calls.model.diffusion_model
-    return selection_of(delta, choose_parameters(model, settings.include, settings.exclude))
+    parameters = choose_parameters(model, settings.include, settings.exclude)
+    return _first_of_each(parameters) if delta is None else selection_of(delta, parameters)
+
+
+def _first_of_each(parameters: Mapping[str, Tensor]) -> Selection:
+    """Select one weight of each parameter, until a state says which it is to be."""
+    first = {
+        name: torch.zeros(1, dtype=torch.int32, device=learned_on(parameter))
+        for name, parameter in parameters.items()
+    }
+    return Selection(math.inf, first, sum(p.numel() for p in parameters.values()), 0, False)

@@ -96,7 +96,7 @@ def flatten_conditioning(conditioning: list[list], latents: list[dict]) -> list[
         return pairs * sum(sizes)
     if len(pairs) == sum(sizes):
         return pairs
-    if len(pairs) == len(sizes):
+    if len(pairs) == len(conditioning) == len(sizes):
         return [pair for pair, size in zip(pairs, sizes, strict=True) for _ in range(size)]
     batches = "" if len(sizes) in (1, sum(sizes)) else f" in {len(sizes)} batches"
     raise ValueError(

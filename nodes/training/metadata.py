@@ -19,7 +19,6 @@ def run_metadata(patcher, settings: RunSettings, optimizer: SaraAdamW) -> dict[s
     """
     values = dataclasses.asdict(settings) | {"learning_rate": optimizer.param_groups[0]["lr"]}
     words = settings.trigger_words.strip()
-    base = take_fingerprint(host.patched_weights(patcher), optimizer.names())
     carried = host.patches_carried(patcher)
     foreign = host.foreign_prediction(patcher)
     return {
@@ -27,13 +26,23 @@ def run_metadata(patcher, settings: RunSettings, optimizer: SaraAdamW) -> dict[s
         **({"sara.other_prediction": "{} instead of {}".format(*foreign)} if foreign else {}),
         **({"sara.patches_below": carried} if carried else {}),
         **({"modelspec.trigger_phrase": words} if words else {}),
-        "sara.fingerprint": base,
+        **base_metadata(patcher, optimizer.names()),
         "sara.settings": json.dumps(values, sort_keys=True),
         "modelspec.architecture": f"{host.architecture(patcher).lower()}/sara",
         "modelspec.title": settings.output_name,
         "modelspec.date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "modelspec.prediction_type": host.noise_schedule(patcher).prediction,
     }
+
+
+def base_metadata(patcher, names: Sequence[str]) -> dict[str, str]:
+    """Return what says which base the parameters that train are of, while the model holds it.
+
+    Names that it does not have are left out; nothing is returned where it has none.
+    """
+    weights = host.patched_weights(patcher)
+    known = [name for name in names if name in weights]
+    return {"sara.fingerprint": take_fingerprint(weights, known)} if known else {}
 
 
 def with_end(metadata: dict[str, str], ended_at: int) -> dict[str, str]:

@@ -23,7 +23,7 @@ class Reporter:
     """
 
     def __init__(self, folder: RunFolder, node_id: str | None, workflow: str | None):
-        self.folder = folder
+        self.folder, self.node_id = folder, node_id
         steps = folder.settings.steps
         self.progress = host.Progress(steps, node_id)
         previews = output_folder.view_subfolder(folder.preview_path(0).parent)

@@ -2,12 +2,13 @@
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 
-from ...sara_core import SaraAdamW
+from ...sara_core import SaraAdamW, Selection
 from ...sara_core.files.state_file import snapshot
 from ...sara_core.training.gradient_checkpointing import checkpointed
 from ...sara_core.training.processes import FINE, Processes
@@ -17,7 +18,7 @@ from ...sara_core.training.trainer import TrainingRun
 from .. import host
 from . import memory
 from .advice import likely_mistakes
-from .choice import choose, chosen_before
+from .choice import chosen_by_gradient
 from .ending import ending_together, worse_than_it_began
 from .epochs import epochs_of
 from .examples import Examples, differences
@@ -58,11 +59,12 @@ def run(
         File of the final delta; the losses: `loss` of each step, and `validation_loss` after each of
         `validation_step`; and what the node's chart shows.
     """
-    settings, reporter = folder.settings, Reporter(folder, node_id, workflow)
-    with (
-        contextlib.closing(folder),
-        prepared(patcher, examples, settings, resume, folder, reporter.say) as (calls, training),
-    ):
+    settings = folder.settings
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.closing(folder))
+        reporter = Reporter(folder, node_id, workflow)
+        chosen = functools.partial(chosen_by_gradient, folder=folder, reporter=reporter)
+        calls, training = stack.enter_context(prepared(patcher, examples, settings, resume, chosen))
         previews = Previews(calls, training.optimizer, list(samplings), folder)
         saver = Saver(patcher, examples, training, previews, reporter)
         training.processes.agree(FINE)
@@ -126,8 +128,7 @@ def prepared(
     examples: Examples,
     settings: RunSettings,
     resume: bool = False,
-    folder: RunFolder | None = None,
-    say: Callable[[str], object] = lambda text: None,
+    chosen: Callable[..., Selection] = chosen_by_gradient,
 ) -> Iterator[tuple["host.ModelCalls", TrainingRun]]:
     """Load a MODEL and select what trains; afterwards put its base weights back.
 
@@ -138,8 +139,7 @@ def prepared(
         examples: Latents, captions and the empty caption.
         settings: Of the run.
         resume: It is taken up again.
-        folder: Where it is kept, in the first process.
-        say: Tells what is done.
+        chosen: Chooses weights, where their gradient is gone by.
 
     Raises:
         ValueError: They have other models, pictures or captions.
@@ -155,7 +155,7 @@ def prepared(
         _refuse_different(
             processes, lambda: identity(patcher, examples, pictures.validation, settings.offloading)
         )
-        scaler, selection = None, None
+        scaler = None
         is_float16 = host.needs_loss_scaling(patcher, dtype)
         if is_float16:
             scaler = torch.amp.GradScaler(calls.device.type)
@@ -163,20 +163,11 @@ def prepared(
                 settings.trained_in == "main memory"
             ):  # where the scale has to be, to be read at once
                 scaler.scale(torch.zeros(()))
-        options = config.optimizer_options
-        if settings.select_by == BY_GRADIENT:
-            selection = (
-                chosen_before(calls, config, processes, folder)
-                if resume
-                else choose(calls, pictures, config, processes, is_float16, say)
-            )
-        if selection is not None:
-            options = {name: v for name, v in options.items() if name not in config.selection_rule}
-        optimizer = SaraAdamW(
-            calls.model.diffusion_model,
-            distributed=processes.size > 1,
-            selection=selection,
-            **options,
+        optimizer = _optimizer(
+            calls,
+            config,
+            processes,
+            functools.partial(chosen, calls, pictures, config, processes, is_float16, resume),
         )
         try:
             training = TrainingRun(optimizer, pictures, config, scaler, host.free_memory, processes)
@@ -184,6 +175,20 @@ def prepared(
                 yield calls, training
         finally:
             optimizer.restore()
+
+
+def _optimizer(
+    calls: "host.ModelCalls",
+    config: RunSettings,
+    processes: Processes,
+    choose: Callable[[], Selection],
+) -> SaraAdamW:
+    """Take hold of the weights that train; what has chosen them is let go."""
+    options = config.optimizer_options
+    if config.select_by == BY_GRADIENT:
+        options = {name: v for name, v in options.items() if name not in config.selection_rule}
+        options["selection"] = choose()
+    return SaraAdamW(calls.model.diffusion_model, distributed=processes.size > 1, **options)
 
 
 @contextlib.contextmanager

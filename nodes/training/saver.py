@@ -16,7 +16,7 @@ from .. import host, output_folder
 from .ending import add_line, how_it_ended
 from .examples import Examples, differences
 from .folders import best_of, put_out
-from .metadata import identity, present_metadata, run_metadata, with_end
+from .metadata import base_metadata, identity, present_metadata, run_metadata, with_end
 from .previews import Previews
 from .reporter import Reporter
 
@@ -53,6 +53,7 @@ class Saver:
         self._identity = identity(
             patcher, examples, training.task.validation, self.folder.settings.offloading
         )
+        self._patcher = patcher
         self._metadata = run_metadata(patcher, self.folder.settings, training.optimizer)
         self._dtype = SAVE_DTYPES[self.folder.settings.save_dtype]
 
@@ -77,7 +78,11 @@ class Saver:
                     f"{name} cannot be resumed with what is connected: {'; '.join(wrong)}. Connect "
                     "the model and pictures it was started with"
                 )
+            records = state["run"]["optimizer"]["sara"]["weights"]
+            names = list(dict.fromkeys(record["name"] for record in records))
+            base = base_metadata(self._patcher, names)
             self.training.load_state(state["run"])
+            self._metadata |= base
             self.losses = state["losses"].tolist()
             self.validation = [tuple(entry) for entry in state["validation"]]
         except (KeyError, IndexError, TypeError, AttributeError) as error:

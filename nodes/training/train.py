@@ -8,7 +8,7 @@ from ...sara_core.optimizer.adam_moments import refuse_unusable
 from ...sara_core.optimizer.packages import ADAMW
 from ...sara_core.training import event_files
 from ...sara_core.training.run_folder import RunFolder
-from ...sara_core.training.run_settings import EACH_LAYER, SELECT_BY, RunSettings
+from ...sara_core.training.run_settings import SELECT_BY, RunSettings
 from .. import host, output_folder
 from ..inputs import searched_as
 from ..sockets import LossMap, SaraDelta, SaraSampling
@@ -85,7 +85,7 @@ class SaraTrain(io.ComfyNode):
     def validate_inputs(cls, resume, moments=("fp32",), lowest_noise=(0.0,), highest_noise=(1.0,),
                         validation_split=(0.0,), patience=(0,), put_out=(LAST_STEP,), optimizer=(ADAMW,),
                         layer_rates=("",), tensorboard=(False,), threshold=(0.0,),
-                        select_from=(EACH_LAYER,), select_by=(SELECT_BY[0],)):  # fmt: skip
+                        select_by=(SELECT_BY[0],)):  # fmt: skip
         # A run that was chosen to be resumed leaves the list when it ends, and stays chosen.
         bounds = {"lowest_noise": lowest_noise[0], "highest_noise": highest_noise[0]}
         whole = {
@@ -94,11 +94,9 @@ class SaraTrain(io.ComfyNode):
             "put_out": put_out[0],
             "optimizer": optimizer[0],
             "layer_rates": layer_rates[0],
-            "threshold": threshold[0],
-            "select_from": select_from[0],
-            "select_by": select_by[0],
             "moments": moments[0],
         }
+        selected = {"threshold": threshold[0] or 0.0, "select_by": select_by[0] or SELECT_BY[0]}
         try:  # what would else be refused after the pictures are encoded; None is linked
             if moments[0] is not None:
                 refuse_unusable(moments[0])
@@ -109,7 +107,7 @@ class SaraTrain(io.ComfyNode):
             if None not in bounds.values():
                 RunSettings(**bounds)
             if resume[0] == NEW_RUN and None not in whole.values():
-                RunSettings(**whole).refuse_contradictions()
+                RunSettings(**whole, **selected).refuse_contradictions()
             if resume[0] not in (NEW_RUN, None):
                 if not isinstance(resume[0], str):
                     return f"resume is {resume[0]!r}; expected {NEW_RUN!r} or the name of a run"

@@ -76,7 +76,7 @@ def main_inputs() -> list:
             step=0.0000001,
             tooltip="Peak learning rate. 0 takes 0.0000125 / fraction, at most 0.001, where each layer trains its "
             "share; for a threshold or the smallest of the model the paper's rule, 0.001 * exp(-350 * threshold), "
-            "at least 0.00017. The chart shows the highest rate. If the pictures hardly change, train longer or "
+            "at least 0.00017; by gradient 0.00002 / sqrt(fraction). The chart shows the highest rate. If the pictures hardly change, train longer or "
             "double it.",
         ),
         io.String.Input(

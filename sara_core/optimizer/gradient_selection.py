@@ -10,6 +10,7 @@ smallest weights is measured in docs/evidence.md.
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,11 +21,18 @@ from ..weights.parameters import choose_parameters
 from ..weights.quantised import learned_on
 from ..weights.selection import Selection, select
 from ..weights.shards import held, is_sharded, reshard, total
-from .data_parallel import is_shared
+from .data_parallel import is_shared, refuse_wrapped
+from .sparse_model import refuse_owned
 
 LEAST = 1e-4  # of a parameter's mean importance, what every weight has at least
 LARGEST = 0x7F7FFFFF  # bits of the largest finite float32
 SUM = 4  # bytes of a weight for a sum over passes
+
+Together = Callable[[Callable[[], Any]], Any]
+
+
+class NotFinite(FloatingPointError):
+    """A gradient was not finite, in all processes alike."""
 
 
 def select_by_gradient(
@@ -38,13 +46,14 @@ def select_by_gradient(
     biases_and_norms: bool = False,
     most_bytes: float = math.inf,
     tell: Callable[[int, int], None] = lambda part, of: None,
+    together: Together = lambda act: act(),
     distributed: bool = True,
     process_group: "dist.ProcessGroup | None" = None,
 ) -> Selection:
     """Select the weights of each parameter that learn most for what they make the model forget.
 
-    Weights without any gradient are never chosen, nor more than there are others. The module and its
-    `requires_grad` are left as they were; gradients it holds are dropped.
+    Weights without any gradient are never chosen, so that a parameter may give less than its share. The module and
+    its `requires_grad` are left as they were; gradients it holds are dropped.
 
     Args:
         module: The model, as `SaraAdamW` will get it.
@@ -52,7 +61,7 @@ def select_by_gradient(
             its own. Their gradients add up. It is called again for each part of the model that is
             looked at, and should go over the same then.
         keep: The same over what the model is to keep as it is, of which the squares of the gradients add up:
-            best a pass for each of some 100 pictures.
+            best a pass for each of some 100 pictures. Under `fully_shard` they are those of means over processes.
         fraction: Share of each chosen parameter's weights, in `(0, 1]`, at least one.
         include: See `choose_parameters`.
         exclude: See `choose_parameters`.
@@ -60,6 +69,8 @@ def select_by_gradient(
         most_bytes: What the sums may take at a time, 4 bytes a weight or 8 with `keep`; a single parameter may
             take more. The model is looked at in as many parts as that needs.
         tell: Called before each part with its number, from 1, and that of all.
+        together: Does what may fail for want of memory; where processes choose together, it has to fail in all
+            of them if it does in one.
         distributed: Where torch.distributed is initialised, go by the gradients of all processes.
         process_group: Which those are; by default all of them.
 
@@ -68,25 +79,26 @@ def select_by_gradient(
 
     Raises:
         ValueError: A fraction out of range, no parameter to train, or none that gets a gradient.
-        FloatingPointError: A gradient was not finite.
+        RuntimeError: Another SaraAdamW trains the model.
+        TypeError: The model is wrapped in DistributedDataParallel or FullyShardedDataParallel.
+        NotFinite: A gradient was not.
     """
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction is {fraction!r}; expected a number above 0 and at most 1")
+    refuse_wrapped(module)
+    reshard(module)
     parameters = choose_parameters(module, include, exclude, biases_and_norms)
+    refuse_owned(parameters)
     group = process_group if distributed and is_shared(process_group) else False
+    ways = [(learn, _add), *([] if keep is None else [(keep, _add_square)])]
+    parts = list(_parts(parameters, most_bytes / SUM / len(ways)))
     index: dict[str, Tensor] = {}
-    parts = list(_parts(parameters, most_bytes / SUM / (2 if keep else 1)))
     for number, part in enumerate(parts, 1):
         tell(number, len(parts))
-        with torch.enable_grad():
-            gains = _sums(module, part, learn, _add)
-            harms = {} if keep is None else _sums(module, part, keep, _add_square)
+        sums = [_sums(module, part, go_over, add, group, together) for go_over, add in ways]
         reshard(module)
-        for name in part:
-            score = _score(name, gains.pop(name), harms.pop(name, None), group)
-            if (chosen := _largest(score, fraction)) is not None:
-                index[name] = chosen
-            del score  # before the next sums are made
+        index |= together(lambda sums=sums: _chosen(sums, fraction))  # type: ignore[misc]
+        del sums  # before the next are made
     if not index:
         raise ValueError(
             "no weight is selected: none of the chosen parameters has got a gradient, so there would be "
@@ -124,23 +136,29 @@ def _sums(
     parameters: Mapping[str, nn.Parameter],
     go_over: Callable[[], None],
     add: Callable[[Tensor, Tensor], None],
+    group: "dist.ProcessGroup | None | bool",
+    together: Together,
 ) -> dict[str, Tensor]:
     """Add something up of the gradients of each pass, float32; no two dense gradients need exist at a time."""
-    sums = {name: _zeros(parameter) for name, parameter in parameters.items()}
-    with contextlib.ExitStack() as stack:
+    sums = together(lambda: {name: _zeros(parameter) for name, parameter in parameters.items()})
+    with contextlib.ExitStack() as stack, torch.enable_grad():
         for name, parameter in module.named_parameters():
             parameter.grad = None
             if parameter.requires_grad:
                 hook = _taker(sums.get(name), add)
                 stack.callback(parameter.register_post_accumulate_grad_hook(hook).remove)
-        go_over()
+        together(go_over)
+    if group is not False:
+        for each in sums.values():
+            if not is_sharded(each):
+                dist.all_reduce(each, group=group)  # type: ignore[arg-type]
     return sums
 
 
 def _zeros(parameter: nn.Parameter) -> Tensor:
     if is_sharded(parameter):
         return torch.zeros_like(parameter, dtype=torch.float32, requires_grad=False)
-    return torch.zeros(parameter.shape, device=learned_on(parameter))
+    return torch.zeros(parameter.shape, dtype=torch.float32, device=learned_on(parameter))
 
 
 def _taker(sums: Tensor | None, add: Callable[[Tensor, Tensor], None]) -> Callable[[Tensor], None]:
@@ -158,26 +176,38 @@ def _taker(sums: Tensor | None, add: Callable[[Tensor, Tensor], None]) -> Callab
 
 
 @torch.no_grad()
-def _score(name: str, gains: Tensor, harms: Tensor | None, group) -> Tensor:
-    """Return what is larger for weights that are to train; `gains` is used up."""
-    for sums in filter(torch.is_tensor, (gains, harms)):
-        if group is not False and not is_sharded(sums):
-            dist.all_reduce(sums, group=group)
+def _chosen(sums: list[dict[str, Tensor]], fraction: float) -> dict[str, Tensor]:
+    """Return sorted flat positions by parameter name; the sums are used up."""
+    found = {}
+    for name in list(sums[0]):
+        gains, *harms = (each.pop(name) for each in sums)
+        _refuse_infinite(name, gains, *harms)
+        if (positions := _largest(_score(gains, *harms), fraction)) is not None:
+            found[name] = positions
+    return found
+
+
+def _refuse_infinite(name: str, *sums: Tensor) -> None:
+    for each in sums:
+        here = held(each)
+        largest = here.abs().amax() if here.numel() else here.new_zeros(())
+        if int(total(each, (~torch.isfinite(largest)).long())):
+            raise NotFinite(
+                f"the gradient of {name!r} was not finite while weights were chosen by it; compute in fp32 "
+                "or bf16, or check what the model is given"
+            )
+
+
+def _score(gains: Tensor, harms: Tensor | None = None) -> Tensor:
+    """Return what is larger for weights that are to train; both are used up."""
     size = held(gains).abs_()
     if harms is not None:
         harm = held(harms)
-        mean = total(harms, harm.sum()) / harms.numel()
-        size.mul_(harm.add_(LEAST * float(mean) + torch.finfo(harm.dtype).tiny).rsqrt_())
-    largest = size.amax() if size.numel() else size.new_zeros(())
-    if int(total(gains, (~torch.isfinite(largest)).long())):
-        raise FloatingPointError(
-            f"the gradient of {name!r} was not finite while weights were chosen by it; compute in fp32 or "
-            "bf16, or check what the model is given"
-        )
+        least = LEAST * float(total(harms, harm.sum())) / harms.numel()
+        size.mul_(harm.add_(least + torch.finfo(harm.dtype).tiny).rsqrt_())
     return gains
 
 
-@torch.no_grad()
 def _largest(score: Tensor, fraction: float) -> Tensor | None:
     """Return the sorted flat positions of the largest entries, none of them 0, of those held here.
 

@@ -59,7 +59,7 @@ class SaraAdamW(TrainedModel, torch.optim.Optimizer):
         num_trainable: Number of weights that train, such as 5000000 or "5M".
         selection: Weights that train, chosen otherwise, such as by `select_by_gradient`.
         lr: Learning rate; by default `learning_rate.rule_of_share(fraction)` where each parameter gives its
-            share, and else `learning_rate.rule(threshold)`. Of Prodigy it is a factor of the rate
+            share, `rule_of_gradient` for a selection without thresholds, and else `rule(threshold)`. Of Prodigy it is a factor of the rate
             that it finds by itself, by default 1.
         betas: Decay rates of the two moments.
         eps: Added to the root of the second moment.
@@ -220,8 +220,9 @@ class SaraAdamW(TrainedModel, torch.optim.Optimizer):
             return 1.0
         if self.threshold == math.inf:
             return learning_rate.rule_of_gradient(self.num_trainable / self.num_considered)
-        if fraction is not None and self._weights.active[0].threshold is not None:
-            return learning_rate.rule_of_share(fraction)
+        if self._weights.active[0].threshold is not None:
+            share = fraction or self.num_trainable / self.num_considered
+            return learning_rate.rule_of_share(share)
         return learning_rate.rule(self.threshold)
 
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -77,7 +77,7 @@ class SparseModel:
     def attach(self) -> None:
         """Capture the gradients of the active weights; freeze every other parameter."""
         self._unhook()
-        self._refuse_foreign_hooks()
+        refuse_owned(self.parameters, self)
         active = {weight.name for weight in self.active}
         for name, parameter in self.parameters.items():
             parameter.requires_grad_(name in active or name == self._reduced)
@@ -133,15 +133,6 @@ class SparseModel:
         self._arrived, self._reduced = arrived, others[-1] if others else None
         setattr(self.module, IGNORED_BY_DDP, sorted(selected))
         self.attach()
-
-    def _refuse_foreign_hooks(self) -> None:
-        for name, parameter in self.parameters.items():
-            owner = getattr(parameter, OWNER, lambda: None)()
-            if owner is not None and owner is not self:
-                raise RuntimeError(
-                    f"parameter {name!r} is already being trained by another SaraAdamW; call its "
-                    "restore() or detach() first"
-                )
 
     def refuse_replaced(self) -> None:
         """Raise if the module has other parameters by now than those that are trained.
@@ -285,6 +276,21 @@ class SparseModel:
             for frozen, group in ((False, self.active), (True, self.frozen))
             for weight in group
         ]
+
+
+def refuse_owned(parameters: Mapping[str, Tensor], but_by: SparseModel | None = None) -> None:
+    """Refuse parameters that are being trained already.
+
+    Raises:
+        RuntimeError: By another one than `but_by`.
+    """
+    for name, parameter in parameters.items():
+        owner = getattr(parameter, OWNER, lambda: None)()
+        if owner is not None and owner is not but_by:
+            raise RuntimeError(
+                f"parameter {name!r} is already being trained by another SaraAdamW; call its "
+                "restore() or detach() first"
+            )
 
 
 def entries_of(records: Sequence[Mapping]) -> dict[str, DeltaEntry]:

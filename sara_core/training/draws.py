@@ -70,17 +70,13 @@ class Draws:
             )
 
     def backward(
-        self,
-        tally: NoiseTally | None,
-        held: Callable[[], AbstractContextManager],
-        scale: float = 1.0,
+        self, tally: NoiseTally | None, held: Callable[[], AbstractContextManager]
     ) -> Tensor:
         """Add up the gradient of one update, which is the mean of every process's.
 
         Args:
             tally: Notes the losses on the training pictures.
             held: Makes a context for each pass, in which processes send nothing.
-            scale: Factor of the gradient.
 
         Returns:
             This process's share of the loss on the training pictures, and of that on the
@@ -95,7 +91,7 @@ class Draws:
                 mine = self._processes.share(len(batch))
                 draw = self._passes.draw(batch, self._generator, True, mine)
                 part = len(draw[0]) / len(batch)
-                factor = scale * weight * part / count * self._processes.size
+                factor = weight * part / count * self._processes.size
                 with held():
                     loss = self._passes.backward(
                         draw, factor, tally if order is self._orders[0] else None

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 
@@ -29,16 +30,18 @@ class HeldOut:
         self._num_parts = 1
 
     @torch.no_grad()
-    def loss(self, batch_size: int) -> float | None:
+    def loss(self, batch_size: int, acting: Callable[[], AbstractContextManager]) -> float | None:
         """Return the mean loss; None without pictures.
 
         Args:
             batch_size: Pictures that go together, if their keys do.
+            acting: Makes a context in which the model acts with what is measured.
         """
         while True:
             num_parts = max(self._passes.num_parts, self._num_parts)
             try:
-                return self._loss(batch_size, num_parts)
+                with acting():
+                    return self._loss(batch_size, num_parts)
             except Exception as error:
                 if not is_out_of_memory(error) or num_parts >= batch_size:
                     raise

@@ -47,7 +47,8 @@ class RunSettings(TrainConfig):
         select_from: Where that share is taken, from the whole model or from each layer; one of
             `SELECT_FROM`. A threshold is for the whole model.
         select_by: What says which of a layer's weights train, one of `SELECT_BY`: their size, or their gradient,
-            see `Choosing`. Then nothing is selected anew on the way.
+            see `Choosing`. Then the fraction is of each layer, zeros are no matter, and nothing is selected anew
+            on the way.
         include: Patterns of parameter names, separated by commas; empty takes all.
         exclude: Patterns of parameter names that do not train.
         zeros: How exact zeros are treated, see `selection.select`.
@@ -159,11 +160,10 @@ class RunSettings(TrainConfig):
             ema_decay=self.ema_decay,
             layer_rates=self.layer_rates,
         )
-        if self.select_by == BY_GRADIENT and (self.threshold or self.select_from != EACH_LAYER):
+        if self.select_by == BY_GRADIENT and self.threshold:
             raise ValueError(
                 "select_by is 'gradient', which takes a fraction of each layer, but threshold is "
-                f"{self.threshold:g} and select_from {self.select_from!r}; set them to 0 and "
-                f"{EACH_LAYER!r}, or select by size"
+                f"{self.threshold:g}; set it to 0 and connect nothing to it, or select_by to 'size'"
             )
         goes_by_validation = {"patience": self.patience, "put_out": self.put_out == PUT_OUT[1]}
         for name, is_set in goes_by_validation.items():

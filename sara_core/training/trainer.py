@@ -197,8 +197,7 @@ class TrainingRun:
         It is that of the average of the trained values, where the optimizer keeps one.
         The run's own random numbers are not touched. Where memory runs out, pictures are measured in smaller parts.
         """
-        with self.optimizer.at_strength(1.0):
-            return self._held_out.loss(self.batch_size)
+        return self._held_out.loss(self.batch_size, lambda: self.optimizer.at_strength(1.0))
 
     def _mark(self) -> None:
         self._marked = (

@@ -128,17 +128,26 @@ def refuse_unfitting(
             f"a selection says by itself which weights train; leave out {', '.join(given)}"
         )
     unknown = sorted(selection.index.keys() - parameters.keys())
-    outside = [
+    wrong = [
         name
         for name, index in selection.index.items()
-        if name in parameters and len(index) and int(index[-1]) >= held(parameters[name]).numel()
+        if name in parameters and not _is_sound(index, parameters[name])
     ]
-    if unknown or outside or not selection.index:
+    if unknown or wrong or not selection.index:
         raise ValueError(
             f"the selection does not fit the model: it names {len(unknown)} parameters that are not to "
-            f"train here, such as {unknown[:3]}, and positions outside of {outside[:3]}; make it for this "
-            "model, with the same include and exclude"
+            f"train here, such as {unknown[:3]}, and has no ascending positions within {wrong[:3]}; make it "
+            "for this model, with the same include and exclude"
         )
+
+
+def _is_sound(index: Tensor, parameter: Tensor) -> bool:
+    if index.dtype not in (torch.int32, torch.int64) or index.dim() != 1:
+        return False
+    if not len(index):  # as where others hold the parts in which positions lie
+        return is_sharded(parameter)
+    ascends = bool((index.long().diff() > 0).all())
+    return ascends and int(index[0]) >= 0 and int(index[-1]) < held(parameter).numel()
 
 
 def _warn_of_skipped(skipped: int, num_weights: int, by_parameter: bool) -> None:

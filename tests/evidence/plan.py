@@ -98,6 +98,9 @@ BY_IMPORTANCE = {
 }
 WITH_PRIOR = {  # each step goes over pictures the base has made as well
     "LoRA r8, with prior pictures": ("lora", {"rank": 8, "prior": True}, (2e-4, 4e-4, 8e-4)),
+    "SaRA, each layer, with prior pictures": (
+        "sara", {**OF_LAYERS, "prior": True}, (1.25e-4, 2.5e-4, 5e-4),
+    ),
     "by gradient and importance, with prior pictures": (
         "by gradient", {"fraction": 0.1, "prior": True}, (1.25e-4, 2.5e-4, 5e-4),
     ),

@@ -101,16 +101,16 @@ def test_a_workflow_of_an_earlier_version_keeps_its_values(page, tmp_path):
     # Its threshold comes from SaRA Analyze, so the fraction beside it is visibly off, and what it is of.
     off = """const { widgets } = window.app.graph.nodes.find((n) => n.type === "SaraTrain");
         return arguments[0].map((name) => widgets.find((w) => w.name === name).disabled);"""
-    ways = ["fraction", "select_from", "select_by", "threshold", "progressive"]
-    assert page.js(off, ways) == [True, True, True, False, False]
+    ways = ["fraction", "select_from", "select_by", "threshold", "progressive", "zeros"]
+    assert page.js(off, ways) == [True, True, True, False, False, False]
     page.js(
         """const node = window.app.graph.nodes.find((n) => n.type === "SaraTrain");
         node.disconnectInput(node.inputs.findIndex((i) => i.name === "threshold"));"""
     )
-    assert page.js(off, ways) == [False] * 5
+    assert page.js(off, ways) == [False] * 6
     # Where the gradient says it, what goes by size is off.
     page.set_widgets("SaraTrain", select_by="gradient")
-    assert page.js(off, ways) == [False, True, False, True, True]
+    assert page.js(off, ways) == [False, True, False, True, True, True]
 
 
 def test_few_widgets_are_shown_and_the_rest_on_demand(page):

@@ -94,16 +94,14 @@ def test_regularisation_pictures_say_what_is_kept(sara, sd15, tmp_path):
 
 
 def test_cancel_while_weights_are_chosen_loses_nothing(sara, sd15, tmp_path, monkeypatch):
-    before, count = bits(sd15), [0]
-    original = sara.host.check_cancelled
+    before = bits(sd15)
+    original = choosing.Choosing._backward
 
-    def cancel():
-        count[0] += 1
-        if count[0] == 9:
-            raise CANCELLED()
-        original()
+    def cancel(self, *arguments):
+        original(self, *arguments)
+        raise CANCELLED()
 
-    monkeypatch.setattr(sara.host, "check_cancelled", cancel)
+    monkeypatch.setattr(choosing.Choosing, "_backward", cancel)
     with pytest.raises(CANCELLED):
         run(sara, sd15, tmp_path, by_gradient(sara))
     assert_same_bits(before, sd15)
@@ -115,8 +113,19 @@ def test_cancel_while_weights_are_chosen_loses_nothing(sara, sd15, tmp_path, mon
     assert delta.entries
 
 
+def test_lack_of_memory_while_weights_are_chosen_is_told(sara, sd15, tmp_path, monkeypatch):
+    def fail(self, *arguments):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(choosing.Choosing, "_backward", fail)
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        run(sara, sd15, tmp_path, by_gradient(sara))
+    assert "memory ran out while weights were chosen by gradient" in str(caught.value)
+    assert "To need less memory" in str(caught.value)
+
+
 def test_a_resumed_run_goes_on_with_what_was_chosen(sara, sd15, tmp_path, monkeypatch):
-    options = by_gradient(sara, steps=5)
+    options = by_gradient(sara, steps=5, layer_rates="attn=0.5")
     whole, losses = run(sara, sd15, tmp_path / "whole", options)
     original = sara.run.Reporter.step
 
@@ -132,6 +141,7 @@ def test_a_resumed_run_goes_on_with_what_was_chosen(sara, sd15, tmp_path, monkey
     text = log(tmp_path / "cut")
     delta, resumed = run(sara, sd15, tmp_path / "cut", options, resume=True)
     equal(delta, whole)
+    assert delta.metadata["sara.fingerprint"] == whole.metadata["sara.fingerprint"]
     assert resumed == losses
     assert "choosing" not in log(tmp_path / "cut")[len(text) :]
 

@@ -79,9 +79,8 @@ def test_the_model_makes_pictures_of_what_is_kept(server):
     assert "choosing the weights by what they learn beside what the regularisation pictures" in text
     assert "the 10 % of each layer that learn most" in text
     assert len((folder / "loss.csv").read_text().splitlines()) == 1 + 4
-    # Four pictures of each line.
     settings = json.loads((folder / "settings.json").read_text())
-    assert (settings["select_by"], settings["regularisation_weight"]) == ("gradient", 0.0)
+    assert (settings["select_by"], settings["regularisation_weight"]) == ("gradient", 1.0)
 
 
 def test_checkpoints_are_compared(trained, server):

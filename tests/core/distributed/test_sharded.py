@@ -60,7 +60,9 @@ def test_the_same_weights_are_chosen_by_gradient(left, name, keeps):
     expected = sharded.by_gradient(lambda net: None)[keeps]
     if keeps and name != "by_gradient":  # squares of undivided weights are of each process's part
         for key, (index, _) in expected["entries"].items():
-            assert len(ranks[0]["entries"][key][0]) == len(index)
+            found = ranks[0]["entries"][key][0]
+            assert len(found) == len(index)
+            assert torch.isin(found, index).float().mean() > 0.7
     else:
         assert_close(ranks[0], expected)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from sara_core import SaraAdamW, select_by_gradient
+from sara_core import SaraAdamW, Selection, select, select_by_gradient
 from sara_core.optimizer import learning_rate
 from sara_core.training.memory_need import most_bytes
 from sara_core.weights.quantised import numbers_on_use
@@ -244,5 +244,64 @@ def test_a_selection_that_does_not_fit_is_refused():
         SaraAdamW(net, selection=selection, exclude="conv")
     small, large = nn.Linear(2, 2), nn.Linear(20, 2)
     found = select_by_gradient(large, lambda: large(torch.ones(20)).sum().backward(), fraction=0.5)
-    with pytest.raises(ValueError, match=r"positions outside of \['weight'\]"):
+    with pytest.raises(ValueError, match=r"no ascending positions within \['weight'\]"):
         SaraAdamW(small, selection=found)
+
+
+@pytest.mark.parametrize("which", ["learned", "kept"])
+def test_one_infinite_gradient_is_told(which):
+    net = nn.Sequential(nn.Linear(3, 4, bias=False), nn.Linear(4, 2, bias=False))
+
+    def go_over(is_infinite):
+        net(torch.ones(1, 3)).sum().backward()
+        if is_infinite:
+            (net[1](torch.ones(1, 4))[0, 0] * torch.inf).backward()
+
+    with pytest.raises(FloatingPointError, match=r"'1\.weight' was not finite"):
+        select_by_gradient(
+            net, lambda: go_over(which == "learned"), lambda: go_over(which == "kept"), fraction=0.5
+        )
+
+
+def test_a_model_that_is_being_trained_is_refused():
+    net = Net()
+    optimizer = SaraAdamW(net, fraction=0.1)
+    with pytest.raises(RuntimeError, match="already being trained by another SaraAdamW"):
+        select_by_gradient(net, passes(net), fraction=0.1)
+    loss_of(net, 0).backward()
+    assert any(leaf.grad is not None for leaf in optimizer.parameters())
+
+
+def test_sums_are_float32_whatever_the_default_is():
+    net = Net()
+    expected = listed(select_by_gradient(net, passes(net), fraction=0.1))
+    go_over = passes(net)
+
+    def learn():
+        torch.set_default_dtype(torch.float32)
+        go_over()
+        torch.set_default_dtype(torch.bfloat16)
+
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = select_by_gradient(net, learn, fraction=0.1)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert listed(found) == expected
+
+
+@pytest.mark.parametrize("index", [[3, 1], [-1, 2], [1, 1], [0.0, 1.0], []])
+def test_positions_that_do_not_ascend_are_refused(index):
+    net = nn.Linear(4, 4, bias=False)
+    dtype = torch.float32 if index[:1] == [0.0] else torch.int32
+    positions = torch.tensor(index, dtype=dtype)
+    with pytest.raises(ValueError, match=r"no ascending positions within \['weight'\]"):
+        SaraAdamW(net, selection=Selection(math.inf, {"weight": positions}, 16, 0, False))
+
+
+def test_a_share_that_was_selected_by_size_has_its_rate():
+    net = Net()
+    selection = select(dict(net.named_parameters()), fraction=0.03)
+    optimizer = SaraAdamW(net, selection=selection, biases_and_norms=True)
+    expected = learning_rate.rule_of_share(selection.num_selected / selection.num_considered)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(expected)

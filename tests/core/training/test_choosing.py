@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from sara_core import SaraAdamW
+from sara_core.optimizer import gradient_selection
 from sara_core.training.choosing import Choosing
 from sara_core.training.config import TrainConfig
 from sara_core.training.passes import Passes
@@ -107,6 +108,22 @@ def test_where_memory_runs_out_it_goes_on_in_parts():
     assert listed(found) == listed(whole.choose(whole_net, 0.2))
 
 
+@pytest.mark.parametrize("act", ["_zeros", "_chosen"])
+def test_memory_that_runs_out_beside_the_passes_takes_less(monkeypatch, act):
+    net, task, choosing = make(keeps=True)
+    expected, told, original = choosing.choose(net, 0.2), [], getattr(gradient_selection, act)
+
+    def fail(*arguments):
+        if len(told) == 1:
+            raise torch.OutOfMemoryError("out of memory")
+        return original(*arguments)
+
+    monkeypatch.setattr(gradient_selection, act, fail)
+    found = choosing.choose(net, 0.2, most_bytes=6000, tell=lambda *which: told.append(which))
+    assert told == [(1, 1), (1, 2), (2, 2)]
+    assert listed(found) == listed(expected)
+
+
 def test_memory_that_is_short_for_one_picture_is_an_error():
     def fail(count):
         raise torch.OutOfMemoryError("out of memory")
@@ -117,13 +134,14 @@ def test_memory_that_is_short_for_one_picture_is_an_error():
     assert all(p.grad is None for p in net.parameters())
 
 
-def test_float16_gradients_that_overflow_are_scaled_less():
-    net, task, choosing = make()
+@pytest.mark.parametrize("keeps", [False, True])
+def test_float16_gradients_that_overflow_are_scaled_less(keeps):
+    net, task, choosing = make(keeps=keeps)
     expected = listed(choosing.choose(net, 0.2))
     largest_seen = []
 
     class Narrow(torch.autograd.Function):
-        """Gradients above 300 are too large for it."""
+        """Gradients above 3000 are too large for it."""
 
         @staticmethod
         def forward(ctx, x):
@@ -132,12 +150,12 @@ def test_float16_gradients_that_overflow_are_scaled_less():
         @staticmethod
         def backward(ctx, gradient):
             largest_seen.append(float(gradient.abs().max()))
-            return torch.where(gradient.abs() < 300, gradient, torch.inf)
+            return torch.where(gradient.abs() < 3000, gradient, torch.inf)
 
     predict = task.predict
     task.predict = lambda *asked: Narrow.apply(predict(*asked))
     found = choosing.choose(net, 0.2, is_float16=True)
-    assert largest_seen[0] > 300 > largest_seen[-1] > 1
+    assert max(largest_seen) > 3000 > max(largest_seen[-20:]) > 1
     assert listed(found) == expected
 
 
