@@ -10,8 +10,8 @@ const PICTURE = 96;
 function selected({ select_from, select_by, fraction }, count, threshold) {
   if (threshold) return text("weights_below", { count, threshold: threshold.toPrecision(3) });
   if (select_from !== "each layer") return text("weights", { count }); // such as of a merged delta
-  const key = select_by === "gradient" ? "weights_by_gradient" : "weights_of_each";
-  return text(key, { count, share: Number((100 * fraction).toPrecision(3)) });
+  const told = { count, share: Number((100 * fraction).toPrecision(3)) };
+  return select_by === "gradient" ? text("weights_by_gradient", told) : text("weights_of_each", told);
 }
 
 export function lines(told) {
