@@ -72,7 +72,7 @@ class Session:
         self._stage = optimizer.stage
         which = f"those below {optimizer.threshold:.4g}"
         if self.settings.select_by == BY_GRADIENT:
-            which = f"the {100 * self.settings.fraction:.3g} % of each layer that learn most"
+            which = f"the {100 * self.settings.fraction:.3g} % that learn most"
         elif self.settings.selection_rule.get("by_parameter"):
             which = f"the smallest {100 * self.settings.fraction:.3g} % of each layer"
         self.reporter.say(

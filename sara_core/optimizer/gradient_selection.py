@@ -2,9 +2,9 @@
 
 Of small steps that are as large for each weight, one of the gradient `g` of what is to be learned gains `|g|`, and
 loses about `f`, the mean square of the gradient of what is to be kept (the diagonal of the Fisher information, the
-importance of a weight in Kirkpatrick et al. 2017, arXiv:1612.00796). In each parameter the weights with the largest
-`|g| / sqrt(f)` are chosen; without anything to keep, those with the largest `|g|`. How both compare with the
-smallest weights is measured in docs/evidence.md.
+importance of a weight in Kirkpatrick et al. 2017, arXiv:1612.00796). The weights with the largest `|g| / sqrt(f)`
+are chosen; without anything to keep, those with the largest `|g|`. How both compare with the smallest weights is
+measured in docs/evidence.md.
 """
 
 import contextlib
@@ -22,6 +22,7 @@ from ..weights.quantised import learned_on
 from ..weights.selection import Selection, select
 from ..weights.shards import held, is_sharded, reshard, total
 from .data_parallel import is_shared, refuse_wrapped
+from .ranking import Ranking
 from .sparse_model import refuse_owned
 
 LEAST = 1e-4  # of a parameter's mean importance, what every weight has at least
@@ -41,6 +42,7 @@ def select_by_gradient(
     keep: Callable[[], None] | None = None,
     *,
     fraction: float,
+    by_parameter: bool = False,
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
     biases_and_norms: bool = False,
@@ -50,7 +52,7 @@ def select_by_gradient(
     distributed: bool = True,
     process_group: "dist.ProcessGroup | None" = None,
 ) -> Selection:
-    """Select the weights of each parameter that learn most for what they make the model forget.
+    """Select the weights that learn most for what they make the model forget.
 
     Weights without any gradient are never chosen, so that a parameter may give less than its share. The module and
     its `requires_grad` are left as they were; gradients it holds are dropped.
@@ -62,7 +64,9 @@ def select_by_gradient(
             looked at, and should go over the same then.
         keep: The same over what the model is to keep as it is, of which the squares of the gradients add up:
             best a pass for each of some 100 pictures. Under `fully_shard` they are those of means over processes.
-        fraction: Share of each chosen parameter's weights, in `(0, 1]`, at least one.
+        fraction: Share of the chosen parameters' weights, in `(0, 1]`.
+        by_parameter: Take that share of each parameter, at least one weight. By default it is of all of them together,
+            ranked to an eighth of an octave, for which a byte a weight is kept in main memory.
         include: See `choose_parameters`.
         exclude: See `choose_parameters`.
         biases_and_norms: See `choose_parameters`.
@@ -93,12 +97,18 @@ def select_by_gradient(
     ways = [(learn, _add), *([] if keep is None else [(keep, _add_square)])]
     parts = list(_parts(parameters, most_bytes / SUM / len(ways)))
     index: dict[str, Tensor] = {}
+    ranking = None if by_parameter else Ranking()
     for number, part in enumerate(parts, 1):
         tell(number, len(parts))
         sums = [_sums(module, part, go_over, add, group, together) for go_over, add in ways]
         reshard(module)
-        index |= together(lambda sums=sums: _chosen(sums, fraction))  # type: ignore[misc]
+        index |= together(lambda sums=sums: _taken(sums, fraction, ranking))  # type: ignore[misc]
         del sums  # before the next are made
+    if ranking is not None:
+        index = {
+            name: found.to(learned_on(parameters[name]))
+            for name, found in together(lambda: ranking.largest(fraction)).items()
+        }
     if not index:
         raise ValueError(
             "no weight is selected: none of the chosen parameters has got a gradient, so there would be "
@@ -136,7 +146,7 @@ def _sums(
     parameters: Mapping[str, nn.Parameter],
     go_over: Callable[[], None],
     add: Callable[[Tensor, Tensor], None],
-    group: "dist.ProcessGroup | None | bool",
+    group: Any,
     together: Together,
 ) -> dict[str, Tensor]:
     """Add something up of the gradients of each pass, float32; no two dense gradients need exist at a time."""
@@ -151,7 +161,8 @@ def _sums(
     if group is not False:
         for each in sums.values():
             if not is_sharded(each):
-                dist.all_reduce(each, group=group)  # type: ignore[arg-type]
+                dist.all_reduce(each, group=group)
+                each.div_(dist.get_world_size(group))  # as those of divided ones are means
     return sums
 
 
@@ -176,13 +187,18 @@ def _taker(sums: Tensor | None, add: Callable[[Tensor, Tensor], None]) -> Callab
 
 
 @torch.no_grad()
-def _chosen(sums: list[dict[str, Tensor]], fraction: float) -> dict[str, Tensor]:
-    """Return sorted flat positions by parameter name; the sums are used up."""
+def _taken(
+    sums: list[dict[str, Tensor]], fraction: float, ranking: Ranking | None
+) -> dict[str, Tensor]:
+    """Return positions by parameter name, or have them ranked with others; the sums are used up."""
     found = {}
     for name in list(sums[0]):
         gains, *harms = (each.pop(name) for each in sums)
         _refuse_infinite(name, gains, *harms)
-        if (positions := _largest(_score(gains, *harms), fraction)) is not None:
+        score = _score(gains, *harms)
+        if ranking is not None:
+            ranking.take(name, score)
+        elif (positions := _largest(score, fraction)) is not None:
             found[name] = positions
     return found
 

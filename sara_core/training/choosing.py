@@ -75,7 +75,7 @@ class Choosing:
 
         Args:
             module: The model.
-            fraction: Of each parameter's weights.
+            fraction: Of the weights.
             is_float16: Gradients are, so that losses have to be scaled up.
             most_bytes: What may be taken beside the model and activations, the least of all processes'; what the weights
                 that are chosen will take in training if that is more. Where memory runs out, less is taken.

@@ -46,9 +46,9 @@ class RunSettings(TrainConfig):
         fraction: Share of the weights that trains, the smallest ones, in `(0, 1]`, see `select_from`.
         select_from: Where that share is taken, from the whole model or from each layer; one of
             `SELECT_FROM`. A threshold is for the whole model.
-        select_by: What says which of a layer's weights train, one of `SELECT_BY`: their size, or their gradient,
-            see `Choosing`. Then the fraction is of each layer, zeros are no matter, and nothing is selected anew
-            on the way.
+        select_by: What says which weights train, one of `SELECT_BY`: their size, or their gradient,
+            see `Choosing`. Then the fraction is of the whole model, zeros are no matter, and nothing is selected
+            anew on the way.
         include: Patterns of parameter names, separated by commas; empty takes all.
         exclude: Patterns of parameter names that do not train.
         zeros: How exact zeros are treated, see `selection.select`.
@@ -162,7 +162,7 @@ class RunSettings(TrainConfig):
         )
         if self.select_by == BY_GRADIENT and self.threshold:
             raise ValueError(
-                "select_by is 'gradient', which takes a fraction of each layer, but threshold is "
+                "select_by is 'gradient', which takes a fraction of the weights, but threshold is "
                 f"{self.threshold:g}; set it to 0 and connect nothing to it, or select_by to 'size'"
             )
         goes_by_validation = {"patience": self.patience, "put_out": self.put_out == PUT_OUT[1]}

@@ -38,7 +38,7 @@ def made_by(base, model, style, shown):
     return latents, base.text.ids(prompts)
 
 
-def selection_of(base, model, style, shown, seed, fraction):
+def selection_of(base, model, style, shown, seed, fraction, by_parameter=True):
     """Choose weights as SaRA Train does with `select_by` at gradient and regularisation pictures."""
     learned = base.latents(style, shown), base.captions(style, shown)
     kept = made_by(base, model, style, shown)
@@ -57,4 +57,5 @@ def selection_of(base, model, style, shown, seed, fraction):
         lambda: go_over(learned, LEARNED, BATCHES, 2_000 + seed),
         lambda: go_over(kept, 1, KEPT, 3_000 + seed),
         fraction=fraction,
+        by_parameter=by_parameter,
     )

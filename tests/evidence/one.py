@@ -108,8 +108,8 @@ def optimizer_of(base, plan, style, shown, model):
         of_mean = "mean" in options["chosen"]
         options["gradients"] = gradient_sizes(base, model, style, shown, plan["seed"], of_mean)
     if plan["method"] == "by gradient":
-        selection = selection_of(base, model, style, shown, plan["seed"], options.pop("fraction"))
-        options["selection"] = selection
+        rule = {name: options.pop(name) for name in ("fraction", "by_parameter") if name in options}
+        options["selection"] = selection_of(base, model, style, shown, plan["seed"], **rule)
     if "progressive" in options:
         options["progressive_step"] = round(options.pop("progressive") * plan["steps"])
     return METHODS[plan["method"]](model, plan["rate"], **options)

@@ -93,8 +93,14 @@ BY_MEAN_GRADIENT = {
     ),
 }  # fmt: skip
 
+OF_THE_MODEL = {"fraction": 0.1, "by_parameter": False}
 BY_IMPORTANCE = {
     "by gradient and importance": ("by gradient", {"fraction": 0.1}, (6e-5, 1.25e-4, 2.5e-4)),
+    "by gradient and importance, whole model": (
+        "by gradient",
+        OF_THE_MODEL,
+        (6e-5, 1.25e-4, 2.5e-4),
+    ),
 }
 WITH_PRIOR = {  # each step goes over pictures the base has made as well
     "LoRA r8, with prior pictures": ("lora", {"rank": 8, "prior": True}, (2e-4, 4e-4, 8e-4)),
@@ -104,9 +110,13 @@ WITH_PRIOR = {  # each step goes over pictures the base has made as well
     "by gradient and importance, with prior pictures": (
         "by gradient", {"fraction": 0.1, "prior": True}, (1.25e-4, 2.5e-4, 5e-4),
     ),
+    "by gradient and importance, whole model, with prior pictures": (
+        "by gradient", {**OF_THE_MODEL, "prior": True}, (1.25e-4, 2.5e-4, 5e-4),
+    ),
 }  # fmt: skip
 BY_IMPORTANCE_ON_UNET = {
     "by gradient and importance": ("by gradient", {"fraction": 0.1}, BY_GRADIENT),
+    "by gradient and importance, whole model": ("by gradient", OF_THE_MODEL, BY_GRADIENT),
 }
 
 IDEAS = {  # method, options, rates

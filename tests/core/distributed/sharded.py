@@ -180,7 +180,7 @@ def by_gradient(divide):
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     mine = slice(rank * BATCH // size, (rank + 1) * BATCH // size)
     found = {}
-    for keeps in (False, True):
+    for keeps, by_parameter in ((False, True), (True, True), (False, False)):
         net = make_net()
         divide(net)
 
@@ -191,13 +191,19 @@ def by_gradient(divide):
                 (net(x[mine]) - y[mine]).square().mean().backward()
 
         keep = (lambda: go_over(2)) if keeps else None  # noqa: B023
-        selection = select_by_gradient(net, lambda: go_over(1), keep, fraction=0.3)  # noqa: B023
+        selection = select_by_gradient(
+            net,
+            lambda: go_over(1),
+            keep,
+            fraction=0.3,
+            by_parameter=by_parameter,  # noqa: B023
+        )
         optimizer = SaraAdamW(net, selection=selection)
         optimizer.param_groups[0]["lr"] *= 100
         go_over(3)
         optimizer.step()
         entries = {n: (e.index, e.values) for n, e in optimizer.delta().entries.items()}
-        found[keeps] = {"entries": entries}
+        found[keeps, by_parameter] = {"entries": entries}
         optimizer.restore()
     return found
 

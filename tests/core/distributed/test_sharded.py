@@ -52,13 +52,15 @@ def test_the_training_loop_takes_a_divided_model(left):
     assert_close(left["whole_loop"][0], expected)
 
 
-@pytest.mark.parametrize("keeps", [False, True])
+@pytest.mark.parametrize("keeps", [(False, True), (True, True), (False, False)])
 @pytest.mark.parametrize("name", ["by_gradient", "by_gradient_some_undivided"])
 def test_the_same_weights_are_chosen_by_gradient(left, name, keeps):
     ranks = [found[keeps] for found in left[name]]
     assert_same_bits(ranks)
     expected = sharded.by_gradient(lambda net: None)[keeps]
-    if keeps and name != "by_gradient":  # squares of undivided weights are of each process's part
+    if (
+        keeps[0] and name != "by_gradient"
+    ):  # squares of undivided weights are of each process's part
         for key, (index, _) in expected["entries"].items():
             found = ranks[0]["entries"][key][0]
             assert len(found) == len(index)

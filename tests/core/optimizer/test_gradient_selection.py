@@ -58,7 +58,7 @@ def listed(selection):
 def test_the_largest_gradients_of_each_parameter_are_chosen():
     net = Net()
     scores = {name: g.mean(0).abs() for name, g in dense(net, TO_LEARN).items()}
-    found = select_by_gradient(net, passes(net), fraction=0.1)
+    found = select_by_gradient(net, passes(net), fraction=0.1, by_parameter=True)
     assert listed(found) == largest(scores, 0.1)
     assert found.threshold == math.inf
     assert found.num_considered == sum(p.numel() for p in net.parameters() if p.dim() > 1)
@@ -73,17 +73,57 @@ def test_beside_what_is_kept_importance_counts():
         harm = keep[name].double().square().sum(0)
         floor = 1e-4 * harm.mean()
         scores[name] = gradients.double().sum(0).abs() / (harm + floor).sqrt()
-    found = select_by_gradient(net, passes(net), passes(net, TO_KEEP), fraction=0.1)
+    found = select_by_gradient(
+        net, passes(net), passes(net, TO_KEEP), fraction=0.1, by_parameter=True
+    )
     assert listed(found) == largest(scores, 0.1)
-    assert listed(found) != listed(select_by_gradient(net, passes(net), fraction=0.1))
+    assert listed(found) != listed(
+        select_by_gradient(net, passes(net), fraction=0.1, by_parameter=True)
+    )
+
+
+@pytest.mark.parametrize("most", [1, math.inf])
+@pytest.mark.parametrize("keep", [(), TO_KEEP])
+def test_of_the_whole_model_those_are_chosen_that_rank_first(keep, most):
+    net = Net()
+    learn, kept = dense(net, TO_LEARN), dense(net, keep or TO_LEARN)
+    scores = {}
+    for name, gradients in learn.items():
+        harm = kept[name].square().sum(0)
+        floor = 1e-4 * harm.mean()
+        scores[name] = gradients.sum(0).abs() / ((harm + floor).sqrt() if keep else 1)
+    found = select_by_gradient(
+        net, passes(net), passes(net, keep) if keep else None, fraction=0.1,
+        most_bytes=most,
+    )  # fmt: skip
+    every = torch.cat([score.flatten() for score in scores.values()])
+    total = sum(p.numel() for p in net.parameters() if p.dim() > 1)
+    assert found.num_selected == round(0.1 * total)
+    border = every.sort(descending=True).values[found.num_selected - 1]
+    for name, score in scores.items():
+        taken = torch.zeros(score.numel(), dtype=torch.bool)
+        if name in found.index:
+            taken[found.index[name].long()] = True
+        flat = score.flatten()
+        assert taken[flat > border * 1.1].all(), name  # an eighth of an octave
+        assert not taken[flat < border / 1.1].any(), name
+    shares = [len(found.index.get(name, ())) / score.numel() for name, score in scores.items()]
+    assert max(shares) > 1.5 * min(shares)
 
 
 @pytest.mark.parametrize("most", [1, 8 * 96 * 8, math.inf])
 def test_in_parts_the_same_is_chosen(most):
     net, learned, kept = Net(), [], []
-    whole = select_by_gradient(net, passes(net), passes(net, TO_KEEP), fraction=0.2)
+    whole = select_by_gradient(
+        net, passes(net), passes(net, TO_KEEP), fraction=0.2, by_parameter=True
+    )
     found = select_by_gradient(
-        net, passes(net, counter=learned), passes(net, TO_KEEP, kept), fraction=0.2, most_bytes=most
+        net,
+        passes(net, counter=learned),
+        passes(net, TO_KEEP, kept),
+        fraction=0.2,
+        by_parameter=True,
+        most_bytes=most,
     )
     assert listed(found) == listed(whole)
     parts = {1: 5, 8 * 96 * 8: 4, math.inf: 1}[most]  # the unused layer is one of them
@@ -98,7 +138,7 @@ def test_weights_without_a_gradient_are_left_out():
         picture[:, 0] = 1.0  # the other channels of the kernel get none
         net(picture, torch.tensor([2])).square().mean().backward()
 
-    found = select_by_gradient(net, learn, fraction=0.9)
+    found = select_by_gradient(net, learn, fraction=0.9, by_parameter=True)
     assert set(found.index) == set(MATRICES)  # the unused layer is not there
     assert found.index["conv.weight"].tolist() == [
         position for position in range(216) if position // 9 % 3 == 0
@@ -158,7 +198,8 @@ def test_nothing_to_choose_from_is_refused():
             select_by_gradient(net, lambda: None, fraction=fraction)
 
 
-def test_one_dense_gradient_at_a_time_beside_the_sums():
+@pytest.mark.parametrize(("by_parameter", "most"), [(True, 3.5), (False, 4.6)])
+def test_one_dense_gradient_at_a_time_beside_the_sums(by_parameter, most):
     net = nn.Sequential(*[nn.Linear(2048, 2048, bias=False) for _ in range(5)])
     layer = 2048 * 2048 * 4
 
@@ -166,9 +207,12 @@ def test_one_dense_gradient_at_a_time_beside_the_sums():
         net(torch.ones(1, 2048)).sum().backward()
 
     def choose():
-        select_by_gradient(net, learn, fraction=0.1, most_bytes=2 * layer)
+        select_by_gradient(
+            net, learn, fraction=0.1, most_bytes=2 * layer, by_parameter=by_parameter
+        )
 
-    assert 3 * layer < most_bytes(torch.device("cpu"), choose) < 3.5 * layer
+    # Two sums and a gradient; and a byte for each weight of the five layers.
+    assert 3 * layer < most_bytes(torch.device("cpu"), choose) < most * layer
 
 
 @pytest.mark.parametrize("form", ["float8_e4m3fn", "scaled int8", "float16"])

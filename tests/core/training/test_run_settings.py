@@ -141,7 +141,7 @@ def test_a_run_by_gradient_has_its_own_rate_and_one_stage():
     assert RunSettings(select_by="gradient", learning_rate=3e-4).optimizer_options["lr"] == 3e-4
     assert RunSettings(select_by="gradient", optimizer="prodigy").optimizer_options["lr"] is None
     assert RunSettings().optimizer_options["lr"] is None
-    with pytest.raises(ValueError, match="select_by is 'gradient', which takes a fraction of each"):
+    with pytest.raises(ValueError, match="select_by is 'gradient', which takes a fraction of the"):
         RunSettings(select_by="gradient", threshold=0.01).refuse_contradictions()
     with pytest.raises(
         ValueError, match="select_by is 'size of it'; expected one of size, gradient"
