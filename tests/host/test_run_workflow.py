@@ -163,6 +163,21 @@ def test_two_processes_learn_what_the_server_does_with_the_whole_batch(alone):
     )
 
 
+def test_two_processes_choose_by_gradient_what_the_server_does(server):
+    options = {"select_by": "gradient", "preview_every_steps": 0, "validation_split": 0.0}
+    workflow(server, "chosen_alone", 4, **options).run()
+    started = Started(server, workflow(server, "chosen_pair", 2, **options), 2)
+    assert started.end() == 0, started.said[-3000:]
+    one, two = learned(server, "chosen_alone"), learned(server, "chosen_pair")
+    assert one.keys() == two.keys()
+    assert sum(len(index) for index, _ in two.values()) == sum(len(i) for i, _ in one.values())
+    same = {name: torch.isin(two[name][0], index).float() for name, (index, _) in one.items()}
+    # At the border a part of those that rank alike is taken, which goes by how many there are.
+    assert torch.cat(list(same.values())).mean() > 0.95
+    assert min(part.mean() for part in same.values() if len(part) > 100) > 0.9
+    assert started.said.count("choosing the weights by what they learn: part 1 of") == 1
+
+
 def test_sigterm_saves_and_the_run_goes_on_in_one_process(alone):
     started = Started(alone, workflow(alone, "ended", 2), 2)
     started.wait_for("step 3 of")
