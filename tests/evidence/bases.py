@@ -12,10 +12,9 @@ import torch.nn.functional as F
 from ..emoji64 import BASE_STYLES, unet
 from ..emoji64 import model as mmdit
 from ..emoji64.model import Text, load_pictures, load_subject
+from .concepts import SUBJECT
 
-SUBJECT = "blue cat"  # goes for a style of its own, though drawn and captioned as the first of the base's styles
 WORD = "sks"  # what captions call it by
-RELATIVES = ("cat face", "cat", "black cat", "tiger face", "dog face")  # that the base knows
 
 
 class Base:
@@ -159,4 +158,3 @@ class Emoji64Unet(Base):
 
 
 BASES = {base.name: base for base in (Emoji64, Emoji64Unet)}
-OLD_STYLES = BASE_STYLES

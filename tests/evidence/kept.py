@@ -4,25 +4,9 @@ import torch
 
 from sara_core import select_by_gradient
 
-from .bases import OLD_STYLES, RELATIVES, SUBJECT
-from .measures import measured_of
+from .concepts import OLD_STYLES, SEED, known_concepts
 
 LEARNED, BATCHES, KEPT, MADE = 8, 8, 128, 40  # a batch, how many, passes over one picture, pictures
-SEED = 7  # of the pictures the base makes
-
-
-def known_concepts(base, old, style, shown):
-    """Concepts that a style of the base draws and that it is not measured on, as numbers.
-
-    Those that are shown in the new style; where that is a subject, others than it is measured on.
-    """
-    drawn = torch.from_numpy(base.drawn[old])
-    if style != SUBJECT:
-        return drawn[torch.isin(drawn, shown)]
-    relatives = torch.tensor([base.names.index(name) for name in RELATIVES])
-    others = ~torch.isin(drawn, torch.cat([measured_of(base, style, shown), relatives]))
-    generator = torch.Generator().manual_seed(SEED)
-    return drawn[others][torch.randperm(int(others.sum()), generator=generator)]
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 import torch
 
-from .bases import OLD_STYLES, RELATIVES, SUBJECT
+from .concepts import OLD_STYLES, RELATIVES, SUBJECT, measured_of
 
 BATCH = 64
 SEED = 987_654_321  # of the noise that all models are measured at
@@ -46,12 +46,6 @@ def drift(base, model, original, style, concepts):
         for part in draw(base, style, concepts, 1)
     ]
     return float(torch.cat(distances).mean())
-
-
-def measured_of(base, style, unseen):
-    """Concepts at which it is measured what the base still knows of its own styles, as numbers."""
-    known = torch.from_numpy(base.drawn[OLD_STYLES[0]]) if style == SUBJECT else unseen
-    return known[:: max(1, len(known) // 120)]
 
 
 def losses(base, model, original, style, shown, unseen):

@@ -2,7 +2,7 @@
 
 import torch
 
-from .bases import OLD_STYLES
+from .concepts import OLD_STYLES
 from .measures import likeness, loss, pictures
 from .one import concepts_of, fine_tune
 from .plan import SHARE

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from .bases import BASES, OLD_STYLES
+from .bases import BASES
+from .concepts import OLD_STYLES
 from .kept import made_by, selection_of
 from .measures import likeness, losses, pictures
 from .methods import METHODS, Average, adamw, between, learned_weights, num_trained

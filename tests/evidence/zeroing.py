@@ -2,8 +2,8 @@
 
 import torch
 
-from .bases import OLD_STYLES
 from .chosen import positions_of
+from .concepts import OLD_STYLES
 from .measures import drift, loss
 
 SHARES = (0.05, 0.1, 0.2, 0.3, 0.5)

@@ -199,7 +199,7 @@ def by_gradient(divide):
             by_parameter=by_parameter,  # noqa: B023
         )
         optimizer = SaraAdamW(net, selection=selection)
-        optimizer.param_groups[0]["lr"] *= 100
+        optimizer.param_groups[0]["lr"] *= 300
         go_over(3)
         optimizer.step()
         entries = {n: (e.index, e.values) for n, e in optimizer.delta().entries.items()}

@@ -106,7 +106,7 @@ def chosen(fail=None, keeps=False):
     if keeps:
         task.training, task.regularisation = range(4), range(4, 7)
     choosing = Choosing(task, config, training.passes, processes)
-    selection = choosing.choose(net, 0.3)
+    selection = choosing.choose(net, 0.3, by_parameter=True)
     optimizer = SaraAdamW(net, selection=selection, lr=1e-2)
     losses = [(report.loss,) for report in TrainingRun(optimizer, task, config)]
     entries = optimizer.delta().entries

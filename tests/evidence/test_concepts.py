@@ -3,9 +3,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from .bases import OLD_STYLES, RELATIVES, SUBJECT
-from .kept import known_concepts
-from .measures import measured_of
+from .concepts import OLD_STYLES, RELATIVES, SUBJECT, known_concepts, measured_of
 
 NAMES = [*RELATIVES, *(f"concept {number}" for number in range(595))]
 BASE = SimpleNamespace(
