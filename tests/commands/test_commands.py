@@ -113,7 +113,7 @@ def test_the_study_runs_each_method_and_writes_its_report(tmp_path):
     assert f"written: {tmp_path / 'evidence.md'}" in printed
     runs = json.loads((tmp_path / "evidence.json").read_text())
     methods = {"none", "sara", "masked", "full", "lora", "shira", "low rank on mask",
-               "low-rank change", "reselecting", "zero"}  # fmt: skip
+               "low-rank change", "reselecting", "zero", "by gradient"}  # fmt: skip
     assert {run["method"] for run in runs} == methods
     curves = [run["losses"] for run in runs if "losses" in run]
     (base,) = (losses["0"] for losses in curves if "0" in losses)
