@@ -76,7 +76,9 @@ def test_the_model_makes_pictures_of_what_is_kept(server):
     (chart,) = outputs[node_titled(prompt, "SaRA Train")]["sara_training"]
     folder = server.base / "output" / "sara" / chart["run"]
     text = (folder / "log.txt").read_text()
-    assert "choosing the weights by what they learn beside what the regularisation pictures" in text
+    assert (
+        "choosing the weights by what they learn, beside what the regularisation pictures" in text
+    )
     assert "the 10 % that learn most" in text
     assert len((folder / "loss.csv").read_text().splitlines()) == 1 + 4
     settings = json.loads((folder / "settings.json").read_text())
