@@ -1,14 +1,10 @@
 """The weights that a run trains, where it is not their size that says so."""
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-from torch import Tensor
-
 from ...sara_core import Selection, SparseDelta
-from ...sara_core.optimizer.take_over import selection_of
+from ...sara_core.optimizer.take_over import first_of_each, selection_of
 from ...sara_core.training.choosing import Choosing
 from ...sara_core.training.gradient_checkpointing import checkpointed
 from ...sara_core.training.out_of_memory import is_out_of_memory
@@ -17,7 +13,6 @@ from ...sara_core.training.processes import Processes
 from ...sara_core.training.run_folder import RunFolder
 from ...sara_core.training.run_settings import RunSettings
 from ...sara_core.weights.parameters import choose_parameters
-from ...sara_core.weights.quantised import learned_on
 from .. import host, output_folder
 from .ending import add_line, ending_together
 from .reporter import Reporter
@@ -103,13 +98,4 @@ def _chosen_before(calls, settings, processes, folder) -> Selection:
     delta = processes.lead(load)
     model = calls.model.diffusion_model
     parameters = choose_parameters(model, settings.include, settings.exclude)
-    return _first_of_each(parameters) if delta is None else selection_of(delta, parameters)
-
-
-def _first_of_each(parameters: Mapping[str, Tensor]) -> Selection:
-    """Select one weight of each parameter, until a state says which it is to be."""
-    first = {
-        name: torch.zeros(1, dtype=torch.int32, device=learned_on(parameter))
-        for name, parameter in parameters.items()
-    }
-    return Selection(math.inf, first, sum(p.numel() for p in parameters.values()), 0, False)
+    return first_of_each(parameters) if delta is None else selection_of(delta, parameters)

@@ -40,7 +40,7 @@ def rule_of_share(fraction: float) -> float:
 def rule_of_gradient(fraction: float) -> float:
     """Peak learning rate that suits a share of the weights, chosen by gradient: `2e-5 / sqrt(fraction)`.
 
-    At most 1e-3, as of `rule_of_share`. It is between the best rates measured on two small models for 3 and 10 %
+    At most 1e-3, as of `rule_of_share`. It is near the best rates measured on two small models for 3 and 10 %
     (`docs/evidence.md`).
 
     Args:

@@ -117,6 +117,15 @@ def selection_of(delta: SparseDelta, parameters: Mapping[str, Tensor]) -> Select
     return Selection(math.inf, index, sum(p.numel() for p in parameters.values()), 0, False)
 
 
+def first_of_each(parameters: Mapping[str, Tensor]) -> Selection:
+    """Select one weight of each parameter, until `take_over_weights` says which it is to be."""
+    index = {
+        name: torch.zeros(1, dtype=torch.int32, device=learned_on(parameter))
+        for name, parameter in parameters.items()
+    }
+    return Selection(math.inf, index, sum(p.numel() for p in parameters.values()), 0, False)
+
+
 def _places(model: SparseModel, delta: SparseDelta) -> dict[str, tuple[slice, Tensor]]:
     """Say which of a delta's values are held here, and where in the selection, by parameter name."""
     weights = {weight.name: weight for weight in model.active}

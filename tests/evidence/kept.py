@@ -23,7 +23,7 @@ def made_by(base, model, style, shown):
 
 
 def selection_of(base, model, style, shown, seed, fraction, by_parameter=True):
-    """Choose weights as SaRA Train does with `select_by` at gradient and regularisation pictures."""
+    """Choose weights beside pictures the base makes; as SaRA Train does unless it is by parameter."""
     learned = base.latents(style, shown), base.captions(style, shown)
     kept = made_by(base, model, style, shown)
 
