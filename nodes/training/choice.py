@@ -1,9 +1,11 @@
 """The weights that a run trains, where it is not their size that says so."""
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ...sara_core import Selection, SparseDelta
+from ...sara_core.optimizer import packages
 from ...sara_core.optimizer.take_over import first_of_each, selection_of
 from ...sara_core.training.choosing import Choosing
 from ...sara_core.training.gradient_checkpointing import checkpointed
@@ -43,13 +45,23 @@ def chosen_by_gradient(
         folder: Of the run, in the first process.
         reporter: Tells what is done, in the first process.
     """
+    model = calls.model.diffusion_model
+    known = None
     if resume:
-        return _chosen_before(calls, settings, processes, folder)
+        parameters = choose_parameters(model, settings.include, settings.exclude)
+        delta = _finished(settings, processes, folder)
+        if delta is None:
+            return first_of_each(parameters)  # until the state is taken over
+        known = selection_of(delta, parameters)
+    has_rates = bool(pictures.regularisation) and settings.optimizer == packages.ADAMW
+    if known is not None and not has_rates:
+        return known
     with ending_together(), _telling_of_memory():
-        return _choose(calls, pictures, settings, processes, is_float16, reporter)
+        found = _choose(calls, pictures, settings, processes, is_float16, reporter, known)
+    return found if has_rates else dataclasses.replace(found, weight_rates={})
 
 
-def _choose(calls, pictures, settings, processes, is_float16, reporter) -> Selection:
+def _choose(calls, pictures, settings, processes, is_float16, reporter, known) -> Selection:
     passes = Passes(pictures, settings)
     passes.look_for_in_place_changes()
     used, total = host.memory_in_use()
@@ -65,8 +77,9 @@ def _choose(calls, pictures, settings, processes, is_float16, reporter) -> Selec
             return
         progress[:] = progress or [host.Progress(of * choosing.num_passes, reporter.node_id)]
         kept = ", beside what the regularisation pictures would lose by it"
+        what = "choosing the weights" if known is None else "choosing the weights' rates"
         reporter.say(
-            f"choosing the weights by what they learn{kept if pictures.regularisation else ''}: "
+            f"{what} by what they learn{kept if pictures.regularisation else ''}: "
             f"part {part} of {of} of the model"
         )
 
@@ -75,6 +88,7 @@ def _choose(calls, pictures, settings, processes, is_float16, reporter) -> Selec
         return choosing.choose(
             model, settings.fraction, is_float16, SHARE * (total - used) if on_device else 0,
             include=settings.include, exclude=settings.exclude, tell=tell,
+            chosen=None if known is None else known.index,
         )  # fmt: skip
 
 
@@ -88,14 +102,11 @@ def _telling_of_memory() -> Iterator[None]:
         raise
 
 
-def _chosen_before(calls, settings, processes, folder) -> Selection:
-    """Return what a finished run has trained, or where there is no delta of it, what a state can take over."""
+def _finished(settings, processes, folder) -> SparseDelta | None:
+    """Return the delta of a run that has finished and is to make more steps."""
 
     def load() -> SparseDelta | None:
         path = output_folder.final_path(folder.path, settings.schedule_start)
         return SparseDelta.load(path) if path.is_file() else None
 
-    delta = processes.lead(load)
-    model = calls.model.diffusion_model
-    parameters = choose_parameters(model, settings.include, settings.exclude)
-    return first_of_each(parameters) if delta is None else selection_of(delta, parameters)
+    return processes.lead(load)

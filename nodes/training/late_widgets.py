@@ -73,9 +73,9 @@ def choice_inputs() -> list:
             options=list(SELECT_BY),
             default=SETTINGS.select_by,
             optional=True,
-            tooltip="What says which weights train. Size: the smallest, as in the paper. Gradient: the fraction of the "
-            "whole model that learns most from the pictures; with regularisation pictures, what learns most "
-            "for what would be lost of these. Before the first step the model goes over some 60 to 200 "
+            tooltip="What says which weights train. Size: the smallest, as in the paper. Gradient: the fraction of "
+            "each layer that learns most from the pictures; with regularisation pictures, what learns most "
+            "for what would be lost of these, and the faster the more that is. Before the first step the model goes over some 60 to 200 "
             "pictures for that, several times where memory is short. There is no second stage then.",
         ),
     ]

@@ -17,6 +17,7 @@ from .reporter import Reporter
 
 GRADIENT = 4  # bytes of a trained weight that come and go with each step
 AVERAGE = 4  # bytes of a trained weight for its average
+RATE = 1  # byte of a trained weight for a rate of its own
 PASSING = 8  # bytes of a trained weight that a package's optimizer takes within an update
 GIB = 1024**3
 LEFT_FREE = GIB  # of what could hold weights: for previews, and for what is not seen of kernels
@@ -91,6 +92,7 @@ def measure(
     kept = packages.BYTES.get(settings.optimizer, kept)
     to_come = GRADIENT + (0 if optimizer.state else kept)
     trained = count * (host.bytes_per_trained_weight(calls.patcher) - BYTES["fp32"] + kept)
+    trained += count * (RATE if optimizer.has_weight_rates else 0)
     used, total = host.memory_in_use()
     free = total - used + base + trained - count * to_come
     one = _rehearsed(training, 1)

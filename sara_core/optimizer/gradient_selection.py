@@ -3,8 +3,12 @@
 Of small steps that are as large for each weight, one of the gradient `g` of what is to be learned gains `|g|`, and
 loses about `f`, the mean square of the gradient of what is to be kept (the diagonal of the Fisher information, the
 importance of a weight in Kirkpatrick et al. 2017, arXiv:1612.00796). The weights with the largest `|g| / sqrt(f)`
-are chosen; without anything to keep, those with the largest `|g|`. How both compare with the smallest weights is
-measured in docs/evidence.md.
+are chosen, and trained at rates that go with `|g| / f`, the step that gains most for what is lost; without anything
+to keep, those with the largest `|g|` at one rate. How this compares with the smallest weights is measured in
+docs/evidence.md.
+
+Both go by each parameter: weights that act together lose more than `f` says, in some layers by far, so that
+layers cannot be compared by it.
 """
 
 import contextlib
@@ -16,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..weights import at_positions
 from ..weights.magnitudes import count_equal
 from ..weights.parameters import choose_parameters
 from ..weights.quantised import learned_on
@@ -24,6 +29,7 @@ from ..weights.shards import held, is_sharded, reshard, total
 from .data_parallel import is_shared, refuse_wrapped
 from .ranking import Ranking
 from .sparse_model import refuse_owned
+from .weight_rates import coded
 
 LEAST = 1e-4  # of a parameter's mean importance, what every weight has at least
 LARGEST = 0x7F7FFFFF  # bits of the largest finite float32
@@ -42,7 +48,8 @@ def select_by_gradient(
     keep: Callable[[], None] | None = None,
     *,
     fraction: float,
-    by_parameter: bool = False,
+    by_parameter: bool = True,
+    chosen: Mapping[str, Tensor] | None = None,
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
     biases_and_norms: bool = False,
@@ -65,8 +72,11 @@ def select_by_gradient(
         keep: The same over what the model is to keep as it is, of which the squares of the gradients add up:
             best a pass for each of some 100 pictures. Under `fully_shard` they are those of means over processes.
         fraction: Share of the chosen parameters' weights, in `(0, 1]`.
-        by_parameter: Take that share of each parameter, at least one weight. By default it is of all of them together,
-            ranked to an eighth of an octave, for which a byte a weight is kept in main memory.
+        by_parameter: Take that share of each parameter, at least one weight. If not, it is of all of them together,
+            ranked to an eighth of an octave, for which a byte a weight is kept in main memory, and
+            without rates of their own.
+        chosen: Positions by parameter name that were chosen before, as in `Selection.index`: only their rates
+            are looked for.
         include: See `choose_parameters`.
         exclude: See `choose_parameters`.
         biases_and_norms: See `choose_parameters`.
@@ -96,13 +106,16 @@ def select_by_gradient(
     group = process_group if distributed and is_shared(process_group) else False
     ways = [(learn, _add), *([] if keep is None else [(keep, _add_square)])]
     parts = list(_parts(parameters, most_bytes / SUM / len(ways)))
-    index: dict[str, Tensor] = {}
-    ranking = None if by_parameter else Ranking()
+    index: dict[str, Tensor] = {} if chosen is None else dict(chosen)
+    rates: dict[str, Tensor] = {}
+    ranking = None if by_parameter or chosen is not None else Ranking()
     for number, part in enumerate(parts, 1):
         tell(number, len(parts))
         sums = [_sums(module, part, go_over, add, group, together) for go_over, add in ways]
         reshard(module)
-        index |= together(lambda sums=sums: _taken(sums, fraction, ranking))  # type: ignore[misc]
+        taken = together(lambda sums=sums: _taken(sums, fraction, ranking, chosen))  # type: ignore[misc]
+        index |= {name: positions for name, (positions, _) in taken.items()}
+        rates |= {name: codes for name, (_, codes) in taken.items() if codes is not None}
         del sums  # before the next are made
     if ranking is not None:
         index = {
@@ -116,7 +129,7 @@ def select_by_gradient(
         )
     zeros = sum(int(total(p, torch.tensor(count_equal(p, 0.0)))) for p in parameters.values())
     numel = sum(p.numel() for p in parameters.values())
-    return Selection(math.inf, index, numel, zeros, False)
+    return Selection(math.inf, index, numel, zeros, False, weight_rates=rates)
 
 
 def _parts(parameters: Mapping[str, nn.Parameter], most: float) -> Iterator[dict]:
@@ -188,18 +201,23 @@ def _taker(sums: Tensor | None, add: Callable[[Tensor, Tensor], None]) -> Callab
 
 @torch.no_grad()
 def _taken(
-    sums: list[dict[str, Tensor]], fraction: float, ranking: Ranking | None
-) -> dict[str, Tensor]:
-    """Return positions by parameter name, or have them ranked with others; the sums are used up."""
-    found = {}
+    sums: list[dict[str, Tensor]],
+    fraction: float,
+    ranking: Ranking | None,
+    chosen: Mapping[str, Tensor] | None,
+) -> dict[str, tuple[Tensor, Tensor | None]]:
+    """Return positions and codes of rates by parameter name, or have them ranked with others; the sums are used up."""
+    found: dict[str, tuple[Tensor, Tensor | None]] = {}
     for name in list(sums[0]):
         gains, *harms = (each.pop(name) for each in sums)
         _refuse_infinite(name, gains, *harms)
         score = _score(gains, *harms)
         if ranking is not None:
             ranking.take(name, score)
-        elif (positions := _largest(score, fraction)) is not None:
-            found[name] = positions
+            continue
+        positions = _largest(score, fraction) if chosen is None else chosen.get(name)
+        if positions is not None:
+            found[name] = positions, _rates(score, harms[0], positions) if harms else None
     return found
 
 
@@ -215,7 +233,7 @@ def _refuse_infinite(name: str, *sums: Tensor) -> None:
 
 
 def _score(gains: Tensor, harms: Tensor | None = None) -> Tensor:
-    """Return what is larger for weights that are to train; both are used up."""
+    """Return `|g| / sqrt(f)`, in place of the gains; in place of the harms is `1 / sqrt(f)` then."""
     size = held(gains).abs_()
     if harms is not None:
         harm = held(harms)
@@ -227,10 +245,20 @@ def _score(gains: Tensor, harms: Tensor | None = None) -> Tensor:
 def _largest(score: Tensor, fraction: float) -> Tensor | None:
     """Return the sorted flat positions of the largest entries, none of them 0, of those held here.
 
-    `score` is used up. None if all are 0.
+    None if all are 0.
     """
     wanted = max(1, round(fraction * score.numel()))
     count = min(wanted, int(total(score, torch.count_nonzero(held(score)))))
     # The bits of what is not negative sort as it does, so this puts the largest first.
-    held(score).view(torch.int32).neg_().add_(LARGEST)
-    return select({"": score}, num_trainable=count, zeros="train").index[""] if count else None
+    bits = held(score).view(torch.int32)
+    bits.neg_().add_(LARGEST)
+    found = select({"": score}, num_trainable=count, zeros="train").index[""] if count else None
+    bits.neg_().add_(LARGEST)
+    return found
+
+
+def _rates(score: Tensor, root: Tensor, positions: Tensor) -> Tensor:
+    """Return codes of `|g| / f` at some positions; `score` and `root` are what `_score` left."""
+    octaves = at_positions.read(held(score), positions).log2_()
+    octaves.add_(at_positions.read(held(root), positions).log2_())
+    return coded(octaves, score)

@@ -147,7 +147,10 @@ class SaraAdamW(TrainedModel, torch.optim.Optimizer):
         adam_moments.refuse_unusable(moments)
         packages.refuse_unusable(optimizer)
         packages.refuse_bad_rates(optimizer, lr, betas, eps)
-        packages.refuse_beside_package(optimizer, moments=moments, ema_decay=ema_decay, rates=rates)
+        packages.refuse_beside_package(
+            optimizer, moments=moments, ema_decay=ema_decay, rates=rates,
+            **{"selection.weight_rates": selection is not None and bool(selection.weight_rates)},
+        )  # fmt: skip
         refuse_wrapped(model)
         reshard(model)
         parameters = choose_parameters(model, include, exclude, biases_and_norms)
@@ -186,7 +189,9 @@ class SaraAdamW(TrainedModel, torch.optim.Optimizer):
         self._low_rank_added = self._has_updated = False
         self.generator = torch.Generator().manual_seed(seed)
         self.fingerprint = take_fingerprint(parameters, selection.index)
-        self._weights = SparseModel(model, selection.index, selection.own_thresholds)
+        self._weights = SparseModel(
+            model, selection.index, selection.own_thresholds, selection.weight_rates
+        )
         if lr is None:
             lr = self._default_rate(fraction)
         self._average = None
@@ -303,6 +308,11 @@ class SaraAdamW(TrainedModel, torch.optim.Optimizer):
         """Learning rate of the last update: that of the group, times what Prodigy has found."""
         group = self.param_groups[0]
         return group["lr"] * group.get("d", 1.0)
+
+    @property
+    def has_weight_rates(self) -> bool:
+        """Whether single weights have rates of their own."""
+        return any(weight.rates is not None for weight in self._weights.active)
 
     @property
     def has_average(self) -> bool:

@@ -37,6 +37,7 @@ class SparseModel:
         module: The model; its selected weights change only through `write_` and `restore_`.
         index: Sorted flat positions by parameter name, none of them empty.
         thresholds: Of parameters that have one of their own.
+        rates: Codes of factors of the learning rate by parameter name, see `SparseWeight`.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class SparseModel:
         module: nn.Module,
         index: Mapping[str, Tensor],
         thresholds: Mapping[str, float] | None = None,
+        rates: Mapping[str, Tensor] | None = None,
     ):
         self.module = module
         self._arrived: Callable[..., None] | None = None
@@ -53,6 +55,7 @@ class SparseModel:
         self.active = [SparseWeight(name, self.parameters[name], i) for name, i in index.items()]
         for weight in self.active:
             weight.threshold = (thresholds or {}).get(weight.name)
+            weight.rates = (rates or {}).get(weight.name)
         self.frozen: list[SparseWeight] = []
         self._requires_grad = {name: p.requires_grad for name, p in self.parameters.items()}
         self._hooks: list = []

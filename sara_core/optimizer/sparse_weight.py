@@ -8,6 +8,7 @@ from ..weights.at_positions import index_dtype
 from ..weights.quantised import Quantised, learned_on
 from ..weights.shards import Shard, held, refuse_other_division, total
 from ..weights.to_device import send
+from .weight_rates import factors
 
 GAP_DTYPES = (torch.uint8, torch.int16, torch.int32)
 SOME = 1 << 18  # base values put back in one go
@@ -42,6 +43,7 @@ class SparseWeight:
         threshold: Of this parameter alone; None where there is one for all.
         average: Average of the trained values, `(k,)`, `dtype`, which is put out in their place; None where
             none is kept.
+        rates: Codes of factors of the learning rate, see `weight_rates`, `(k,)`; None where all are 1.
         acting: What a quantised parameter acts with in place of its base values, `(k,)`; None for those.
     """
 
@@ -63,6 +65,7 @@ class SparseWeight:
         self.acting: Tensor | None = None
         self.average: Tensor | None = None
         self.threshold: float | None = None
+        self.rates: Tensor | None = None
         self.dtype = torch.promote_types(torch.float32, parameter.dtype)
         self._base = None
         if not self.is_quantised:
@@ -176,19 +179,24 @@ class SparseWeight:
     def update_target(self) -> Tensor:
         """Return what an optimizer is to change in place, `(k,)`, before `take_update_`.
 
-        The trained values; zeros where the parameter holds those, so that they need not be read.
+        The trained values; zeros where the parameter holds those, so that they need not be read, or where
+            they have rates of their own.
         """
-        if self._values is not None:
+        if self._values is not None and self.rates is None:
             return self._values
         return torch.zeros(len(self), dtype=self.dtype, device=self._gaps.device)
 
     @torch.no_grad()
     def take_update_(self, target: Tensor, index: Tensor) -> None:
         """Bring a changed `update_target` into the parameter, given `index`."""
+        if self.rates is not None:
+            target.mul_(factors(self.rates))
         if self._values is None:
             self._put(target, index, accumulate=True)
-        else:
+        elif self.rates is None:
             self.write_(target, index)
+        else:
+            self.write_(self._values.add_(target), index)
 
     @torch.no_grad()
     def decay_(self, rate: float, index: Tensor) -> None:
@@ -256,10 +264,10 @@ class SparseWeight:
             )
 
     def record(self) -> dict:
-        """Return selection, base, trained and average values of all parts as tensors and plain values."""
+        """Return selection, base, trained and average values and rates of all parts as tensors and plain values."""
         of_all = {"base": self.base, "values": self.trained}
-        if self.average is not None:
-            of_all["average"] = self.average
+        of_all |= {"average": self.average} if self.average is not None else {}
+        of_all |= {"rates": self.rates} if self.rates is not None else {}
         found = {key: self.shard.whole(of_part)[0] for key, of_part in of_all.items()}
         if self.shard.is_part:  # more than this device may have room for
             found = {key: whole.cpu() for key, whole in found.items()}
@@ -279,6 +287,7 @@ class SparseWeight:
         part.acting = None if self.acting is None else part.trained
         part.threshold = self.threshold
         part.average = None if self.average is None else self.average[marked]
+        part.rates = None if self.rates is None else self.rates[marked]
         if (gradient := self.gradient) is not None:
             part.gradient = gradient[marked]
         return part

@@ -63,6 +63,8 @@ def take_over_weights(
         )
         weight = SparseWeight(record["name"], parameter, positions, base, values, shard)
         weight.threshold = record.get("threshold")
+        if "rates" in record:
+            weight.rates = record["rates"][own].to(learned_on(parameter), copy=True)
         if averaged and "average" in record:
             weight.average = record["average"][own].to(learned_on(parameter), copy=True)
         (model.frozen if record["frozen"] else model.active).append(weight)
@@ -184,5 +186,5 @@ def _is_sound(record: Mapping, numel: int) -> bool:
     index = record["index"].long()
     ascending = bool((index.diff() > 0).all())
     in_range = len(index) > 0 and int(index[0]) >= 0 and int(index[-1]) < numel
-    lengths = {len(record[key]) for key in ("base", "values", "average") if key in record}
+    lengths = {len(record[key]) for key in ("base", "values", "average", "rates") if key in record}
     return ascending and in_range and lengths == {len(index)}

@@ -30,6 +30,8 @@ class Selection:
         num_zeros: Exact zeros among them.
         zeros_skipped: Whether exact zeros were skipped.
         own_thresholds: Threshold of each parameter, in place of the one, where each has its own.
+        weight_rates: Codes of factors of the learning rate, see `optimizer.weight_rates`, uint8 of the shape of
+            a parameter's positions, by its name; none for a factor of 1.
     """
 
     threshold: float
@@ -38,6 +40,7 @@ class Selection:
     num_zeros: int
     zeros_skipped: bool
     own_thresholds: dict[str, float] = field(default_factory=dict)
+    weight_rates: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def num_selected(self) -> int:
@@ -138,6 +141,15 @@ def refuse_unfitting(
             f"the selection does not fit the model: it names {len(unknown)} parameters that are not to "
             f"train here, such as {unknown[:3]}, and has no ascending positions within {wrong[:3]}; make it "
             "for this model, with the same include and exclude"
+        )
+    odd = [
+        name
+        for name, rates in selection.weight_rates.items()
+        if rates.dtype != torch.uint8 or rates.shape != selection.index.get(name, rates[:0]).shape
+    ]
+    if odd:
+        raise ValueError(
+            f"the selection's weight_rates do not fit its positions in {odd[:3]}; expected a uint8 code each"
         )
 
 

@@ -58,7 +58,7 @@ def listed(selection):
 def test_the_largest_gradients_of_each_parameter_are_chosen():
     net = Net()
     scores = {name: g.mean(0).abs() for name, g in dense(net, TO_LEARN).items()}
-    found = select_by_gradient(net, passes(net), fraction=0.1, by_parameter=True)
+    found = select_by_gradient(net, passes(net), fraction=0.1)
     assert listed(found) == largest(scores, 0.1)
     assert found.threshold == math.inf
     assert found.num_considered == sum(p.numel() for p in net.parameters() if p.dim() > 1)
@@ -73,13 +73,9 @@ def test_beside_what_is_kept_importance_counts():
         harm = keep[name].double().square().sum(0)
         floor = 1e-4 * harm.mean()
         scores[name] = gradients.double().sum(0).abs() / (harm + floor).sqrt()
-    found = select_by_gradient(
-        net, passes(net), passes(net, TO_KEEP), fraction=0.1, by_parameter=True
-    )
+    found = select_by_gradient(net, passes(net), passes(net, TO_KEEP), fraction=0.1)
     assert listed(found) == largest(scores, 0.1)
-    assert listed(found) != listed(
-        select_by_gradient(net, passes(net), fraction=0.1, by_parameter=True)
-    )
+    assert listed(found) != listed(select_by_gradient(net, passes(net), fraction=0.1))
 
 
 @pytest.mark.parametrize("most", [1, math.inf])
@@ -94,8 +90,9 @@ def test_of_the_whole_model_those_are_chosen_that_rank_first(keep, most):
         scores[name] = gradients.sum(0).abs() / ((harm + floor).sqrt() if keep else 1)
     found = select_by_gradient(
         net, passes(net), passes(net, keep) if keep else None, fraction=0.1,
-        most_bytes=most,
+        most_bytes=most, by_parameter=False,
     )  # fmt: skip
+    assert not found.weight_rates
     every = torch.cat([score.flatten() for score in scores.values()])
     total = sum(p.numel() for p in net.parameters() if p.dim() > 1)
     assert found.num_selected == round(0.1 * total)
@@ -114,15 +111,12 @@ def test_of_the_whole_model_those_are_chosen_that_rank_first(keep, most):
 @pytest.mark.parametrize("most", [1, 8 * 96 * 8, math.inf])
 def test_in_parts_the_same_is_chosen(most):
     net, learned, kept = Net(), [], []
-    whole = select_by_gradient(
-        net, passes(net), passes(net, TO_KEEP), fraction=0.2, by_parameter=True
-    )
+    whole = select_by_gradient(net, passes(net), passes(net, TO_KEEP), fraction=0.2)
     found = select_by_gradient(
         net,
         passes(net, counter=learned),
         passes(net, TO_KEEP, kept),
         fraction=0.2,
-        by_parameter=True,
         most_bytes=most,
     )
     assert listed(found) == listed(whole)
@@ -138,7 +132,7 @@ def test_weights_without_a_gradient_are_left_out():
         picture[:, 0] = 1.0  # the other channels of the kernel get none
         net(picture, torch.tensor([2])).square().mean().backward()
 
-    found = select_by_gradient(net, learn, fraction=0.9, by_parameter=True)
+    found = select_by_gradient(net, learn, fraction=0.9)
     assert set(found.index) == set(MATRICES)  # the unused layer is not there
     assert found.index["conv.weight"].tolist() == [
         position for position in range(216) if position // 9 % 3 == 0
