@@ -1,5 +1,7 @@
 """Weights chosen for what they learn beside what the base would lose, of which it makes pictures itself."""
 
+import dataclasses
+
 import torch
 
 from sara_core import select_by_gradient
@@ -22,8 +24,8 @@ def made_by(base, model, style, shown):
     return latents, base.text.ids(prompts)
 
 
-def selection_of(base, model, style, shown, seed, fraction, by_parameter=True):
-    """Choose weights beside pictures the base makes; as SaRA Train does unless it is by parameter."""
+def selection_of(base, model, style, shown, seed, fraction, by_parameter=True, rates=False):
+    """Choose weights beside pictures the base makes; with rates of their own as SaRA Train does."""
     learned = base.latents(style, shown), base.captions(style, shown)
     kept = made_by(base, model, style, shown)
 
@@ -36,10 +38,11 @@ def selection_of(base, model, style, shown, seed, fraction, by_parameter=True):
             quantiles = torch.rand(size, generator=generator)
             base.errors(model, z[i], ids[i], noise, quantiles).mean().backward()
 
-    return select_by_gradient(
+    found = select_by_gradient(
         model,
         lambda: go_over(learned, LEARNED, BATCHES, 2_000 + seed),
         lambda: go_over(kept, 1, KEPT, 3_000 + seed),
         fraction=fraction,
         by_parameter=by_parameter,
     )
+    return found if rates else dataclasses.replace(found, weight_rates={})

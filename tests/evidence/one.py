@@ -23,6 +23,7 @@ from .text import TrainedText
 
 STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.25)
 CAPTION_DROPOUT = 0.1
+CHOICE = ("fraction", "by_parameter", "rates")  # options of how weights are chosen by gradient
 SHOWN = 10  # pictures of a run that are kept to be looked at
 
 
@@ -109,7 +110,7 @@ def optimizer_of(base, plan, style, shown, model):
         of_mean = "mean" in options["chosen"]
         options["gradients"] = gradient_sizes(base, model, style, shown, plan["seed"], of_mean)
     if plan["method"] == "by gradient":
-        rule = {name: options.pop(name) for name in ("fraction", "by_parameter") if name in options}
+        rule = {name: options.pop(name) for name in CHOICE if name in options}
         options["selection"] = selection_of(base, model, style, shown, plan["seed"], **rule)
     if "progressive" in options:
         options["progressive_step"] = round(options.pop("progressive") * plan["steps"])

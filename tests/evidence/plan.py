@@ -94,7 +94,12 @@ BY_MEAN_GRADIENT = {
 }  # fmt: skip
 
 OF_THE_MODEL = {"fraction": 0.1, "by_parameter": False}
+RATED = {"fraction": 0.1, "rates": True}
+WITH_RATES = {
+    "by gradient and importance, own rates": ("by gradient", RATED, (6e-5, 1.25e-4, 2.5e-4)),
+}
 BY_IMPORTANCE = {
+    **WITH_RATES,
     "by gradient and importance": ("by gradient", {"fraction": 0.1}, (6e-5, 1.25e-4, 2.5e-4)),
     "by gradient and importance, whole model": (
         "by gradient",
@@ -110,11 +115,12 @@ WITH_PRIOR = {  # each step goes over pictures the base has made as well
     "by gradient and importance, with prior pictures": (
         "by gradient", {"fraction": 0.1, "prior": True}, (1.25e-4, 2.5e-4, 5e-4),
     ),
-    "by gradient and importance, whole model, with prior pictures": (
-        "by gradient", {**OF_THE_MODEL, "prior": True}, (1.25e-4, 2.5e-4, 5e-4),
+    "by gradient and importance, own rates, with prior pictures": (
+        "by gradient", {**RATED, "prior": True}, (1.25e-4, 2.5e-4, 5e-4),
     ),
 }  # fmt: skip
 BY_IMPORTANCE_ON_UNET = {
+    **WITH_RATES,
     "by gradient and importance": ("by gradient", {"fraction": 0.1}, BY_GRADIENT),
     "by gradient and importance, whole model": ("by gradient", OF_THE_MODEL, BY_GRADIENT),
 }
