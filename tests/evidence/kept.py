@@ -6,6 +6,7 @@ import torch
 
 from sara_core import select_by_gradient
 
+from .chosen import positions_of
 from .concepts import OLD_STYLES, SEED, known_concepts
 
 LEARNED, BATCHES, KEPT, MADE = 8, 8, 128, 40  # a batch, how many, passes over one picture, pictures
@@ -24,8 +25,15 @@ def made_by(base, model, style, shown):
     return latents, base.text.ids(prompts)
 
 
-def selection_of(base, model, style, shown, seed, fraction, by_parameter=True, rates=False):
-    """Choose weights beside pictures the base makes; with rates of their own as SaRA Train does."""
+def selection_of(
+    base, model, style, shown, seed, fraction, by_parameter=True, rates=False, chosen=None
+):
+    """Choose weights beside pictures the base makes; with rates of their own as SaRA Train does.
+
+    Where other weights are `chosen`, only the rates are found, of those `positions_of` takes for it.
+    """
+    parameters = {name: p for name, p in model.named_parameters() if p.dim() > 1}
+    index = None if chosen is None else positions_of(parameters, chosen, fraction, seed=seed)[0]
     learned = base.latents(style, shown), base.captions(style, shown)
     kept = made_by(base, model, style, shown)
 
@@ -44,5 +52,6 @@ def selection_of(base, model, style, shown, seed, fraction, by_parameter=True, r
         lambda: go_over(kept, 1, KEPT, 3_000 + seed),
         fraction=fraction,
         by_parameter=by_parameter,
+        chosen=index,
     )
     return found if rates else dataclasses.replace(found, weight_rates={})

@@ -23,7 +23,12 @@ from .text import TrainedText
 
 STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.25)
 CAPTION_DROPOUT = 0.1
-CHOICE = ("fraction", "by_parameter", "rates")  # options of how weights are chosen by gradient
+CHOICE = (
+    "fraction",
+    "by_parameter",
+    "rates",
+    "chosen",
+)  # options of how weights are chosen by gradient
 SHOWN = 10  # pictures of a run that are kept to be looked at
 
 

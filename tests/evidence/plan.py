@@ -98,6 +98,11 @@ RATED = {"fraction": 0.1, "rates": True}
 WITH_RATES = {
     "by gradient and importance, own rates": ("by gradient", RATED, (6e-5, 1.25e-4, 2.5e-4)),
 }
+SMALLEST_WITH_RATES = {
+    "smallest of each layer, own rates": (
+        "by gradient", {**RATED, "chosen": "layer"}, (1.25e-4, 2.5e-4, 5e-4),
+    ),
+}  # fmt: skip
 BY_IMPORTANCE = {
     **WITH_RATES,
     "by gradient and importance": ("by gradient", {"fraction": 0.1}, (6e-5, 1.25e-4, 2.5e-4)),
@@ -164,6 +169,7 @@ IDEAS = {  # method, options, rates
         "masked", {"chosen": "layer small gradient", "among": 0.6}, BY_GRADIENT,
     ),
     **BY_MEAN_GRADIENT,
+    **SMALLEST_WITH_RATES,
     **BY_IMPORTANCE,
     **WITH_PRIOR,
     "largest mean gradients of each layer, 3 %": (
