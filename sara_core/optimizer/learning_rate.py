@@ -40,8 +40,8 @@ def rule_of_share(fraction: float) -> float:
 def rule_of_gradient(fraction: float) -> float:
     """Peak learning rate that suits a share of the weights, chosen by gradient: `2e-5 / sqrt(fraction)`.
 
-    At most 1e-3, as of `rule_of_share`. It is near the best rates measured on two small models for 3 and 10 %
-    (`docs/evidence.md`).
+    At most 1e-3, as of `rule_of_share`. It is near the best rates measured on two small models for 3 and 10 %, with
+    and without rates of single weights (`docs/evidence.md`).
 
     Args:
         fraction: In `(0, 1]`.

@@ -95,16 +95,14 @@ BY_MEAN_GRADIENT = {
 
 OF_THE_MODEL = {"fraction": 0.1, "by_parameter": False}
 RATED = {"fraction": 0.1, "rates": True}
-WITH_RATES = {
-    "by gradient and importance, own rates": ("by gradient", RATED, (6e-5, 1.25e-4, 2.5e-4)),
-}
+OWN_RATES = "by gradient and importance, own rates"
 SMALLEST_WITH_RATES = {
     "smallest of each layer, own rates": (
         "by gradient", {**RATED, "chosen": "layer"}, (1.25e-4, 2.5e-4, 5e-4),
     ),
 }  # fmt: skip
 BY_IMPORTANCE = {
-    **WITH_RATES,
+    OWN_RATES: ("by gradient", RATED, (6e-5, 1.25e-4, 2.5e-4)),
     "by gradient and importance": ("by gradient", {"fraction": 0.1}, (6e-5, 1.25e-4, 2.5e-4)),
     "by gradient and importance, whole model": (
         "by gradient",
@@ -120,12 +118,12 @@ WITH_PRIOR = {  # each step goes over pictures the base has made as well
     "by gradient and importance, with prior pictures": (
         "by gradient", {"fraction": 0.1, "prior": True}, (1.25e-4, 2.5e-4, 5e-4),
     ),
-    "by gradient and importance, own rates, with prior pictures": (
+    f"{OWN_RATES}, with prior pictures": (
         "by gradient", {**RATED, "prior": True}, (1.25e-4, 2.5e-4, 5e-4),
     ),
 }  # fmt: skip
 BY_IMPORTANCE_ON_UNET = {
-    **WITH_RATES,
+    OWN_RATES: ("by gradient", RATED, BY_GRADIENT),
     "by gradient and importance": ("by gradient", {"fraction": 0.1}, BY_GRADIENT),
     "by gradient and importance, whole model": ("by gradient", OF_THE_MODEL, BY_GRADIENT),
 }
