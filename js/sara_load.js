@@ -9,9 +9,10 @@ const PICTURE = 96;
 
 function selected({ select_from, select_by, fraction }, count, threshold) {
   if (threshold) return text("weights_below", { count, threshold: threshold.toPrecision(3) });
-  if (select_from !== "each layer") return text("weights", { count }); // such as of a merged delta
   const told = { count, share: Number((100 * fraction).toPrecision(3)) };
-  return select_by === "gradient" ? text("weights_by_gradient", told) : text("weights_of_each", told);
+  if (select_by === "gradient") return text("weights_by_gradient", told);
+  if (select_from === "each layer") return text("weights_of_each", told);
+  return text("weights", { count }); // such as of a merged delta
 }
 
 export function lines(told) {

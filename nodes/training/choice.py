@@ -103,9 +103,11 @@ def _telling_of_memory() -> Iterator[None]:
 
 
 def _finished(settings, processes, folder) -> SparseDelta | None:
-    """Return the delta of a run that has finished and is to make more steps."""
+    """Return the delta of a run that has finished and is to make more steps, if its state is gone."""
 
     def load() -> SparseDelta | None:
+        if folder.read_state() is not None:
+            return None
         path = output_folder.final_path(folder.path, settings.schedule_start)
         return SparseDelta.load(path) if path.is_file() else None
 

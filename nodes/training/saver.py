@@ -64,13 +64,8 @@ class Saver:
             ValueError: The model or the pictures are others, or the state is damaged.
         """
         name = self.folder.path.name
-        if not self.folder.can_resume:
-            return self._resume_from_delta()
-        state = self.folder.read_state()
         try:
-            if (
-                state["run"]["step"] < self.folder.settings.schedule_start
-            ):  # the last one was not written
+            if (state := self.folder.read_state()) is None:
                 return self._resume_from_delta()
             wrong = differences(state["identity"], self._identity)
             if wrong:

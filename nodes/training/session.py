@@ -75,9 +75,10 @@ class Session:
             which = f"the {100 * self.settings.fraction:.3g} % that learn most"
         elif self.settings.selection_rule.get("by_parameter"):
             which = f"the smallest {100 * self.settings.fraction:.3g} % of each layer"
+        own = ", of single weights from an eighth of to eight times that"
         self.reporter.say(
             f"training {optimizer.num_trainable} of {optimizer.num_considered} weights, {which}, for {self.settings.steps} steps at a learning rate "
-            f"of at most {self.training.peak_rate:.3g}, in {folder.path}"
+            f"of at most {self.training.peak_rate:.3g}{own if optimizer.has_weight_rates else ''}, in {folder.path}"
         )
         chart = self.reporter.chart
         chart.by_noise = self.training.noise_tally.means

@@ -24,7 +24,7 @@ from ..weights import at_positions
 from ..weights.magnitudes import count_equal
 from ..weights.parameters import choose_parameters
 from ..weights.quantised import learned_on
-from ..weights.selection import Selection, select
+from ..weights.selection import Selection, refuse_unfitting, select
 from ..weights.shards import held, is_sharded, reshard, total
 from .data_parallel import is_shared, refuse_wrapped
 from .ranking import Ranking
@@ -75,8 +75,8 @@ def select_by_gradient(
         by_parameter: Take that share of each parameter, at least one weight. If not, it is of all of them together,
             ranked to an eighth of an octave, for which a byte a weight is kept in main memory, and
             without rates of their own.
-        chosen: Positions by parameter name that were chosen before, as in `Selection.index`: only their rates
-            are looked for.
+        chosen: Positions by parameter name that were chosen before, as in `Selection.index`, also by size: only
+            their rates are looked for, which needs `keep`.
         include: See `choose_parameters`.
         exclude: See `choose_parameters`.
         biases_and_norms: See `choose_parameters`.
@@ -101,8 +101,14 @@ def select_by_gradient(
         raise ValueError(f"fraction is {fraction!r}; expected a number above 0 and at most 1")
     refuse_wrapped(module)
     reshard(module)
-    parameters = choose_parameters(module, include, exclude, biases_and_norms)
+    parameters = considered = choose_parameters(module, include, exclude, biases_and_norms)
     refuse_owned(parameters)
+    if chosen is not None:
+        if keep is None:
+            raise ValueError("rates go by what is to be kept; give keep, or leave chosen out")
+        refuse_unfitting(Selection(math.inf, dict(chosen), 0, 0, False), parameters)
+        parameters = {name: parameters[name] for name in chosen}
+        chosen = {name: index.to(learned_on(parameters[name])) for name, index in chosen.items()}
     group = process_group if distributed and is_shared(process_group) else False
     ways = [(learn, _add), *([] if keep is None else [(keep, _add_square)])]
     parts = list(_parts(parameters, most_bytes / SUM / len(ways)))
@@ -127,8 +133,8 @@ def select_by_gradient(
             "no weight is selected: none of the chosen parameters has got a gradient, so there would be "
             "nothing to train. Let backward reach the model's weights"
         )
-    zeros = sum(int(total(p, torch.tensor(count_equal(p, 0.0)))) for p in parameters.values())
-    numel = sum(p.numel() for p in parameters.values())
+    zeros = sum(int(total(p, torch.tensor(count_equal(p, 0.0)))) for p in considered.values())
+    numel = sum(p.numel() for p in considered.values())
     return Selection(math.inf, index, numel, zeros, False, weight_rates=rates)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..delta.delta_file import DeltaEntry
-from ..weights.quantised import Quantised
+from ..weights.quantised import Quantised, learned_on
 from ..weights.shards import is_sharded, reshard, total
 from .convolution import InParts, is_large
 from .sparse_weight import SparseWeight
@@ -55,7 +55,8 @@ class SparseModel:
         self.active = [SparseWeight(name, self.parameters[name], i) for name, i in index.items()]
         for weight in self.active:
             weight.threshold = (thresholds or {}).get(weight.name)
-            weight.rates = (rates or {}).get(weight.name)
+            if (codes := (rates or {}).get(weight.name)) is not None:
+                weight.rates = codes.to(learned_on(weight.parameter))
         self.frozen: list[SparseWeight] = []
         self._requires_grad = {name: p.requires_grad for name, p in self.parameters.items()}
         self._hooks: list = []

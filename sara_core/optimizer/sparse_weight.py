@@ -11,7 +11,7 @@ from ..weights.to_device import send
 from .weight_rates import factors
 
 GAP_DTYPES = (torch.uint8, torch.int16, torch.int32)
-SOME = 1 << 18  # base values put back in one go
+SOME = 1 << 18  # base values put back, or rates looked at, in one go
 
 
 class SparseWeight:
@@ -190,7 +190,8 @@ class SparseWeight:
     def take_update_(self, target: Tensor, index: Tensor) -> None:
         """Bring a changed `update_target` into the parameter, given `index`."""
         if self.rates is not None:
-            target.mul_(factors(self.rates))
+            for part, rates in zip(target.split(SOME), self.rates.split(SOME), strict=True):
+                part.mul_(factors(rates))
         if self._values is None:
             self._put(target, index, accumulate=True)
         elif self.rates is None:
@@ -201,7 +202,12 @@ class SparseWeight:
     @torch.no_grad()
     def decay_(self, rate: float, index: Tensor) -> None:
         """Take a share of the learned change back, given `index`."""
-        self.write_(self.read(index).lerp_(self.base.to(self.dtype), rate), index)
+        values, base = self.read(index), self.base.to(self.dtype)
+        if self.rates is None:
+            self.write_(values.lerp_(base, rate), index)
+        else:
+            share = factors(self.rates).mul_(rate).clamp_(max=1.0)
+            self.write_(values.lerp_(base, share.to(self.dtype)), index)
 
     @torch.no_grad()
     def write_(self, values: Tensor, index: Tensor) -> None:

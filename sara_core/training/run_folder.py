@@ -266,9 +266,15 @@ class RunFolder:
         """Return where `keep_best` keeps the delta after a step."""
         return self.path / BEST.format(step)
 
-    def read_state(self) -> dict:
-        """Read the state to go on from; see `state_file.read_state`."""
-        return read_state(self.path / STATE)
+    def read_state(self) -> dict | None:
+        """Read the state to go on from, see `state_file.read_state`.
+
+        None if there is none, or only one from before the run was given more steps, which its delta is newer than.
+        """
+        if not self.can_resume:
+            return None
+        state = read_state(self.path / STATE)
+        return None if state["run"]["step"] < self.settings.schedule_start else state
 
     def preview_path(self, step: int) -> Path:
         """Return where the picture made after a step is kept; its folder may not exist yet."""

@@ -47,7 +47,7 @@ class RunSettings(TrainConfig):
         select_from: Where that share is taken, from the whole model or from each layer; one of
             `SELECT_FROM`. A threshold is for the whole model.
         select_by: What says which weights train, one of `SELECT_BY`: their size, or their gradient,
-            see `Choosing`. Then the fraction is of the whole model, zeros are no matter, and nothing is selected
+            see `Choosing`. Then the fraction is of each layer, zeros are no matter, and nothing is selected
             anew on the way.
         include: Patterns of parameter names, separated by commas; empty takes all.
         exclude: Patterns of parameter names that do not train.

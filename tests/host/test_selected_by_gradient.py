@@ -169,7 +169,7 @@ def test_a_resumed_run_goes_on_with_what_was_chosen(sara, sd15, tmp_path, monkey
     assert "choosing" not in log(tmp_path / "cut")[len(text) :]
 
 
-@pytest.mark.parametrize(("keep_state", "kept"), [(True, 0), (False, 0), (False, 3)])
+@pytest.mark.parametrize(("keep_state", "kept"), [(True, 0), (True, 3), (False, 0), (False, 3)])
 def test_more_steps_train_the_same_weights(sara, sd15, tmp_path, keep_state, kept):
     options = by_gradient(sara, keep_state=keep_state)
     first, _ = run(sara, sd15, tmp_path, options, kept)
@@ -180,7 +180,11 @@ def test_more_steps_train_the_same_weights(sara, sd15, tmp_path, keep_state, kep
     second, losses = run(sara, sd15, tmp_path, extended, kept, resume=True)
     assert len(losses) == 7
     told = log(tmp_path)[len(text) :]
-    assert ("choosing the weights' rates by what they learn, beside" in told) == bool(kept)
+    assert ("choosing the weights' rates by what they learn, beside" in told) == (
+        bool(kept) and not keep_state
+    )
+    assert "choosing the weights by" not in told
+    assert ("of single weights from an eighth of to eight times that" in told) == bool(kept)
     for name, entry in second.entries.items():
         assert torch.equal(entry.index, first.entries[name].index), name
         assert not torch.equal(entry.values, first.entries[name].values), name

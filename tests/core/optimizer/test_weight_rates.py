@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from sara_core import SaraAdamW, select, select_by_gradient
+from sara_core.optimizer.average import decay_at
 from sara_core.optimizer.weight_rates import coded, factors
 
 from ..helpers import Net, loss_of
@@ -96,6 +97,61 @@ def train(net, optimizer, steps):
         loss_of(net, step).backward()
         optimizer.step()
         optimizer.zero_grad()
+
+
+def test_rates_are_looked_for_only_of_what_is_there_beside_what_is_kept():
+    net = Net()
+    index = chosen(net).index
+    with pytest.raises(ValueError, match="give keep, or leave chosen out"):
+        select_by_gradient(net, passes(net), fraction=0.2, chosen=index)
+    counter = []
+    learn = passes(net, counter=counter)
+    with pytest.raises(ValueError, match=r"names 1 parameters that are not to train.*away"):
+        select_by_gradient(
+            net, learn, learn, fraction=0.2, chosen={"away": torch.tensor([0], dtype=torch.int32)}
+        )
+    assert not counter
+    only = {"first.weight": index["first.weight"]}
+    found = select_by_gradient(net, passes(net), passes(net, TO_KEEP), fraction=0.2, chosen=only)
+    assert found.index.keys() == found.weight_rates.keys() == only.keys()
+    assert found.num_considered == sum(p.numel() for p in net.parameters() if p.dim() > 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_decay_goes_at_the_same_rates(dtype):
+    """Each weight is taken back by its own rate times the decay, after what it has learned."""
+    net = Net().to(dtype)
+    selection = chosen(Net())
+    optimizer = SaraAdamW(net, selection=selection, weight_decay=30.0, **OPTIONS)
+    train(net, optimizer, (0, 1))
+    before = {name: e.values for name, e in optimizer.delta().entries.items()}
+    for leaf in optimizer.parameters():
+        leaf.grad = torch.zeros_like(leaf)
+    for state in optimizer.state.values():
+        state["exp_avg"].zero_()  # nothing moves but by decay
+    optimizer.step()
+    for name, entry in optimizer.delta().entries.items():
+        share = (factors(selection.weight_rates[name]) * OPTIONS["lr"] * 30.0).clamp(max=1)
+        expected = before[name] * (1 - share)
+        torch.testing.assert_close(entry.values, expected, rtol=1e-3, atol=1e-5)
+    assert share.min() < 0.2
+    assert share.max() == 1
+
+
+def test_an_average_is_one_of_what_moved_at_its_rates():
+    net = Net()
+    selection = chosen(net)
+    optimizer = SaraAdamW(net, selection=selection, ema_decay=0.5, **OPTIONS)
+    train(net, optimizer, (0, 1))
+    once, twice = (
+        dict(scaled_adamw(Net(), selection, range(count)).named_parameters()) for count in (1, 2)
+    )
+    base, decay = dict(Net().named_parameters()), decay_at(0.5, 2)
+    for name, entry in optimizer.delta().entries.items():
+        average = torch.lerp(twice[name], once[name], decay) - base[name]
+        expected = average.detach().flatten()[entry.index.long()]
+        torch.testing.assert_close(entry.values, expected, rtol=1e-4, atol=1e-6)
+    assert 0 < decay < 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
