@@ -62,13 +62,14 @@ def assert_same_bits(patcher, before):
         assert (value == before[name]).all(), name
 
 
+@pytest.mark.parametrize("select_by", ["size", "gradient"])
 @pytest.mark.parametrize("form", FORMS)
-def test_a_gguf_model_trains_as_the_numbers_it_stands_for(sara, pack, tmp_path, form):
+def test_a_gguf_model_trains_as_the_numbers_it_stands_for(sara, pack, tmp_path, form, select_by):
     patcher = load(pack, tmp_path, form)
     base, before = output(patcher), raw_bits(patcher)
     quantised = [p for p in patcher.model.parameters() if sara.host.is_quantised(p)]
     assert len(quantised) > 10
-    assert_trained_as(sara, patcher, FAMILY)
+    assert_trained_as(sara, patcher, FAMILY, select_by=select_by)
     assert_same_bits(patcher, before)
     assert torch.equal(output(patcher), base)
 
