@@ -10,7 +10,7 @@ COLORS = ("#e8743b", "#5b8db8", "#6a9f58", "#967bb6", "#c2447a", "#8c6d31", "#3a
           "#b0b03a", "#d9a0c0", "#2f4f7f", "#a05030", "#80c0e0", "#405020", "#909090", "#d02020", "#20a020", "#2020d0", "#000000")  # fmt: skip
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 1100, 620, 70, 320, 30, 60
 LABELS = 110
-SHOWN = (-10, 25)  # percent
+SHOWN = (-35, 25)  # percent
 TICKS = (0.25, 0.5, 0.75, 1.0)
 INK, GRID = "#222222", "#dddddd"
 
