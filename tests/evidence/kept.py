@@ -32,8 +32,10 @@ def selection_of(
 
     Where other weights are `chosen`, only the rates are found, of those `positions_of` takes for it.
     """
-    parameters = {name: p for name, p in model.named_parameters() if p.dim() > 1}
-    index = None if chosen is None else positions_of(parameters, chosen, fraction, seed=seed)[0]
+    index = None
+    if chosen is not None:
+        parameters = {name: p for name, p in model.named_parameters() if p.dim() > 1}
+        index, _ = positions_of(parameters, chosen, fraction, seed=seed)
     learned = base.latents(style, shown), base.captions(style, shown)
     kept = made_by(base, model, style, shown)
 
